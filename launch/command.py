@@ -1,0 +1,49 @@
+"""What the commands share: one clear line for a user's mistake, and the run behind `--run_dir`."""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+
+import torch
+from absl import app, flags
+
+from popgen import config
+from popgen.errors import PopgenError, RunDirectoryError
+from popgen.training.run_directory import RunDirectory
+
+
+def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
+    """Parses the flags and calls `main`; a user's mistake becomes one line on standard error and exit status 1."""
+    flags.mark_flags_as_required(required)
+
+    def guarded(arguments: list[str]) -> None:
+        try:
+            if len(arguments) > 1:
+                raise PopgenError(f"unexpected argument {arguments[1]!r}; options begin with --")
+            main()
+        except PopgenError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    app.run(guarded)
+
+
+def existing_run(run_dir: str) -> tuple[RunDirectory, config.LoadedConfig]:
+    """Returns the run in a directory, and what its configuration describes.
+
+    Raises:
+        RunDirectoryError: if there is no run.
+    """
+    directory = RunDirectory(pathlib.Path(run_dir))
+    if not directory.config_path.is_file():
+        raise RunDirectoryError(f"there is no run in {run_dir!r} (no config.gin); --run_dir names what training wrote")
+    return directory, config.load([os.path.abspath(directory.config_path)])
+
+
+def seeded_generator(device: torch.device, seed: int) -> torch.Generator:
+    """Returns a generator on the device, started at a seed given on the command line."""
+    return torch.Generator(device).manual_seed(seed)

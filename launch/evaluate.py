@@ -1,0 +1,40 @@
+"""Estimates test log p(x) of a run: python -m launch.evaluate --run_dir=experiments/vamp_hsnf."""
+
+from absl import flags
+
+from launch import command
+from popgen.experiment import WEIGHTS, evaluate_model, model_of_checkpoint, prepare, write_record
+from popgen.summaries import Writer
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
+flags.DEFINE_string("checkpoint", "best", "best, latest, or a step that was kept.")
+flags.DEFINE_integer("num_samples", 5_000, "Importance samples for each image.")
+flags.DEFINE_integer("num_images", None, "Test images, from the first; default all.")
+flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
+
+
+def main() -> None:
+    """Evaluates a checkpoint and prints, logs and writes the record."""
+    directory, loaded = command.existing_run(FLAGS.run_dir)
+    experiment = loaded.experiment
+    tensors = directory.load_checkpoint(FLAGS.checkpoint)
+    data, model = prepare(experiment, experiment.torch_device())
+    model = model_of_checkpoint(model, tensors, FLAGS.weights)
+    record = evaluate_model(experiment, model, data, FLAGS.num_samples, FLAGS.num_images, tensors["step"])
+    record.update(checkpoint=FLAGS.checkpoint, weights=FLAGS.weights)
+    writer = Writer(directory.path)
+    path = write_record(directory, writer, record)
+    writer.close()
+    print(
+        f"log p(x)        {record['log_p_x']:9.3f} ± {record['log_p_x_standard_error']:.3f} nats "
+        f"(IWAE, {record['num_samples']} samples, {record['num_images']} test images)"
+    )
+    print(f"ELBO            {record['elbo']:9.3f} ± {record['elbo_standard_error']:.3f}")
+    print(f"reconstruction  {record['reconstruction']:9.3f}\nKL              {record['kl']:9.3f}")
+    print(f"active units    {record['active_units']:5d}")
+    print(f"step {record['step']}, {FLAGS.weights} weights, protocol {record['binarisation_protocol']}: {path}")
+
+
+if __name__ == "__main__":
+    command.start(main, required=("run_dir",))

@@ -1,0 +1,41 @@
+"""Draws from a trained model: python -m launch.sample --run_dir=experiments/vamp_hsnf --out=samples.png."""
+
+import pathlib
+
+from absl import flags
+
+from launch import command
+from popgen.errors import RunDirectoryError, check_integer
+from popgen.evaluation.pictures import all_pictures
+from popgen.experiment import WEIGHTS, model_of_checkpoint, prepare, save_pictures
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
+flags.DEFINE_string("out", None, "The PNG to write.")
+flags.DEFINE_integer("num_samples", 64, "Prior samples, and at most as many pairs in the other pictures.")
+flags.DEFINE_string("checkpoint", "best", "best, latest, or a step that was kept.")
+flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
+flags.DEFINE_integer("seed", 0, "Of the draws.")
+
+
+def main() -> None:
+    """Writes prior samples, reconstructions, interpolations and pseudo-inputs, one below another."""
+    check_integer("num_samples", FLAGS.num_samples, minimum=2)
+    out = pathlib.Path(FLAGS.out)
+    if not out.parent.is_dir():
+        raise RunDirectoryError(f"there is no folder {str(out.parent)!r} to write {out.name} in")
+    directory, loaded = command.existing_run(FLAGS.run_dir)
+    device = loaded.experiment.torch_device()
+    tensors = directory.load_checkpoint(FLAGS.checkpoint)
+    data, model = prepare(loaded.experiment, device)
+    model = model_of_checkpoint(model, tensors, FLAGS.weights)
+    generator = command.seeded_generator(device, FLAGS.seed)
+    save_pictures(out, all_pictures(model, data.test, data.image_shape, FLAGS.num_samples, generator))
+    print(
+        f"wrote {out}: prior samples, reconstructions beside originals, interpolations, pseudo-inputs beside what they "
+        "decode to (where the prior has them)"
+    )
+
+
+if __name__ == "__main__":
+    command.start(main, required=("run_dir", "out"))

@@ -1,0 +1,100 @@
+"""Trains an experiment from Gin configs: python -m launch.train --gin_file=configs/vamp_hsnf.gin."""
+
+import os
+import pathlib
+
+import torch
+from absl import flags
+
+from launch import command
+from popgen import config
+from popgen.errors import ConfigError, RunDirectoryError
+from popgen.experiment import Experiment, run
+from popgen.training.run_directory import RunDirectory
+
+FLAGS = flags.FLAGS
+flags.DEFINE_multi_string("gin_file", [], "A config file; may be repeated, later files override earlier ones.")
+flags.DEFINE_multi_string("gin_bindings", [], "A binding such as 'Experiment.num_steps = 1000'; may be repeated.")
+flags.DEFINE_string("run_dir", None, "Where the run is kept; default $EXPERIMENT_DIR/<config name>.")
+flags.DEFINE_bool("dry_run", False, "Print configuration, parameter counts and shapes; train nothing.")
+flags.DEFINE_bool("overwrite", False, "Start anew, removing what an earlier run wrote.")
+flags.DEFINE_bool("reconfigure", False, "Continue an earlier run under a changed configuration.")
+
+
+def main() -> None:
+    """Builds the experiment, then trains it or prints what would be trained."""
+    if FLAGS.overwrite and FLAGS.reconfigure:
+        raise ConfigError("--overwrite starts anew and --reconfigure continues: give one of them")
+    loaded = config.load(FLAGS.gin_file, FLAGS.gin_bindings)
+    if loaded.orphans:
+        print(f"not used by this configuration: {', '.join(loaded.orphans)}")
+    if FLAGS.dry_run:
+        print(loaded.configuration.operative)
+        print(describe(loaded.experiment))
+        return
+    directory = RunDirectory(run_path())
+    with directory.locked():
+        settle_earlier_run(directory, loaded.configuration.given)
+        print(
+            f"run directory: {directory.path}\nfollow it with: tensorboard --logdir {directory.path}",
+            flush=True,
+        )
+        state = run(loaded.experiment, directory, loaded.configuration)
+    print(f"finished at step {state.step}; the lowest loss was {state.best_loss:.3f} nats, at step {state.best_step}")
+    print(f"samples: {directory.samples_path / 'best.png'}")
+    print(f"evaluate: python -m launch.evaluate --run_dir={directory.path}")
+
+
+def run_path() -> pathlib.Path:
+    """Returns `--run_dir`, or the configs' names under `$EXPERIMENT_DIR` or `experiments`."""
+    if FLAGS.run_dir:
+        return pathlib.Path(FLAGS.run_dir)
+    name = "+".join(pathlib.Path(gin_file).stem for gin_file in FLAGS.gin_file)
+    return pathlib.Path(os.environ.get("EXPERIMENT_DIR") or "experiments") / name
+
+
+def settle_earlier_run(directory: RunDirectory, given: str) -> None:
+    """Makes way for a new run, or makes sure that an earlier one is continued as it was.
+
+    Raises:
+        RunDirectoryError: if the configuration has changed and no flag says what is meant.
+    """
+    if FLAGS.overwrite:
+        directory.clear()
+    if not directory.has_checkpoint() or FLAGS.reconfigure or not directory.config_path.is_file():
+        return
+    changed = config.differences(directory.config_path.read_text(), given)
+    if changed:
+        raise RunDirectoryError(
+            f"{directory.path} holds a run with another configuration ({'; '.join(changed)}): --reconfigure continues it "
+            "under the new one, --overwrite starts anew, --run_dir names another place"
+        )
+
+
+def describe(experiment: Experiment) -> str:
+    """Returns the parameter count of each part of the model, and the shapes of a batch on its way through."""
+    model, lines = experiment.model, ["parameters:"]
+    for name, part in [*model.named_children(), ("total", model)]:
+        lines.append(f"  {name:<12}{sum(p.numel() for p in part.parameters()):>12,}")
+        if part is not model:
+            lines += [f"    {key:<38}{tuple(p.shape)!s:>16}" for key, p in part.named_parameters()]
+    lines.append(f"shapes, for a batch of {experiment.batch_size}:")
+    for name, module in model.named_modules():
+        module.register_forward_hook(
+            lambda _, inputs, output, name=name: lines.extend(shape_lines(name, inputs, output))
+        )
+    batch = torch.zeros(experiment.batch_size, model.input_dim)
+    with torch.no_grad():
+        model(batch, experiment.objective.draw_noise(model, batch, torch.Generator()))
+    return "\n".join(lines)
+
+
+def shape_lines(name: str, inputs: tuple, output: object) -> list[str]:
+    """Returns the line of a module that maps one tensor to another; other modules have none."""
+    if len(inputs) != 1 or not isinstance(inputs[0], torch.Tensor) or not isinstance(output, torch.Tensor):
+        return []
+    return [f"  {name:<40}{tuple(inputs[0].shape)!s:>18} -> {tuple(output.shape)}"]
+
+
+if __name__ == "__main__":
+    command.start(main, required=("gin_file",))

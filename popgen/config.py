@@ -1,0 +1,367 @@
+"""Gin at the boundary: files and bindings in, an `Experiment` and its configuration as text out.
+
+The only module that imports gin. Config files use dynamic registration, so any class or function, the user's own too,
+is configurable as it is. Under dynamic registration gin resolves names through a file's imports alone; for bindings on
+the command line we want short names (`Experiment.seed = 3`) as well as parts the files never mention
+(`Experiment.optimizer = @torch.optim.SGD`). So what a binding refers to is first registered under the files' own
+imports, and the bindings are then parsed plainly, where gin matches partial names.
+"""
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import gin
+import torch
+from gin import config_parser
+from gin.config import ParseContext, ParsedBindingKey
+
+from popgen.errors import ConfigError, PopgenError
+from popgen.experiment import Configuration, Experiment
+from popgen.streams import stream_seed
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
+MACRO = "gin.macro"
+
+gin.add_config_file_search_path(str(REPOSITORY))
+
+
+class LoadedConfig(NamedTuple):
+    """What a configuration describes.
+
+    Attributes:
+        experiment: the experiment, built.
+        configuration: its text.
+        orphans: bindings of the files that an override left without effect, by name.
+    """
+
+    experiment: Experiment
+    configuration: Configuration
+    orphans: list[str]
+
+
+def load(gin_files: Sequence[str | os.PathLike], bindings: Sequence[str] = ()) -> LoadedConfig:
+    """Returns the experiment that gin files and bindings describe; later files and bindings override earlier ones.
+
+    Files, and what they include, are looked for in the working directory and then in the repository root.
+
+    Args:
+        gin_files: at least one path.
+        bindings: such as `"Experiment.num_steps = 1000"`.
+
+    Raises:
+        ConfigError: if a file is missing, something does not parse or build, or nothing uses a binding of `bindings`.
+        ArgumentError: if a value is outside its domain.
+
+    Example:
+        >>> loaded = load(["configs/vae.gin"], ["Experiment.num_steps = 1000", "Adam.lr = 1e-3"])
+        >>> loaded.experiment.num_steps
+        1000
+    """
+    gin.clear_config()
+    _parse_files(gin_files)
+    overridden = _apply_bindings(bindings)
+    with _translated("the configuration is not complete"):
+        gin.finalize()
+    given = gin.config_str() + "\n"
+    experiment = _build()
+    unused = _unused_bindings()
+    _check_overrides_used(overridden, unused)
+    orphans = sorted({_display(*key) for key in unused if key not in overridden})
+    configuration = Configuration(given, gin.operative_config_str() + "\n", _settings())
+    return LoadedConfig(experiment, configuration, orphans)
+
+
+def differences(old: str, new: str) -> list[str]:
+    """Returns the bindings in which two configuration texts differ, as `name: old -> new`; neither text is run.
+
+    Example:
+        >>> differences("Experiment.seed = 0", "Experiment.seed = 3")
+        ['Experiment.seed: 0 -> 3']
+    """
+    before, after = (_bindings_as_text(text) for text in (old, new))
+    names = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+    return [f"{name}: {before.get(name, '(not set)')} -> {after.get(name, '(not set)')}" for name in names]
+
+
+# --- parsing ---------------------------------------------------------------------------------------------------------
+
+
+def _parse_files(gin_files: Sequence[str | os.PathLike]) -> None:
+    for gin_file in map(os.fspath, gin_files):
+        found = [path for path in (pathlib.Path(gin_file), REPOSITORY / gin_file) if path.is_file()]
+        if not found:
+            known = sorted(f"configs/{path.name}" for path in (REPOSITORY / "configs").glob("*.gin"))
+            close = difflib.get_close_matches(gin_file, known, n=3) or known
+            raise ConfigError(
+                f"there is no config file {gin_file!r} in {os.getcwd()} or {REPOSITORY}; did you mean {', '.join(close)}?"
+            )
+        with _translated(f"cannot parse {gin_file}"):
+            gin.parse_config_file(str(found[0]))
+
+
+class _TextDelegate(config_parser.ParserDelegate):
+    """Leaves references and macros as the text they were, and remembers them."""
+
+    def __init__(self) -> None:
+        self.references: list[str] = []
+        self.macros: list[str] = []
+
+    def configurable_reference(self, scoped_selector: str, evaluate: bool) -> "_Text":
+        self.references.append(scoped_selector.rsplit("/", 1)[-1])
+        return _Text(f"@{scoped_selector}{'()' if evaluate else ''}")
+
+    def macro(self, name: str) -> "_Text":
+        self.macros.append(name)
+        return _Text(f"%{name}")
+
+
+class _Text(str):
+    """A string whose representation is itself."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _bindings_as_text(text: str) -> dict[str, str]:
+    """Returns the value of every binding by name, as text; imports and includes are passed over."""
+    bindings = {}
+    for statement in config_parser.ConfigParser(text, _TextDelegate()):
+        if isinstance(statement, config_parser.BindingStatement):
+            name = ".".join(part for part in (statement.selector, statement.arg_name) if part)
+            bindings["/".join(part for part in (statement.scope, name) if part)] = repr(statement.value)
+    return bindings
+
+
+class _BindingKey(NamedTuple):
+    scope: str
+    selector: str
+    parameter: str
+
+
+def _apply_bindings(bindings: Sequence[str]) -> dict[_BindingKey, str]:
+    """Parses bindings in order; returns the text of each by the key that it binds."""
+    overridden = {}
+    for binding in bindings:
+        delegate = _TextDelegate()
+        try:
+            statements = list(config_parser.ConfigParser(binding, delegate))
+        except (SyntaxError, ValueError) as error:
+            raise ConfigError(
+                f"cannot parse the binding {binding!r} ({error.args[0]}); it should look like Experiment.seed = 3, with "
+                "text in quotes and classes as @module.Class()"
+            ) from error
+        for reference in delegate.references:
+            _register(reference, binding)
+        for macro in delegate.macros:
+            _check_macro(macro, binding)
+        for statement in statements:
+            if not isinstance(statement, config_parser.BindingStatement):
+                raise ConfigError(
+                    f"a binding must bind a value, got {binding!r}; imports and includes belong in a file"
+                )
+            key = _binding_key(statement, binding)
+            overridden[key] = binding
+        with _translated(f"cannot parse the binding {binding!r}"):
+            gin.parse_config(binding)
+    return overridden
+
+
+def _binding_key(statement: config_parser.BindingStatement, binding: str) -> _BindingKey:
+    """Returns the complete name of what a binding binds, checked with the closest valid names at hand."""
+    if not statement.arg_name:
+        name = "/".join(part for part in (statement.scope, statement.selector) if part)
+        _check_macro(name, binding)
+        return _BindingKey(name, MACRO, "value")
+    _register(statement.selector, binding)
+    with _translated(f"cannot parse the binding {binding!r}"):
+        wrapped = gin.get_configurable(_complete(statement.selector)[0])
+    parameters = list(inspect.signature(wrapped).parameters)
+    if statement.arg_name not in parameters:
+        close = _close(statement.arg_name, parameters)
+        raise ConfigError(f"{statement.selector} has no parameter {statement.arg_name!r} in {binding!r}; {close}")
+    with _translated(f"cannot parse the binding {binding!r}"):
+        parsed = ParsedBindingKey.parse((statement.scope, statement.selector, statement.arg_name))
+    return _BindingKey(parsed.scope, parsed.complete_selector, parsed.arg_name)
+
+
+def _register(selector: str, binding: str) -> None:
+    """Makes a selector known to gin: by a name already registered, the files' imports, or its own full module path."""
+    if _complete(selector):
+        return
+    context = ParseContext()
+    for statement in _import_statements():
+        context.process_import(statement)
+    module, _, name = selector.rpartition(".")
+    with contextlib.suppress(NameError, AttributeError):
+        context.get_configurable(selector)
+        return
+    if not _is_importable(module):
+        names = sorted({configurable.name for configurable in gin.config._INVERSE_REGISTRY.values()})
+        raise ConfigError(
+            f"nothing in this configuration is called {selector!r} in {binding!r}; {_close(selector, names)}; "
+            "parts that the config file does not mention are named with their module, as in @torch.optim.SGD"
+        )
+    context.process_import(config_parser.ImportStatement(module, False, None, None))
+    try:
+        context.get_configurable(selector)
+    except AttributeError:
+        public = [other for other in dir(importlib.import_module(module)) if not other.startswith("_")]
+        raise ConfigError(f"{module} has no {name!r}, named in {binding!r}; {_close(name, public)}") from None
+
+
+def _complete(selector: str) -> list[str]:
+    """Returns the registered names that a partial one matches."""
+    return gin.config._REGISTRY.matching_selectors(selector)
+
+
+def _import_statements() -> Iterator[config_parser.ImportStatement]:
+    """Yields the imports of all files, dynamic registration first and each once."""
+    unique = {statement.format(): statement for statement in gin.config._IMPORTS}
+    yield from sorted(
+        unique.values(), key=lambda statement: (statement.format() != DYNAMIC_REGISTRATION, statement.module)
+    )
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        return bool(module) and importlib.import_module(module) is not None
+    except ImportError:
+        return False
+
+
+def _check_macro(name: str, binding: str) -> None:
+    if name.startswith("gin.") or (name, MACRO) in gin.config._CONFIG:
+        return
+    macros = [scope for scope, selector in gin.config._CONFIG if selector == MACRO]
+    raise ConfigError(f"no macro is called {name!r} in {binding!r}; {_close(name, macros)}")
+
+
+def _close(name: str, candidates: Sequence[str]) -> str:
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(by_lower[match] for match in close) + "?"
+    return f"there are {', '.join(sorted(candidates)) or 'none'}"
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def _build() -> Experiment:
+    """Returns the experiment, its model built from the seed; also calls the optimizer's factory once, to try it."""
+    selectors = [selector for _, selector in gin.config._CONFIG if selector.endswith("experiment.Experiment")]
+    if not selectors:
+        raise ConfigError("the configuration binds nothing of popgen.experiment.Experiment, so there is nothing to run")
+    seed = gin.config._CONFIG.get(("", selectors[0]), {}).get("seed", 0)
+    if isinstance(seed, gin.config.ConfigurableReference):  # a macro
+        seed = seed.scoped_configurable_fn()
+    with torch.random.fork_rng(devices=[]), _translated("cannot build the experiment"):
+        torch.manual_seed(stream_seed(seed, "model"))
+        experiment = gin.get_configurable(Experiment)()
+        experiment.optimizer(list(experiment.model.parameters()))
+    return experiment
+
+
+def _unused_bindings() -> set[_BindingKey]:
+    """Returns the bindings that nothing used: what was bound, less what was operative in the same or an inner scope."""
+    operative = gin.config._OPERATIVE_CONFIG
+
+    def is_used(scope: str, selector: str, parameter: str) -> bool:
+        return any(
+            used_selector == selector
+            and parameter in parameters
+            and (used_scope == scope or not scope or used_scope.startswith(f"{scope}/"))
+            for (used_scope, used_selector), parameters in operative.items()
+        )
+
+    bound = (
+        _BindingKey(scope, selector, parameter)
+        for (scope, selector), parameters in gin.config._CONFIG.items()
+        for parameter in parameters
+    )
+    return {key for key in bound if not is_used(*key)}
+
+
+def _check_overrides_used(overridden: dict[_BindingKey, str], unused: set[_BindingKey]) -> None:
+    wasted = [binding for key, binding in overridden.items() if key in unused]
+    if wasted:
+        used = sorted({selector.rpartition(".")[2] for _, selector in gin.config._OPERATIVE_CONFIG} - {"macro"})
+        raise ConfigError(f"nothing uses the binding {wasted[0]!r}; this configuration is made of {', '.join(used)}")
+
+
+def _display(scope: str, selector: str, parameter: str) -> str:
+    if selector == MACRO:
+        return scope
+    return f"{scope}/" * bool(scope) + f"{selector.rpartition('.')[2]}.{parameter}"
+
+
+def _settings() -> dict[str, bool | int | float | str]:
+    """Returns the operative values that are numbers, strings or flags, by short name."""
+    return {
+        _display(scope, selector, parameter): value
+        for (scope, selector), parameters in gin.config._OPERATIVE_CONFIG.items()
+        for parameter, value in parameters.items()
+        if isinstance(value, bool | int | float | str) and selector != MACRO
+    }
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    """Turns what gin raises into a `ConfigError` of one line, and gives the project's own errors back as they were.
+
+    Exceptions that cross gin come as proxies without arguments, the original in `__context__`.
+    """
+    try:
+        yield
+    except Exception as error:
+        original: BaseException = error
+        while original.__context__ is not None and isinstance(original, type(original.__context__)):
+            original = original.__context__
+        if isinstance(original, PopgenError):
+            raise original from None
+        raise ConfigError(f"{doing}: {_one_line(error)}{_suggestion(original)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):
+        where = f" in {error.filename}" if error.filename else ""
+        return f"{error.msg}{where}, line {error.lineno}: {(error.text or '').strip()}"
+    text = str(error)
+    text = re.sub(r"\n\s*In call to configurable '([\w.]+)' \(.*?\)(?=\n|$)", r" (in \1)", text)
+    lines = [line.strip() for line in text.splitlines() if line.strip().strip("^")]
+    return " ".join(lines) or type(error).__name__
+
+
+def _suggestion(error: BaseException) -> str:
+    """Returns the closest valid names for an unknown one, as far as gin's message tells which it was."""
+    text = str(error)
+    if match := re.search(r"Configurable '([\w./]+)' doesn't have a parameter named '(\w+)'", text):
+        complete = _complete(match[1]) or [
+            selector for selector in _registered() if selector.endswith(match[1].rpartition(".")[2])
+        ]
+        parameters = inspect.signature(gin.get_configurable(complete[0])).parameters if complete else ()
+        return f"; {_close(match[2], list(parameters))}"
+    if match := re.search(r"module '([\w.]+)' from .* has no attribute (\w+)", text):
+        names = [name for name in dir(importlib.import_module(match[1])) if not name.startswith("_")]
+        return f"; {_close(match[2], names)}"
+    if match := re.search(r"'(\w+)' was not provided by an import", text):
+        return "; import its module at the top of the file"
+    if match := re.search(r"No bindings specified for '([\w/]+)/gin.macro'", text):
+        macros = [scope for scope, selector in gin.config._CONFIG if selector == MACRO]
+        return f"; {_close(match[1], macros)}"
+    return ""
+
+
+def _registered() -> list[str]:
+    return [selector for selector, _ in gin.config._REGISTRY.items()]

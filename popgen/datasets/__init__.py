@@ -1,0 +1,1 @@
+"""Data held in memory: descriptions that load when a run starts, and batches drawn on the training device."""

@@ -1,0 +1,157 @@
+"""Binarised MNIST, under the binarisation protocols that the literature uses."""
+
+import dataclasses
+import math
+import os
+import pathlib
+import socket
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from popgen.datasets.images import PROTOCOLS, ImageData, prepare_images
+from popgen.errors import DataError, check_choice, check_integer
+
+IMAGE_SHAPE = (28, 28)
+LAROCHELLE_FILES = {"train": (50_000, "train"), "validation": (10_000, "valid"), "test": (10_000, "test")}
+DOWNLOAD_TIMEOUT_SECONDS = 30.0
+
+
+def default_data_dir() -> str:
+    """Returns `$POPGEN_DATA` if it is set, else `data`."""
+    return os.environ.get("POPGEN_DATA") or "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class BinaryMNIST:
+    """MNIST with binary pixels: 60,000 training and 10,000 test images of 28 × 28.
+
+    Likelihoods under different protocols are not comparable; the protocol is recorded with every result:
+        - "dynamic": a fresh draw x ~ Bernoulli(level / 255) at every visit of a training image; the test images
+          are drawn once with `binarisation_seed`.
+        - "fixed": one seeded draw of both.
+        - "threshold": a pixel is one where its level is 128 or more.
+        - "larochelle": the published draw of Larochelle and Murray (2011), read from its three files
+          `binarized_mnist_{train,valid,test}.amat` in `data_dir`, with their split of 50,000 / 10,000 / 10,000.
+
+    Args:
+        data_dir: holds, or receives, `MNIST/raw/`; default `$POPGEN_DATA`, or `data`.
+        protocol: one of the four above.
+        binarisation_seed: of the draws that are made once.
+        validation_size: training images to hold out; "larochelle" has its own split.
+        download: fetch MNIST into `data_dir` if it is not there.
+
+    Raises:
+        ArgumentError: if an argument is outside its domain.
+        DataError: by `load()`, if files are missing or damaged.
+
+    Example:
+        >>> BinaryMNIST(protocol="dynamic", validation_size=5_000).protocol
+        'dynamic'
+    """
+
+    data_dir: str | None = None
+    protocol: str = "dynamic"
+    binarisation_seed: int = 0
+    validation_size: int = 0
+    download: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.data_dir, str | os.PathLike | None):
+            raise DataError(f"BinaryMNIST.data_dir must be a path, got {self.data_dir!r}")
+        check_choice("BinaryMNIST.protocol", self.protocol, (*PROTOCOLS, "larochelle"))
+        check_integer("BinaryMNIST.binarisation_seed", self.binarisation_seed, minimum=0)
+        check_integer("BinaryMNIST.validation_size", self.validation_size, minimum=0)
+
+    def load(self) -> ImageData:
+        """Returns the images under the protocol.
+
+        Raises:
+            DataError: if files are missing and cannot be downloaded, or are damaged.
+        """
+        data_dir = pathlib.Path(self.data_dir or default_data_dir())
+        if self.protocol == "larochelle":
+            splits = {name: _read_amat(data_dir, *file) for name, file in LAROCHELLE_FILES.items()}
+            return ImageData(image_shape=IMAGE_SHAPE, protocol=self.protocol, **splits)
+        train, test = _read_mnist(data_dir, self.download)
+        return prepare_images(train, test, IMAGE_SHAPE, self.protocol, self.binarisation_seed, self.validation_size)
+
+
+def _read_mnist(data_dir: pathlib.Path, download: bool) -> tuple[Tensor, Tensor]:
+    """Returns the grey levels of both splits, flattened, downloading them first if they are not there."""
+    from torchvision.datasets import MNIST  # takes a second to import, and only this dataset needs it
+
+    raw = data_dir / "MNIST" / "raw"
+    names = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    if not all((raw / name).is_file() for name in names):
+        if not download:
+            raise DataError(_missing_message(raw, names, "downloading is off"))
+        _download(MNIST, data_dir, raw, names)
+    for name in names:
+        _check_idx(raw / name)
+    splits = (MNIST(str(data_dir), train=train).data.flatten(1) for train in (True, False))
+    train, test = splits
+    return train, test
+
+
+def _download(mnist: type, data_dir: pathlib.Path, raw: pathlib.Path, names: list[str]) -> None:
+    previous_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
+    try:
+        mnist(str(data_dir), train=True, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(":")
+        raise DataError(_missing_message(raw, names, f"the download failed ({reason})")) from error
+    finally:
+        socket.setdefaulttimeout(previous_timeout)
+
+
+def _missing_message(raw: pathlib.Path, names: list[str], why: str) -> str:
+    return (
+        f"MNIST is not in {raw} and {why}. Put the four decompressed files {', '.join(names)} there, or set "
+        "BinaryMNIST.data_dir (or $POPGEN_DATA) to a folder that holds MNIST/raw; or use the embedded dataset, which "
+        "needs no network: --gin_file=configs/quickstart.gin"
+    )
+
+
+def _check_idx(path: pathlib.Path) -> None:
+    """Compares a file's size with what its IDX header announces.
+
+    Raises:
+        DataError: if the header is not one of MNIST's, or the file is shorter or longer than it says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(16)
+    dimensions = 3 if "images" in path.name else 1
+    magic = bytes([0, 0, 8, dimensions])  # IDX: two zeros, 8 for unsigned bytes, the number of dimensions
+    if len(header) < 4 + 4 * dimensions or header[:4] != magic:
+        raise DataError(
+            f"{path} is not an IDX file of MNIST (it begins {header[:4].hex()}); delete it to fetch it anew"
+        )
+    shape = [int.from_bytes(header[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
+    expected = 4 + 4 * dimensions + math.prod(shape)
+    if size != expected or (dimensions == 3 and tuple(shape[1:]) != IMAGE_SHAPE):
+        raise DataError(
+            f"{path} is damaged: its header announces shape {tuple(shape)}, {expected:,} bytes in all, but the file has "
+            f"{size:,}; delete it to fetch it anew"
+        )
+
+
+def _read_amat(data_dir: pathlib.Path, count: int, name: str) -> Tensor:
+    """Returns the levels 0 and 255 of one of Larochelle's text files."""
+    path = data_dir / f"binarized_mnist_{name}.amat"
+    if not path.is_file():
+        raise DataError(
+            f"the protocol 'larochelle' needs {path}, which is not there; popgen does not download it or put another "
+            "binarisation in its place. Put the three published binarized_mnist_*.amat files there, or choose the "
+            "protocol 'fixed'"
+        )
+    text = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    digits = text[text > ord(" ")] - ord("0")
+    if len(digits) != count * math.prod(IMAGE_SHAPE) or digits.max() > 1:
+        raise DataError(
+            f"{path} is damaged: it must hold {count:,} rows of 784 zeros and ones, got {len(digits):,} values"
+        )
+    return 255 * torch.from_numpy(digits).view(count, -1)

@@ -1,0 +1,237 @@
+"""Images in memory, their binarisation, and the batches of a run.
+
+A dataset is a description, cheap to build and free of data; its `load()` returns an `ImageData`. Grey levels stay uint8
+on the training device, and a batch is gathered and binarised there in a handful of tensor operations.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from popgen.errors import ArgumentError, DataError, check_choice
+from popgen.streams import make_generator
+
+PROTOCOLS = ("dynamic", "fixed", "threshold")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageData:
+    """The images of a dataset, flattened.
+
+    uint8 images are grey levels: every visit draws x ~ Bernoulli(level / 255) afresh, and levels of 0 and 255, which is
+    how the fixed protocols are stored, come out of that draw unchanged. Floating-point images are used as they are.
+
+    Attributes:
+        train: shape `(count, size)`.
+        test: shape `(count, size)`; drawn once, so uint8 holds only 0 and 255.
+        validation: like `test`, or None.
+        image_shape: height and width.
+        protocol: how the images were binarised; recorded with every result.
+
+    Raises:
+        DataError: if a split is empty or its shape does not fit `image_shape`.
+
+    Example:
+        >>> grey = torch.full((10, 784), 128, dtype=torch.uint8)
+        >>> data = ImageData(train=grey, test=binarise_once(grey, seed=0), image_shape=(28, 28), protocol="dynamic")
+        >>> data.to(torch.device("cpu")).train.dtype
+        torch.uint8
+    """
+
+    train: Tensor
+    test: Tensor
+    image_shape: tuple[int, int]
+    protocol: str
+    validation: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        size = self.image_shape[0] * self.image_shape[1]
+        for name in ("train", "test", "validation"):
+            split = getattr(self, name)
+            if split is None and name == "validation":
+                continue
+            if split.ndim != 2 or len(split) == 0 or split.shape[1] != size:
+                raise DataError(
+                    f"the {name} images must have shape (count, {size}) for images of {self.image_shape}, "
+                    f"got {tuple(split.shape)}"
+                )
+            if split.dtype != torch.uint8 and not split.is_floating_point():
+                raise DataError(f"the {name} images must be uint8 grey levels or floating point, got {split.dtype}")
+
+    def split(self, name: str) -> Tensor:
+        """Returns the split of that name.
+
+        Raises:
+            DataError: if there is none.
+        """
+        images = getattr(self, name)
+        if images is None:
+            raise DataError(f"the dataset has no {name} split: set its validation_size to hold out training images")
+        return images
+
+    def to(self, device: torch.device) -> "ImageData":
+        """Returns the same data on a device."""
+        moved = {name: getattr(self, name) for name in ("train", "test", "validation")}
+        moved = {name: None if split is None else split.to(device) for name, split in moved.items()}
+        return dataclasses.replace(self, **moved)
+
+
+class ImageDataset(Protocol):
+    """A description of image data; any class with a `load()` that returns an `ImageData` is one."""
+
+    def load(self) -> ImageData:
+        """Reads or makes the images."""
+
+
+def binarise(levels: UInt8[Tensor, "*shape"], uniform: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Returns one Bernoulli(level / 255) draw for each grey level, as 0.0 or 1.0.
+
+    Args:
+        levels: grey levels.
+        uniform: uniform on [0, 1), the same shape.
+
+    Example:
+        >>> binarise(torch.tensor([0, 51, 255], dtype=torch.uint8), torch.tensor([0.0, 0.3, 0.999]))
+        tensor([0., 0., 1.])
+    """
+    return (levels > uniform * 255.0).to(uniform.dtype)
+
+
+def binarise_once(levels: UInt8[Tensor, "count size"], seed: int) -> UInt8[Tensor, "count size"]:
+    """Returns one seeded draw of the images, stored as 0 and 255; the same on every device.
+
+    Example:
+        >>> levels = torch.full((2, 784), 128, dtype=torch.uint8)
+        >>> torch.equal(binarise_once(levels, seed=0), binarise_once(levels, seed=0))
+        True
+    """
+    generator = make_generator("cpu", seed, "binarisation")
+    return 255 * (levels.cpu() > torch.rand(levels.shape, generator=generator) * 255.0).to(torch.uint8)
+
+
+def as_values(images: Tensor) -> Float[Tensor, "count size"]:
+    """Returns images as values in [0, 1]: uint8 levels divided by 255, floating point as it is.
+
+    Example:
+        >>> as_values(torch.tensor([[0, 255]], dtype=torch.uint8))
+        tensor([[0., 1.]])
+    """
+    return images.to(torch.get_default_dtype()) / 255.0 if images.dtype == torch.uint8 else images
+
+
+def fix_binarisation(levels: UInt8[Tensor, "count size"], protocol: str, seed: int) -> UInt8[Tensor, "count size"]:
+    """Returns the one binarisation of images that a protocol keeps, stored as 0 and 255.
+
+    "threshold" makes a pixel one where its level is 128 or more; "dynamic" and "fixed" draw once with the seed.
+
+    Example:
+        >>> fix_binarisation(torch.full((1, 4), 200, dtype=torch.uint8), "threshold", seed=0)
+        tensor([[255, 255, 255, 255]], dtype=torch.uint8)
+    """
+    return 255 * (levels >= 128).to(torch.uint8) if protocol == "threshold" else binarise_once(levels, seed)
+
+
+def prepare_images(
+    train: UInt8[Tensor, "train size"],
+    test: UInt8[Tensor, "test size"],
+    image_shape: tuple[int, int],
+    protocol: str,
+    binarisation_seed: int,
+    validation_size: int = 0,
+) -> ImageData:
+    """Returns grey levels as a protocol wants them, with a validation split if asked for.
+
+    Test and validation images are binarised once, whatever the protocol. Training images stay grey under "dynamic",
+    and are binarised once under "fixed" and "threshold". Each split has its own seed.
+
+    Args:
+        train: grey levels, shape `(count, size)`.
+        test: grey levels, shape `(count, size)`.
+        image_shape: height and width.
+        protocol: one of `PROTOCOLS`.
+        binarisation_seed: of the draws made once, and of the choice of the validation images.
+        validation_size: training images to hold out.
+
+    Raises:
+        ArgumentError: if the protocol is none of these.
+        DataError: if nothing would be left to train on.
+
+    Example:
+        >>> grey = torch.full((10, 784), 128, dtype=torch.uint8)
+        >>> data = prepare_images(grey, grey, (28, 28), "dynamic", binarisation_seed=0, validation_size=3)
+        >>> len(data.train), len(data.validation), sorted(set(data.test.flatten().tolist()))
+        (7, 3, [0, 255])
+    """
+    check_choice("protocol", protocol, PROTOCOLS)
+    train, validation = hold_out(train, validation_size, binarisation_seed)
+    if protocol != "dynamic":
+        train = fix_binarisation(train, protocol, binarisation_seed + 1)
+    if validation is not None:
+        validation = fix_binarisation(validation, protocol, binarisation_seed + 2)
+    return ImageData(train, fix_binarisation(test, protocol, binarisation_seed), image_shape, protocol, validation)
+
+
+def hold_out(train: Tensor, validation_size: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Returns the training images without, and with only, `validation_size` random ones.
+
+    Raises:
+        DataError: if nothing would be left to train on.
+
+    Example:
+        >>> train, validation = hold_out(torch.zeros(10, 4, dtype=torch.uint8), validation_size=3, seed=0)
+        >>> len(train), len(validation)
+        (7, 3)
+    """
+    if validation_size == 0:
+        return train, None
+    if validation_size >= len(train):
+        raise DataError(f"validation_size must be below the {len(train)} training images, got {validation_size}")
+    order = torch.randperm(len(train), generator=make_generator("cpu", seed, "validation split"))
+    return train[order[validation_size:]], train[order[:validation_size]]
+
+
+class TrainBatches:
+    """The training batches of a run: which images belong to a step is a function of the seed and the step alone.
+
+    Every epoch visits the images in a new random order and leaves out the last ones that do not fill a batch.
+
+    Args:
+        images: uint8 levels or floating point, shape `(count, size)`.
+        batch_size: images in a batch.
+        seed: of the order.
+
+    Raises:
+        ArgumentError: if a batch is larger than the data.
+
+    Example:
+        >>> batches = TrainBatches(torch.zeros(10, 784, dtype=torch.uint8), batch_size=4, seed=0)
+        >>> batches.draw(step=3, generator=torch.Generator()).shape
+        torch.Size([4, 784])
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, seed: int) -> None:
+        if batch_size > len(images):
+            raise ArgumentError(f"batch_size must be at most the {len(images)} training images, got {batch_size}")
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.steps_per_epoch = len(images) // batch_size
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def indices(self, step: int) -> Tensor:
+        """Returns the indices of the images of a step, shape `(batch_size,)`."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            generator = make_generator("cpu", self.seed, "data order", epoch)
+            order = torch.randperm(len(self.images), generator=generator)
+            self._epoch, self._order = epoch, order.to(self.images.device)
+        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def draw(self, step: int, generator: torch.Generator) -> Float[Tensor, "batch size"]:
+        """Returns the batch of a step; grey levels are binarised with noise from `generator`."""
+        images = self.images.index_select(0, self.indices(step))
+        if images.dtype != torch.uint8:
+            return images
+        uniform = torch.rand(images.shape, generator=generator, device=images.device)
+        return binarise(images, uniform)

@@ -1,0 +1,85 @@
+"""The project's exceptions, and the checks that raise them.
+
+Every error that a user can cause is a `PopgenError` whose message names the thing, its value and what would be
+right. The commands print that message alone and exit with a non-zero status.
+"""
+
+import math
+from typing import Any
+
+
+class PopgenError(Exception):
+    """An error that a user caused and can mend; the message says how."""
+
+
+class ArgumentError(PopgenError, ValueError):
+    """An argument outside its domain, or tensors whose shapes do not fit."""
+
+
+class ConfigError(PopgenError):
+    """A configuration that does not parse, does not build, or binds what nothing uses."""
+
+
+class DataError(PopgenError):
+    """Data that is missing, damaged or outside the support of the likelihood."""
+
+
+class CheckpointError(PopgenError):
+    """A checkpoint that is missing, damaged, or belongs to another model."""
+
+
+class RunDirectoryError(PopgenError):
+    """A run directory that is in use, not writable, or holds a different run."""
+
+
+class TrainingError(PopgenError):
+    """Training that cannot go on, for example because the loss is no longer finite."""
+
+
+def check_integer(name: str, value: Any, minimum: int) -> int:
+    """Returns `value` if it is an integer of at least `minimum`.
+
+    Raises:
+        ArgumentError: if it is not.
+
+    Example:
+        >>> check_integer("num_reflections", 0, minimum=1)
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: num_reflections must be an integer of at least 1, got 0
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ArgumentError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    return value
+
+
+def check_number(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> float:
+    """Returns `value` if it is a finite number within [`minimum`, `maximum`].
+
+    Raises:
+        ArgumentError: if it is not.
+
+    Example:
+        >>> check_number("decay", 0.999, minimum=0.0, maximum=1.0)
+        0.999
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ArgumentError(f"{name} must be a finite number, got {value!r}")
+    if not minimum <= value <= maximum:
+        raise ArgumentError(f"{name} must be between {minimum} and {maximum}, got {value!r}")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Returns `value` if it is one of `choices`.
+
+    Raises:
+        ArgumentError: if it is not.
+
+    Example:
+        >>> check_choice("protocol", "dynamic", ("dynamic", "fixed"))
+        'dynamic'
+    """
+    if value not in choices:
+        raise ArgumentError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value

@@ -1,0 +1,154 @@
+"""Bounds on log p(x) over a set of images, in nats.
+
+Evaluation has its own noise: a stream for each image, keyed by the seed and the image's index, drawn in blocks of fixed
+size. So it never disturbs training, two checkpoints meet the same noise, and the answer does not depend on how the work
+is cut up.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from popgen.datasets.images import as_values
+from popgen.errors import check_integer
+from popgen.losses import elbo, iwae
+from popgen.models.vae import VAE
+from popgen.streams import stream_seed
+
+ACTIVE_UNIT_VARIANCE = 0.01
+NOISE_BLOCK = 1_000  # samples of one image whose noise is drawn together
+ROWS_IN_FLIGHT = 4_000  # (image, sample) pairs that pass through the decoder together: fills the cores, fits the cache
+
+Progress = Callable[[int], None]
+
+
+def image_noise(indices: range, num_samples: int, latent_dim: int, block: int, seed: int) -> Tensor:
+    """Returns standard normal noise for some images, shape `(num_samples, images, latent_dim)`.
+
+    Args:
+        indices: of the images in their data set.
+        num_samples: draws for each.
+        latent_dim: size of the latent space.
+        block: which block of samples this is.
+        seed: of the evaluation.
+
+    Example:
+        >>> both = image_noise(range(5, 7), num_samples=3, latent_dim=2, block=0, seed=0)
+        >>> torch.equal(both[:, 1:], image_noise(range(6, 7), num_samples=3, latent_dim=2, block=0, seed=0))
+        True
+    """
+    generator = torch.Generator()
+    noise = torch.empty(len(indices), num_samples, latent_dim)
+    for row, index in enumerate(indices):
+        generator.manual_seed(stream_seed(seed, "evaluation", index, block))
+        noise[row].normal_(generator=generator)
+    return noise.transpose(0, 1)
+
+
+@torch.no_grad()
+def evaluate_elbo(model: VAE, images: Tensor, seed: int = 0, batch_size: int = 500) -> dict[str, Tensor]:
+    """Returns the ELBO of every image at β = 1 and its parts, from one sample each.
+
+    Args:
+        model: the VAE, on the device of the images.
+        images: uint8 levels of 0 and 255 or values in [0, 1], shape `(count, size)`.
+        seed: of the noise.
+        batch_size: images at a time; it does not change the answer.
+
+    Returns:
+        `elbo`, `reconstruction` (log p(x|z)), `kl` (log q(z|x) - log p(z)), `log_q_z_given_x`, `log_p_z` and
+        `log_det`, each of shape `(count,)`, nats.
+
+    Example:
+        >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
+        >>> from popgen.nn.priors import StandardNormalPrior
+        >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
+        >>> evaluate_elbo(vae, torch.zeros(5, 16))["elbo"].shape
+        torch.Size([5])
+    """
+    parts: list[dict[str, Tensor]] = []
+    for start in range(0, len(images), batch_size):
+        x = as_values(images[start : start + batch_size])
+        indices = range(start, start + len(x))
+        noise = image_noise(indices, 1, model.latent_dim, block=0, seed=seed).to(x)
+        terms = model(x, noise)
+        bound = elbo(terms.log_p_x_given_z, terms.log_p_z, terms.log_q_z_given_x)
+        parts.append(
+            {
+                "elbo": bound,
+                "reconstruction": terms.log_p_x_given_z[0],
+                "kl": (terms.log_q_z_given_x - terms.log_p_z)[0],
+                "log_q_z_given_x": terms.log_q_z_given_x[0],
+                "log_p_z": terms.log_p_z[0],
+                "log_det": terms.log_det[0],
+            }
+        )
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@torch.no_grad()
+def estimate_log_likelihood(
+    model: VAE, images: Tensor, num_samples: int = 5_000, seed: int = 0, progress: Progress | None = None
+) -> Float[Tensor, " count"]:
+    """Returns the importance-weighted bound on log p(x) of every image, nats (Burda et al. 2016, eq. 8).
+
+    Encoder, flow parameters and pseudo-inputs are computed once for each image, and the decoder sees a bounded number of
+    samples at a time, so memory does not grow with `num_samples`.
+
+    Args:
+        model: the VAE, on the device of the images.
+        images: uint8 levels of 0 and 255 or values in [0, 1], shape `(count, size)`.
+        num_samples: importance samples K for each image.
+        seed: of the noise.
+        progress: called with the number of images that have been finished since the last call.
+
+    Raises:
+        ArgumentError: if `num_samples` is below 1.
+
+    Example:
+        >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
+        >>> from popgen.nn.priors import StandardNormalPrior
+        >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
+        >>> estimate_log_likelihood(vae, torch.zeros(5, 16), num_samples=50).shape
+        torch.Size([5])
+    """
+    check_integer("num_samples", num_samples, minimum=1)
+    samples_at_once = min(num_samples, NOISE_BLOCK)
+    images_at_once = max(1, ROWS_IN_FLIGHT // samples_at_once)
+    bounds = []
+    for start in range(0, len(images), images_at_once):
+        x = as_values(images[start : start + images_at_once])
+        indices = range(start, start + len(x))
+        encoded = model.encode(x)
+        block_bounds, block_sizes = [], []
+        for block, first in enumerate(range(0, num_samples, samples_at_once)):
+            size = min(samples_at_once, num_samples - first)
+            noise = image_noise(indices, size, model.latent_dim, block, seed).to(x)
+            block_bounds.append(iwae(model.log_densities(x, encoded, noise).log_w))
+            block_sizes.append(size)
+        weights = torch.tensor(block_sizes, device=x.device, dtype=x.dtype).log() - math.log(num_samples)
+        bounds.append(torch.logsumexp(torch.stack(block_bounds) + weights[:, None], dim=0))
+        if progress is not None:
+            progress(len(x))
+    return torch.cat(bounds)
+
+
+@torch.no_grad()
+def count_active_units(model: VAE, images: Tensor, batch_size: int = 1_000) -> int:
+    """Returns the number of latent units whose code varies with the image.
+
+    A unit is active if the variance of its code over the images exceeds 0.01 (Burda et al. 2016, section 5.2). The code
+    is the posterior mean, moved by the flow.
+
+    Example:
+        >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
+        >>> from popgen.nn.priors import StandardNormalPrior
+        >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
+        >>> count_active_units(vae, torch.zeros(5, 16))
+        0
+    """
+    codes = torch.cat([model.latent_code(as_values(chunk)) for chunk in images.split(batch_size)])
+    return int((codes.var(dim=0, correction=0) > ACTIVE_UNIT_VARIANCE).sum())

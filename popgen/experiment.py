@@ -1,0 +1,385 @@
+"""An experiment: everything that defines a run, and the functions that train, evaluate and sample it.
+
+Plain Python: Gin builds an `Experiment` once and is not seen again.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import popgen
+from popgen.datasets.images import ImageData, ImageDataset, TrainBatches, as_values
+from popgen.errors import ArgumentError, CheckpointError, check_choice, check_integer, check_number
+from popgen.evaluation.likelihood import count_active_units, estimate_log_likelihood, evaluate_elbo
+from popgen.evaluation.pictures import Picture, all_pictures
+from popgen.streams import make_generator
+from popgen.summaries import Writer, write_png
+from popgen.training.loop import Hooks, train
+from popgen.training.objectives import NegativeELBO, Objective
+from popgen.training.run_directory import RunDirectory
+from popgen.training.state import (
+    OptimizerFactory,
+    TrainState,
+    check_same_tensors,
+    initial_state,
+    model_with_weights,
+    state_from_tensors,
+    state_to_tensors,
+)
+from popgen.training.step import make_train_step
+
+ACTIVE_UNIT_IMAGES = 10_000  # training images that the train/active_units curve looks at
+PICTURE_COUNT = 64
+SELECTION_SPLITS = ("test", "validation")
+WEIGHTS = ("raw", "averaged")
+HPARAM_METRICS = ["best/loss", "evaluation/elbo", "evaluation/log_p_x"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that defines a run.
+
+    Args:
+        model: the model, built.
+        dataset: has a `load()` that returns a `popgen.datasets.images.ImageData`.
+        objective: what a step minimises; see `popgen.training.objectives`.
+        optimizer: called with the parameters, for example `torch.optim.Adam` with its arguments bound.
+        num_steps: steps in all.
+        batch_size: images in a step.
+        seed: of the model's first weights, the order of the data and all noise.
+        eval_every: steps between evaluations on the selection split; each also saves `latest`.
+        log_every: steps between points of the training curves.
+        checkpoint_every: steps between checkpoints that are kept for good.
+        selection_split: "test" or "validation": the split whose loss (-ELBO at β = 1) chooses the `best` checkpoint.
+        weight_average_decay: of the exponential moving average of the weights; None for no average.
+        max_gradient_norm: gradients with a larger norm are scaled down to it; None for no limit.
+        final_num_samples: importance samples of an evaluation when training ends; 0 for none (`launch.evaluate` does it).
+        final_num_images: test images of that evaluation; None for all.
+        device: "auto" (the GPU if there is one), or a device of torch.
+
+    Raises:
+        ArgumentError: if an argument has the wrong type or is outside its domain.
+
+    Example:
+        >>> from popgen.datasets.stroke_digits import StrokeDigits
+        >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+        >>> from popgen.nn.priors import StandardNormalPrior
+        >>> vae = VAE(GaussianEncoder(784, 40), BernoulliDecoder(40, 784), StandardNormalPrior())
+        >>> Experiment(model=vae, dataset=StrokeDigits(), num_steps="nine")
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: Experiment.num_steps must be an integer of at least 1, got 'nine'
+    """
+
+    model: nn.Module
+    dataset: ImageDataset
+    objective: Objective = NegativeELBO()
+    optimizer: OptimizerFactory = torch.optim.Adam
+    num_steps: int = 1_000_000
+    batch_size: int = 100
+    seed: int = 0
+    eval_every: int = 1_000
+    log_every: int = 100
+    checkpoint_every: int = 100_000
+    selection_split: str = "test"
+    weight_average_decay: float | None = 0.9999
+    max_gradient_norm: float | None = None
+    final_num_samples: int = 0
+    final_num_images: int | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, minimum in (
+            ("num_steps", 1),
+            ("batch_size", 1),
+            ("seed", 0),
+            ("eval_every", 1),
+            ("log_every", 1),
+            ("checkpoint_every", 1),
+            ("final_num_samples", 0),
+        ):
+            check_integer(f"Experiment.{name}", getattr(self, name), minimum)
+        if self.final_num_images is not None:
+            check_integer("Experiment.final_num_images", self.final_num_images, minimum=1)
+        check_choice("Experiment.selection_split", self.selection_split, SELECTION_SPLITS)
+        if self.weight_average_decay is not None:
+            check_number("Experiment.weight_average_decay", self.weight_average_decay, minimum=0.0, maximum=1.0)
+        if self.max_gradient_norm is not None:
+            check_number("Experiment.max_gradient_norm", self.max_gradient_norm, minimum=0.0)
+        for name, described, fits in (
+            ("model", "a torch.nn.Module", isinstance(self.model, nn.Module)),
+            ("dataset", "an object with a load() method", hasattr(self.dataset, "load")),
+            ("objective", "an objective, such as @NegativeELBO()", hasattr(self.objective, "draw_noise")),
+            (
+                "optimizer",
+                "a function of the parameters, such as @torch.optim.Adam",
+                callable(self.optimizer),
+            ),
+        ):
+            if not fits or (name != "optimizer" and isinstance(getattr(self, name), type)):
+                raise ArgumentError(f"Experiment.{name} must be {described}, got {getattr(self, name)!r}")
+        self.torch_device()
+
+    def torch_device(self) -> torch.device:
+        """Returns the device that the run uses.
+
+        Raises:
+            ArgumentError: if torch does not know it, or it is not there.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=self.device)
+            return torch.device(self.device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ArgumentError(f"Experiment.device {self.device!r} cannot be used here: {reason}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """The text of a run's configuration, to be kept with its results.
+
+    Attributes:
+        given: as it was asked for, includes and overrides merged.
+        operative: every value that was used, defaults too.
+        settings: numbers, strings and flags by name, for the HParams tab.
+    """
+
+    given: str
+    operative: str
+    settings: Mapping[str, bool | int | float | str]
+
+
+def run(experiment: Experiment, directory: RunDirectory, configuration: Configuration) -> TrainState:
+    """Trains an experiment, from its latest checkpoint if it has one, and returns its last state.
+
+    The caller holds the directory's lock.
+
+    Raises:
+        DataError: if the data cannot be loaded or does not fit the model.
+        CheckpointError: if the latest checkpoint is damaged or of another model.
+        TrainingError: if the loss is no longer finite.
+    """
+    device = experiment.torch_device()
+    data, model = prepare(experiment, device)
+    state = initial_state(model, experiment.optimizer, experiment.seed, experiment.weight_average_decay is not None)
+    if directory.has_checkpoint():
+        state = state_from_tensors(directory.load_checkpoint("latest"), state)
+    directory.config_path.write_text(configuration.given)
+    directory.operative_config_path.write_text(configuration.operative)
+
+    writer = Writer(directory.path, purge_step=state.step + 1 if state.step else None)
+    try:
+        writer.text("config", configuration.given)
+        writer.text("operative_config", configuration.operative)
+        writer.hyper_parameters(configuration.settings, HPARAM_METRICS)
+        recorder = _Recorder(experiment, directory, writer, data, model)
+        batches = TrainBatches(data.train, experiment.batch_size, experiment.seed)
+        train_step = make_train_step(
+            model,
+            experiment.objective,
+            0.0 if experiment.weight_average_decay is None else experiment.weight_average_decay,
+            experiment.max_gradient_norm,
+        )
+        state = train(state, train_step, batches.draw, experiment.num_steps, recorder.hooks())
+        best = load_model(model, directory, "best")
+        save_pictures(directory.samples_path / "best.png", _pictures(experiment, best, data))
+        if experiment.final_num_samples:
+            record = evaluate_model(
+                experiment,
+                best,
+                data,
+                experiment.final_num_samples,
+                experiment.final_num_images,
+                state.best_step,
+            )
+            write_record(directory, writer, {**record, "checkpoint": "best", "weights": "raw"})
+    finally:
+        writer.close()
+    return state
+
+
+def prepare(experiment: Experiment, device: torch.device) -> tuple[ImageData, nn.Module]:
+    """Returns the data and the model on a device, checked against one another and initialised from data where asked.
+
+    Raises:
+        DataError: if the data cannot be loaded, or does not fit the model.
+        ArgumentError: if the data is too small for the model or the batch.
+    """
+    data, model = experiment.dataset.load().to(device), experiment.model.to(device)
+    if hasattr(model, "check_images"):
+        for images in (data.train, data.split(experiment.selection_split), data.test):
+            model.check_images(images)
+    for module in model.modules():
+        if hasattr(module, "initialise_from_data"):
+            generator = make_generator(device, experiment.seed, "initialisation from data")
+            module.initialise_from_data(as_values(data.train), generator)
+    return data, model
+
+
+def load_model(model: nn.Module, directory: RunDirectory, checkpoint: str, weights: str = "raw") -> nn.Module:
+    """Returns the model with the weights of a checkpoint, for evaluation.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, it is of another model, or has no averaged weights.
+    """
+    return model_of_checkpoint(model, directory.load_checkpoint(checkpoint), weights)
+
+
+def model_of_checkpoint(model: nn.Module, tensors: Mapping[str, Any], weights: str = "raw") -> nn.Module:
+    """Returns the model with the raw or averaged weights of a loaded checkpoint.
+
+    Raises:
+        CheckpointError: if it is of another model, or has no averaged weights.
+    """
+    check_choice("weights", weights, WEIGHTS)
+    parameters = tensors["parameters"] if weights == "raw" else tensors["weight_average"]
+    if parameters is None:
+        raise CheckpointError("the run kept no averaged weights (Experiment.weight_average_decay was None)")
+    check_same_tensors(parameters, dict(model.named_parameters()))
+    check_same_tensors(tensors["buffers"], dict(model.named_buffers()))
+    return model_with_weights(model, parameters, tensors["buffers"])
+
+
+def evaluate_model(
+    experiment: Experiment,
+    model: nn.Module,
+    data: ImageData,
+    num_samples: int,
+    num_images: int | None,
+    step: int,
+) -> dict[str, Any]:
+    """Returns the record of an evaluation on the test images: bounds in nats, and what is needed to repeat it.
+
+    Raises:
+        ArgumentError: if `num_samples` or `num_images` is outside its domain.
+    """
+    images = data.test
+    if num_images is not None:
+        check_integer("num_images", num_images, minimum=1)
+        if num_images > len(images):
+            raise ArgumentError(f"num_images must be at most the {len(images)} test images, got {num_images}")
+        images = images[:num_images]
+    started = time.perf_counter()
+    parts = evaluate_elbo(model, images, experiment.seed)
+    with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True) as bar:
+        log_p_x = estimate_log_likelihood(model, images, num_samples, experiment.seed, bar.update)
+    return {
+        "log_p_x": log_p_x.double().mean().item(),
+        "log_p_x_standard_error": _standard_error(log_p_x),
+        **{name: part.double().mean().item() for name, part in parts.items()},
+        "elbo_standard_error": _standard_error(parts["elbo"]),
+        "active_units": count_active_units(model, images),
+        "num_samples": num_samples,
+        "num_images": len(images),
+        "step": step,
+        "split": "test",
+        "binarisation_protocol": data.protocol,
+        "dataset": repr(experiment.dataset),
+        "seed": experiment.seed,
+        "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": str(images.device),
+        "seconds": round(time.perf_counter() - started, 1),
+        "popgen_version": popgen.__version__,
+        "torch_version": torch.__version__,
+    }
+
+
+def write_record(directory: RunDirectory, writer: Writer, record: Mapping[str, Any]) -> pathlib.Path:
+    """Writes the record of an evaluation as JSON and as scalars, and returns the path of the JSON file."""
+    bounds = {name: record[name] for name in ("log_p_x", "log_p_x_standard_error", "elbo", "reconstruction", "kl")}
+    writer.scalars("evaluation", bounds, record["step"])
+    name = "evaluation_step{step:08d}_{weights}_{num_samples}x{num_images}.json".format(**record)
+    path = directory.path / name
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def save_pictures(path: pathlib.Path, pictures: Mapping[str, Picture]) -> None:
+    """Writes pictures below one another into one PNG, in the order that a reader wants: prior samples first."""
+    order = ("prior_samples", "reconstructions", "interpolations", "pseudo_inputs")
+    chosen = [pictures[name] for name in order if name in pictures]
+    width = max(picture.shape[1] for picture in chosen)
+    rows = [torch.nn.functional.pad(picture, (0, width - picture.shape[1], 0, 6), value=0) for picture in chosen]
+    write_png(path, torch.cat(rows))
+
+
+def _pictures(experiment: Experiment, model: nn.Module, data: ImageData) -> dict[str, Picture]:
+    generator = make_generator(data.test.device, experiment.seed, "pictures")
+    return all_pictures(model, data.test, data.image_shape, PICTURE_COUNT, generator)
+
+
+def _standard_error(values: Tensor) -> float:
+    """Returns the standard error of a mean; not a number for a single value."""
+    return values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+class _Recorder:
+    """What a run writes while it trains: curves, pictures and checkpoints."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        directory: RunDirectory,
+        writer: Writer,
+        data: ImageData,
+        model: nn.Module,
+    ) -> None:
+        self.experiment, self.directory, self.writer = experiment, directory, writer
+        self.data, self.model = data, model
+
+    def hooks(self) -> Hooks:
+        experiment = self.experiment
+        return Hooks(
+            log_every=experiment.log_every,
+            log=lambda step, means: self.writer.scalars("train", means, step),
+            eval_every=experiment.eval_every,
+            evaluate=self.evaluate,
+            checkpoint_every=experiment.checkpoint_every,
+            checkpoint=lambda state: self.directory.save_checkpoint(str(state.step), state_to_tensors(state)),
+        )
+
+    def evaluate(self, state: TrainState) -> TrainState:
+        """Writes the test curves and pictures, saves `latest`, and `best` if the loss is the lowest so far."""
+        split = self.experiment.selection_split
+        model = model_with_weights(self.model, state.parameters, state.buffers)
+        images = self.data.split(split)
+        parts = evaluate_elbo(model, images, self.experiment.seed)
+        means = {name: part.double().mean().item() for name, part in parts.items()}
+        loss = -means["elbo"]
+        means.update(loss=loss, beta=1.0, active_units=count_active_units(model, images))
+        self.writer.scalars(split, means, state.step)
+        seen = self.data.train[:ACTIVE_UNIT_IMAGES]
+        self.writer.scalars("train", {"active_units": count_active_units(model, seen)}, state.step)
+
+        improved = loss < state.best_loss
+        if improved:
+            state = dataclasses.replace(state, best_loss=loss, best_step=state.step)
+        self.writer.scalars("best", {"loss": state.best_loss}, state.step)
+        tensors = state_to_tensors(state)
+        if improved:
+            self.directory.save_checkpoint("best", tensors)
+        self.directory.save_checkpoint("latest", tensors)
+        if _is_power_of_two(state.step // self.experiment.eval_every) or state.step == self.experiment.num_steps:
+            self._write_pictures(model, state.step)
+        return state
+
+    def _write_pictures(self, model: nn.Module, step: int) -> None:
+        """Writes pictures at ever longer intervals, so that their number grows with the logarithm of the run's length."""
+        pictures = _pictures(self.experiment, model, self.data)
+        for name, picture in pictures.items():
+            self.writer.image(name, picture, step)
+        save_pictures(self.directory.samples_path / f"step_{step:08d}.png", pictures)
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0

@@ -1,0 +1,1 @@
+"""Models: modules from `popgen.nn`, assembled. No optimisation code."""

@@ -1,0 +1,223 @@
+"""The variational autoencoder, assembled from an encoder, a decoder, a prior and a posterior flow."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from popgen.distributions import Bernoulli, DiagonalNormal, GaussianMixture, StandardNormal
+from popgen.errors import ArgumentError, DataError, check_integer
+from popgen.nn.flows import Bijection, PosteriorFlow
+from popgen.nn.gated_dense import GatedDense
+from popgen.nn.priors import Prior
+
+LOG_VAR_RANGE = (-6.0, 2.0)
+
+
+class GaussianEncoder(nn.Module):
+    """Two gated dense layers, then the mean and log-variance of a diagonal Gaussian, clamped to [-6, 2].
+
+    Args:
+        input_dim: size of a flattened input.
+        latent_dim: size of the latent space.
+        hidden_dim: units in each hidden layer; the last one is also the context of a posterior flow.
+
+    Example:
+        >>> posterior, context = GaussianEncoder(784, 40, 300)(torch.zeros(3, 784))
+        >>> posterior.mean.shape, context.shape
+        (torch.Size([3, 40]), torch.Size([3, 300]))
+    """
+
+    def __init__(self, input_dim: int, latent_dim: int, hidden_dim: int = 300) -> None:
+        super().__init__()
+        self.input_dim = check_integer("GaussianEncoder.input_dim", input_dim, minimum=1)
+        self.latent_dim = check_integer("GaussianEncoder.latent_dim", latent_dim, minimum=1)
+        self.context_dim = check_integer("GaussianEncoder.hidden_dim", hidden_dim, minimum=1)
+        self.hidden = nn.Sequential(GatedDense(input_dim, hidden_dim), GatedDense(hidden_dim, hidden_dim))
+        self.mean_and_log_var = nn.Linear(hidden_dim, 2 * latent_dim)
+
+    def forward(self, x: Float[Tensor, "batch input"]) -> tuple[DiagonalNormal, Float[Tensor, "batch context"]]:
+        """Returns the posterior of each input, and the last hidden layer as context."""
+        context = self.hidden(x)
+        mean, log_var = self.mean_and_log_var(context).chunk(2, dim=-1)
+        return DiagonalNormal(mean, log_var.clamp(*LOG_VAR_RANGE)), context
+
+
+class BernoulliDecoder(nn.Module):
+    """Two gated dense layers, then the logits of a Bernoulli likelihood.
+
+    Args:
+        latent_dim: size of the latent space.
+        output_dim: size of a flattened output.
+        hidden_dim: units in each hidden layer.
+
+    Example:
+        >>> BernoulliDecoder(40, 784, 300)(torch.zeros(5, 3, 40)).logits.shape
+        torch.Size([5, 3, 784])
+    """
+
+    likelihood = Bernoulli
+
+    def __init__(self, latent_dim: int, output_dim: int, hidden_dim: int = 300) -> None:
+        super().__init__()
+        self.latent_dim = check_integer("BernoulliDecoder.latent_dim", latent_dim, minimum=1)
+        self.output_dim = check_integer("BernoulliDecoder.output_dim", output_dim, minimum=1)
+        check_integer("BernoulliDecoder.hidden_dim", hidden_dim, minimum=1)
+        self.hidden = nn.Sequential(GatedDense(latent_dim, hidden_dim), GatedDense(hidden_dim, hidden_dim))
+        self.logits = nn.Linear(hidden_dim, output_dim)
+
+    def forward(self, z: Float[Tensor, "*sample batch latent"]) -> Bernoulli:
+        """Returns p(x|z)."""
+        return Bernoulli(self.logits(self.hidden(z)))
+
+
+class Encoded(NamedTuple):
+    """Everything that depends on the images but not on the samples."""
+
+    posterior: DiagonalNormal
+    bijection: Bijection | None
+    prior: StandardNormal | GaussianMixture
+
+
+class LogDensities(NamedTuple):
+    """The terms of every bound, nats, each of shape `(samples, batch)`."""
+
+    log_p_x_given_z: Float[Tensor, "samples batch"]
+    log_p_z: Float[Tensor, "samples batch"]
+    log_q_z_given_x: Float[Tensor, "samples batch"]
+    log_det: Float[Tensor, "samples batch"]
+
+    @property
+    def log_w(self) -> Float[Tensor, "samples batch"]:
+        """The log importance weights, log p(x|z) + log p(z) - log q(z|x)."""
+        return self.log_p_x_given_z + self.log_p_z - self.log_q_z_given_x
+
+
+class VAE(nn.Module):
+    """A latent-variable model p(x|z) p(z) with an amortised posterior q(z|x).
+
+    The posterior is the encoder's diagonal Gaussian, moved by the flow if there is one:
+
+        log q(z_K|x) = log N(z_0; μ(x), σ²(x)) - log |det ∂z_K/∂z_0|
+
+    Args:
+        encoder: maps `(batch, input)` to `(DiagonalNormal, context)`; has `input_dim` and `latent_dim`.
+        decoder: maps `(*sample, batch, latent)` to a likelihood with `log_density` and `mean`; has `latent_dim`.
+        prior: a `popgen.nn.priors.Prior`.
+        flow: a `popgen.nn.flows.PosteriorFlow`, or None.
+
+    Raises:
+        ArgumentError: if a part is missing, or the sizes of two parts do not fit.
+
+    Example:
+        >>> from popgen.nn.flows import HouseholderSylvesterFlow
+        >>> from popgen.nn.vamp_prior import VampPrior
+        >>> vae = VAE(
+        ...     encoder=GaussianEncoder(784, 40, 300),
+        ...     decoder=BernoulliDecoder(40, 784, 300),
+        ...     prior=VampPrior(784, num_components=500),
+        ...     flow=HouseholderSylvesterFlow(40, 300),
+        ... )
+        >>> densities = vae(torch.rand(3, 784).round(), noise=torch.randn(1, 3, 40))
+        >>> densities.log_w.shape
+        torch.Size([1, 3])
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Prior, flow: PosteriorFlow | None = None) -> None:
+        super().__init__()
+        for name, part in (("encoder", encoder), ("decoder", decoder), ("prior", prior), ("flow", flow)):
+            if not isinstance(part, nn.Module) and not (name == "flow" and part is None):
+                raise ArgumentError(f"VAE.{name} must be a torch.nn.Module, got {part!r}")
+        self.encoder, self.decoder, self.prior, self.flow = encoder, decoder, prior, flow
+        self._check_sizes()
+
+    @property
+    def input_dim(self) -> int:
+        """The size of a flattened input."""
+        return self.encoder.input_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """The size of the latent space."""
+        return self.encoder.latent_dim
+
+    def encode(self, x: Float[Tensor, "batch input"]) -> Encoded:
+        """Returns posterior, flow and prior for a batch; the pseudo-inputs are encoded in one batch with `x`."""
+        pseudo_inputs = self.prior.pseudo_inputs()
+        if pseudo_inputs is None:
+            posterior, context = self.encoder(x)
+            prior = self.prior()
+        else:
+            both, context = self.encoder(torch.cat([x, pseudo_inputs]))
+            posterior = DiagonalNormal(both.mean[: len(x)], both.log_var[: len(x)])
+            prior = self.prior(DiagonalNormal(both.mean[len(x) :], both.log_var[len(x) :]))
+            context = context[: len(x)]
+        return Encoded(posterior, None if self.flow is None else self.flow(context), prior)
+
+    def log_densities(
+        self, x: Float[Tensor, "batch input"], encoded: Encoded, noise: Float[Tensor, "samples batch latent"]
+    ) -> LogDensities:
+        """Returns the terms of the bounds at the samples that the noise makes."""
+        z, log_q_z_given_x = encoded.posterior.sample_and_log_density(noise)
+        log_det = torch.zeros_like(log_q_z_given_x)
+        if encoded.bijection is not None:
+            z, log_det = encoded.bijection.forward_and_log_det(z)
+        return LogDensities(
+            log_p_x_given_z=self.decoder(z).log_density(x),
+            log_p_z=encoded.prior.log_density(z),
+            log_q_z_given_x=log_q_z_given_x - log_det,
+            log_det=log_det,
+        )
+
+    def forward(self, x: Float[Tensor, "batch input"], noise: Float[Tensor, "samples batch latent"]) -> LogDensities:
+        """Returns the terms of the bounds.
+
+        Args:
+            x: images, shape `(batch, input_dim)`.
+            noise: standard normal, shape `(samples, batch, latent_dim)`.
+        """
+        return self.log_densities(x, self.encode(x), noise)
+
+    def latent_code(self, x: Float[Tensor, "batch input"]) -> Float[Tensor, "batch latent"]:
+        """Returns one latent point for each image: the posterior mean, moved by the flow."""
+        encoded = self.encode(x)
+        if encoded.bijection is None:
+            return encoded.posterior.mean
+        return encoded.bijection.forward_and_log_det(encoded.posterior.mean[None])[0][0]
+
+    def prior_density(self) -> StandardNormal | GaussianMixture:
+        """Returns p(z)."""
+        pseudo_inputs = self.prior.pseudo_inputs()
+        return self.prior() if pseudo_inputs is None else self.prior(self.encoder(pseudo_inputs)[0])
+
+    def check_images(self, images: Tensor) -> None:
+        """Checks that images fit the encoder and the likelihood.
+
+        Raises:
+            DataError: if their size differs from the encoder's, or their values are outside the likelihood's support.
+        """
+        if images.ndim != 2 or images.shape[1] != self.input_dim:
+            raise DataError(
+                f"the images have shape {tuple(images.shape)}, but the encoder takes (count, {self.input_dim}): set "
+                "its input_dim to the flattened size of an image"
+            )
+        likelihood = getattr(self.decoder, "likelihood", None)
+        if likelihood is not None:
+            likelihood.check_support(images)
+
+    def _check_sizes(self) -> None:
+        """Compares the sizes that the parts state, so that a misfit is named before any tensor is."""
+        encoder, decoder, prior, flow = self.encoder, self.decoder, self.prior, self.flow
+        pairs = (
+            ("decoder.latent_dim", decoder, "encoder.latent_dim", self.latent_dim),
+            ("decoder.output_dim", decoder, "encoder.input_dim", self.input_dim),
+            ("prior.latent_dim", prior, "encoder.latent_dim", self.latent_dim),
+            ("prior.input_dim", prior, "encoder.input_dim", self.input_dim),
+            ("flow.latent_dim", flow, "encoder.latent_dim", self.latent_dim),
+            ("flow.context_dim", flow, "encoder.context_dim", getattr(encoder, "context_dim", None)),
+        )
+        for name, part, reference, wanted in pairs:
+            size = getattr(part, name.split(".")[1], None)  # a part of one's own need not state its sizes
+            if size is not None and wanted is not None and size != wanted:
+                raise ArgumentError(f"VAE: {name} is {size}, but {reference} is {wanted}; the two must be equal")

@@ -1,0 +1,1 @@
+"""Modules that drop into other people's code: layers, priors, posterior flows."""

@@ -1,0 +1,55 @@
+"""The contract of a posterior flow, and the scalar equation that inverts flows of the Sylvester kind.
+
+A `PosteriorFlow` is called once per image with the encoder's context and returns a `Bijection`, which can then be
+applied to any number of samples: what depends on the image alone is computed once. Shapes are `(samples, batch,
+latent)` for points and `(samples, batch)` for log-determinants, natural logarithms.
+"""
+
+import abc
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Bijection(abc.ABC):
+    """An invertible map of the latent space, one for each example of a batch."""
+
+    @abc.abstractmethod
+    def forward_and_log_det(
+        self, z: Float[Tensor, "samples batch latent"]
+    ) -> tuple[Float[Tensor, "samples batch latent"], Float[Tensor, "samples batch"]]:
+        """Returns f(z) and log |det ∂f/∂z|."""
+
+    @abc.abstractmethod
+    def inverse(self, z: Float[Tensor, "samples batch latent"]) -> Float[Tensor, "samples batch latent"]:
+        """Returns the point that `forward_and_log_det` maps to `z`."""
+
+
+class PosteriorFlow(nn.Module, abc.ABC):
+    """A module that returns a `Bijection` for a context, shape `(batch, context)`."""
+
+    @abc.abstractmethod
+    def forward(self, context: Float[Tensor, "batch context"]) -> Bijection:
+        """Returns the bijections of a batch."""
+
+
+def solve_residual_tanh(target: Tensor, outer: Tensor, inner: Tensor, shift: Tensor) -> Tensor:
+    """Returns the solution u of u + outer · tanh(inner · u + shift) = target, elementwise.
+
+    With outer · inner > -1 the left side rises in u, and since |tanh| < 1 its root lies within |outer| of the
+    target. Bisection finds it to the last bit of the dtype, whatever the slope; there is no step size to fail.
+
+    Example:
+        >>> one = torch.ones(1, dtype=torch.float64)
+        >>> u = solve_residual_tanh(target=one, outer=0.5 * one, inner=one, shift=0 * one)
+        >>> (u + 0.5 * torch.tanh(u)).item()
+        1.0
+    """
+    lower, upper = target - outer.abs(), target + outer.abs()
+    halvings = 2 - int(torch.log2(torch.tensor(torch.finfo(target.dtype).eps)).item())
+    for _ in range(halvings):
+        middle = 0.5 * (lower + upper)
+        above = middle + outer * torch.tanh(inner * middle + shift) > target
+        lower, upper = torch.where(above, lower, middle), torch.where(above, middle, upper)
+    return 0.5 * (lower + upper)

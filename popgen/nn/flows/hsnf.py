@@ -1,0 +1,135 @@
+"""Householder Sylvester normalizing flows (van den Berg et al. 2018, https://arxiv.org/abs/1803.05649)."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from popgen.errors import check_integer
+from popgen.nn.flows.flow import Bijection, PosteriorFlow, solve_residual_tanh
+
+# Both diagonals stay within ±MAX_DIAGONAL, so that r_ii · r̃_ii ≥ -MAX_DIAGONAL² ≥ -1 + 1e-4 even where tanh rounds to
+# ±1, and with tanh' ≤ 1 the determinant cannot vanish (theorem 2 of the paper asks for r_ii · r̃_ii > -1).
+MAX_DIAGONAL = 0.9999
+
+
+@dataclasses.dataclass(frozen=True)
+class HouseholderSylvesterBijection(Bijection):
+    """K transformations z ← z + Q R tanh(R̃ Qᵀ z + b), one set for each example.
+
+    Q is a product of H Householder reflections in compact form, Q = I - Vᵀ W with W = U⁻¹ V and U the upper triangle
+    of V Vᵀ with half its diagonal (Joffrain et al. 2006, "Accumulating Householder transformations"): applying it to a
+    vector takes two thin products, and no L × L orthogonal matrix is formed.
+
+    Attributes:
+        reflectors: V, unit vectors, shape `(flows, batch, reflections, latent)`.
+        solved_reflectors: W, the same shape.
+        upper: R above its diagonal, shape `(flows, batch, latent, latent)`.
+        lower: R̃ᵀ below its diagonal, the same shape.
+        upper_diagonal: r_ii, shape `(flows, batch, latent)`.
+        lower_diagonal: r̃_ii, the same shape.
+        bias: b, the same shape.
+    """
+
+    reflectors: Float[Tensor, "flows batch reflections latent"]
+    solved_reflectors: Float[Tensor, "flows batch reflections latent"]
+    upper: Float[Tensor, "flows batch latent latent"]
+    lower: Float[Tensor, "flows batch latent latent"]
+    upper_diagonal: Float[Tensor, "flows batch latent"]
+    lower_diagonal: Float[Tensor, "flows batch latent"]
+    bias: Float[Tensor, "flows batch latent"]
+
+    def forward_and_log_det(
+        self, z: Float[Tensor, "samples batch latent"]
+    ) -> tuple[Float[Tensor, "samples batch latent"], Float[Tensor, "samples batch"]]:
+        """Returns the transformed points and Σ_k Σ_i log(1 + tanh'(·)_i r_ii r̃_ii) (eq. 10 of the paper)."""
+        points = z.transpose(0, 1)  # rows of one example side by side: (batch, samples, latent)
+        log_det = torch.zeros_like(points[..., 0])
+        for v, w, upper, lower, r, r_tilde, bias in self._transformations():
+            rotated = points - (points @ v.mT) @ w  # Qᵀ z
+            hidden = torch.tanh(rotated @ lower + rotated * r_tilde + bias)
+            residual = hidden @ upper.mT + hidden * r
+            points = points + residual - (residual @ w.mT) @ v  # z + Q R h
+            log_det = log_det + torch.log1p((1.0 - hidden.square()) * (r * r_tilde)).sum(-1)
+        return points.transpose(0, 1), log_det.T
+
+    def inverse(self, z: Float[Tensor, "samples batch latent"]) -> Float[Tensor, "samples batch latent"]:
+        """Returns the points that are mapped to `z`, by back-substitution.
+
+        In the rotated frame u = Qᵀ z the map is triangular, so each coordinate, from the last to the first, solves one
+        rising scalar equation. The inverse is as exact as the dtype and the slope (at least 2e-4) allow; use float64
+        where it matters.
+        """
+        points = z.transpose(0, 1)
+        for v, w, upper, lower, r, r_tilde, bias in reversed(list(self._transformations())):
+            target = points - (points @ v.mT) @ w
+            rotated, hidden = torch.zeros_like(target), torch.zeros_like(target)
+            for i in reversed(range(target.shape[-1])):
+                shift = (rotated * lower[..., None, :, i]).sum(-1) + bias[..., i]
+                offset = (hidden * upper[..., None, i, :]).sum(-1)
+                u = solve_residual_tanh(target[..., i] - offset, r[..., i], r_tilde[..., i], shift)
+                rotated[..., i] = u
+                hidden[..., i] = torch.tanh(r_tilde[..., i] * u + shift)
+            points = rotated - (rotated @ w.mT) @ v  # Q u
+        return points.transpose(0, 1)
+
+    def _transformations(self):
+        """Yields the parameters of one transformation after another; vectors as rows, `(batch, 1, latent)`."""
+        rows = (self.upper_diagonal[:, :, None], self.lower_diagonal[:, :, None], self.bias[:, :, None])
+        yield from zip(self.reflectors, self.solved_reflectors, self.upper, self.lower, *rows, strict=True)
+
+
+class HouseholderSylvesterFlow(PosteriorFlow):
+    """K Sylvester flows whose orthogonal matrices are products of H Householder reflections.
+
+        z_k = z_{k-1} + Q_k R_k tanh(R̃_k Q_kᵀ z_{k-1} + b_k)        (eqs. 9 and 13 of the paper)
+
+    All parameters are a linear function of the context. R and R̃ share one latent × latent square for each flow, R above
+    the diagonal and R̃ᵀ below it, so nothing is generated and then masked away.
+
+    Args:
+        latent_dim: size of the latent space L.
+        context_dim: size of the encoder's context.
+        num_flows: number of transformations K.
+        num_reflections: Householder reflections H in each.
+
+    Raises:
+        ArgumentError: if an argument is not a positive integer.
+
+    Example:
+        >>> flow = HouseholderSylvesterFlow(latent_dim=40, context_dim=300, num_flows=4, num_reflections=8)
+        >>> bijection = flow(torch.randn(7, 300))
+        >>> z, log_det = bijection.forward_and_log_det(torch.randn(5, 7, 40))
+        >>> z.shape, log_det.shape
+        (torch.Size([5, 7, 40]), torch.Size([5, 7]))
+    """
+
+    def __init__(self, latent_dim: int, context_dim: int, num_flows: int = 4, num_reflections: int = 8) -> None:
+        super().__init__()
+        self.latent_dim = check_integer("HouseholderSylvesterFlow.latent_dim", latent_dim, minimum=1)
+        self.context_dim = check_integer("HouseholderSylvesterFlow.context_dim", context_dim, minimum=1)
+        self.num_flows = check_integer("HouseholderSylvesterFlow.num_flows", num_flows, minimum=1)
+        self.num_reflections = check_integer("HouseholderSylvesterFlow.num_reflections", num_reflections, minimum=1)
+        # For each flow: the square, the reflectors, the diagonal of R̃ and the bias.
+        self.sizes = [latent_dim * latent_dim, num_reflections * latent_dim, latent_dim, latent_dim]
+        self.parameters_of_context = nn.Linear(context_dim, num_flows * sum(self.sizes))
+
+    def forward(self, context: Float[Tensor, "batch context"]) -> HouseholderSylvesterBijection:
+        """Returns the bijections of a batch, from a context of shape `(batch, context_dim)`."""
+        parameters = self.parameters_of_context(context).unflatten(-1, (self.num_flows, -1)).transpose(0, 1)
+        square, reflectors, lower_diagonal, bias = parameters.split(self.sizes, dim=-1)
+        square = square.unflatten(-1, (self.latent_dim, self.latent_dim))
+        reflectors = F.normalize(reflectors.unflatten(-1, (self.num_reflections, self.latent_dim)), dim=-1)
+        half = 0.5 * torch.eye(self.num_reflections, dtype=context.dtype, device=context.device)
+        triangle = torch.triu(reflectors @ reflectors.mT, diagonal=1) + half
+        return HouseholderSylvesterBijection(
+            reflectors=reflectors,
+            solved_reflectors=torch.linalg.solve_triangular(triangle, reflectors, upper=True),
+            upper=torch.triu(square, diagonal=1),
+            lower=torch.tril(square, diagonal=-1),
+            upper_diagonal=MAX_DIAGONAL * torch.tanh(square.diagonal(dim1=-2, dim2=-1)),
+            lower_diagonal=MAX_DIAGONAL * torch.tanh(lower_diagonal),
+            bias=bias,
+        )

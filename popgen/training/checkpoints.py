@@ -1,0 +1,87 @@
+"""Checkpoints: tensors and numbers only, checksummed, written atomically.
+
+A checkpoint is an ordinary file of `torch.save`, so `torch.load(path, weights_only=True)` reads it. Its header is JSON in
+the comment field of that zip archive: the format's version and the SHA-256 digest of everything before it. `load` checks
+both before it reads a tensor.
+"""
+
+import hashlib
+import io
+import json
+import os
+import pathlib
+import struct
+import tempfile
+import zipfile
+from typing import Any
+
+import torch
+
+from popgen.errors import CheckpointError, RunDirectoryError
+
+FORMAT = "popgen checkpoint"
+VERSION = 1
+
+
+def save(path: pathlib.Path, contents: dict[str, Any]) -> None:
+    """Writes a checkpoint; a reader finds the old file or the whole new one, never a part.
+
+    Args:
+        path: where to; its folder must exist.
+        contents: nested dictionaries of tensors, numbers and strings.
+
+    Raises:
+        RunDirectoryError: if it cannot be written.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(pathlib.Path(folder) / "latest.ckpt", {"weight": torch.ones(2)})
+        ...     load(pathlib.Path(folder) / "latest.ckpt")
+        {'weight': tensor([1., 1.])}
+    """
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    archive = buffer.getbuffer()
+    header = {"format": FORMAT, "version": VERSION, "sha256": hashlib.sha256(archive).hexdigest()}
+    comment = json.dumps(header).encode()
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
+            file.write(archive[:-2])
+            file.write(struct.pack("<H", len(comment)) + comment)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write the checkpoint {path}: {error}") from error
+
+
+def load(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the contents of a checkpoint, its tensors on the CPU.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, not a checkpoint, or of a later version.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
+    archive, header = _split(path, data)
+    if header.get("version") != VERSION:
+        raise CheckpointError(f"{path} has format version {header.get('version')!r}; this popgen reads {VERSION}")
+    if hashlib.sha256(archive).hexdigest() != header.get("sha256"):
+        raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
+    return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+
+
+def _split(path: pathlib.Path, data: bytes) -> tuple[bytes, dict[str, Any]]:
+    """Returns the archive as it was before its comment was added, and the header in the comment."""
+    try:
+        comment = zipfile.ZipFile(io.BytesIO(data)).comment
+        header = json.loads(comment)
+        if not comment or header["format"] != FORMAT:
+            raise ValueError("no header")
+    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint of popgen, or was cut short") from error
+    return data[: -len(comment) - 2] + b"\0\0", header

@@ -1,0 +1,95 @@
+"""The training loop: steps, and what happens every so many of them."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from popgen.errors import TrainingError
+from popgen.training.objectives import Metrics
+from popgen.training.state import TrainState
+from popgen.training.step import TrainStep
+
+
+class Hooks(NamedTuple):
+    """What the loop calls, and how often. Each is also called after the last step.
+
+    Attributes:
+        log_every: steps between calls of `log(step, means)`, with the mean of every metric since the last call and
+            `steps_per_second`.
+        eval_every: steps between calls of `evaluate(state) -> state`.
+        checkpoint_every: steps between calls of `checkpoint(state)`.
+    """
+
+    log_every: int
+    log: Callable[[int, dict[str, float]], None]
+    eval_every: int
+    evaluate: Callable[[TrainState], TrainState]
+    checkpoint_every: int
+    checkpoint: Callable[[TrainState], None]
+
+
+def train(
+    state: TrainState,
+    train_step: TrainStep,
+    draw_batch: Callable[[int, torch.Generator], Tensor],
+    num_steps: int,
+    hooks: Hooks,
+) -> TrainState:
+    """Returns the state after `num_steps` steps in all, counting those already taken.
+
+    Args:
+        state: where to start; it is consumed.
+        train_step: see `popgen.training.step`.
+        draw_batch: returns the batch of a step, given a generator for its noise.
+        num_steps: the step to stop at.
+        hooks: logging, evaluation and checkpoints.
+
+    Raises:
+        TrainingError: if the loss or the gradient is no longer finite, seen when metrics are next read.
+    """
+    recent: list[Metrics] = []
+    clock = time.perf_counter()
+    first = state.step
+    with tqdm(total=num_steps, initial=first, unit="step", disable=None, dynamic_ncols=True) as bar:
+        while state.step < num_steps:
+            batch = draw_batch(state.step, state.generators["binarisation"])
+            state, metrics = train_step(state, batch)
+            recent.append(metrics)
+            bar.update()
+
+            last = state.step == num_steps
+            evaluating = last or state.step % hooks.eval_every == 0
+            checkpointing = last or state.step % hooks.checkpoint_every == 0
+            if evaluating or checkpointing or state.step % hooks.log_every == 0:
+                means = _mean_metrics(recent, state.step)
+                means["steps_per_second"] = len(recent) / (time.perf_counter() - clock)
+                bar.set_postfix_str(f"ELBO {means['elbo']:.2f} nats" if "elbo" in means else "")
+                hooks.log(state.step, means)
+                recent = []
+                if evaluating:
+                    state = hooks.evaluate(state)
+                if checkpointing:
+                    hooks.checkpoint(state)
+                clock = time.perf_counter()
+    return state
+
+
+def _mean_metrics(recent: Sequence[Metrics], step: int) -> dict[str, float]:
+    """Returns the mean of each metric, read from the device once."""
+    names = list(recent[0])
+    table = torch.stack([torch.stack([metrics[name] for name in names]) for metrics in recent])
+    means = dict(zip(names, table.double().mean(0).tolist(), strict=True))
+    wrong = [name for name in ("loss", "gradient_norm") if not math.isfinite(means.get(name, 0.0))]
+    if wrong:
+        finite = torch.isfinite(table[:, names.index(wrong[0])])
+        first_bad = step - len(recent) + int((~finite).int().argmax()) + 1
+        raise TrainingError(
+            f"the {wrong[0].replace('_', ' ')} became {means[wrong[0]]} at step {first_bad}; nothing was saved after "
+            "the last checkpoint. A lower learning rate or Experiment.max_gradient_norm may help"
+        )
+    return means

@@ -1,0 +1,85 @@
+"""Objectives: what a training step minimises.
+
+An objective has two methods. `draw_noise(model, batch, generator)` draws the noise that one step needs, and
+`__call__(forward, batch, noise, step)` returns the scalar loss and a dictionary of detached scalars. `forward` calls the
+model with the parameters of the training state. The loss is formed here, and here alone the mean over the batch is taken.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from popgen.errors import ArgumentError, check_integer
+from popgen.losses import elbo
+from popgen.optim.schedules import Constant, Schedule
+
+Metrics = dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """What a training step minimises."""
+
+    def draw_noise(self, model: nn.Module, batch: Tensor, generator: torch.Generator) -> Any:
+        """Returns the noise of one step."""
+
+    def __call__(self, forward: Callable[..., Any], batch: Tensor, noise: Any, step: int) -> tuple[Tensor, Metrics]:
+        """Returns the scalar loss and detached scalar metrics."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NegativeELBO:
+    """Minimises -(log p(x|z) - β_t (log q(z|x) - log p(z))), averaged over samples and batch, nats.
+
+    Metrics: `loss`, `elbo` (always at β = 1), `reconstruction` (log p(x|z)), `kl`, `log_q_z_given_x`, `log_p_z`,
+    `log_det` and `beta`.
+
+    Args:
+        beta: the KL weight as a function of the number of steps taken.
+        num_samples: posterior samples for each image.
+
+    Raises:
+        ArgumentError: if an argument is outside its domain.
+
+    Example:
+        >>> from popgen.optim.schedules import SigmoidAnnealing
+        >>> objective = NegativeELBO(beta=SigmoidAnnealing(rate=1e-4))
+        >>> round(objective.beta(10_000), 4)
+        0.4621
+    """
+
+    beta: Schedule = Constant(1.0)
+    num_samples: int = 1
+
+    def __post_init__(self) -> None:
+        if not callable(self.beta):
+            raise ArgumentError(f"NegativeELBO.beta must be a schedule (a function of the step), got {self.beta!r}")
+        check_integer("NegativeELBO.num_samples", self.num_samples, minimum=1)
+
+    def draw_noise(self, model: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns standard normal noise, shape `(num_samples, batch, latent_dim)`."""
+        shape = (self.num_samples, len(batch), model.latent_dim)
+        return torch.randn(shape, generator=generator, device=batch.device, dtype=batch.dtype)
+
+    def __call__(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, step: int) -> tuple[Tensor, Metrics]:
+        """Returns the loss and the metrics of a batch."""
+        terms = forward(batch, noise)
+        beta = self.beta(step)
+        bound = elbo(terms.log_p_x_given_z, terms.log_p_z, terms.log_q_z_given_x, beta)
+        loss = -bound.mean()
+        means = torch.stack([term.detach() for term in terms]).flatten(1).mean(1)
+        reconstruction, log_p_z, log_q_z_given_x, log_det = means.unbind()
+        kl = log_q_z_given_x - log_p_z
+        metrics = {
+            "loss": loss.detach(),
+            "elbo": reconstruction - kl,
+            "reconstruction": reconstruction,
+            "kl": kl,
+            "log_q_z_given_x": log_q_z_given_x,
+            "log_p_z": log_p_z,
+            "log_det": log_det,
+            "beta": loss.new_tensor(beta),
+        }
+        return loss, metrics

@@ -1,0 +1,162 @@
+"""The training state: everything that a run's future depends on."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from popgen.errors import CheckpointError
+from popgen.streams import make_generator
+
+STREAMS = ("binarisation", "posterior noise")
+
+OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state of a run after `step` steps.
+
+    A training step consumes the state it is given: torch.optim updates tensors in place, so callers rebind and never
+    use the old one again. The order of the data is a function of the seed and `step`.
+
+    Attributes:
+        step: steps taken.
+        parameters: name to leaf tensor.
+        buffers: name to tensor.
+        optimizer: holds the moments of `parameters`.
+        weight_average: name to averaged parameter, or None.
+        generators: purpose to generator.
+        best_loss: the lowest selection loss so far, nats; infinite before the first evaluation.
+        best_step: the step it was seen at.
+    """
+
+    step: int
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    weight_average: dict[str, Tensor] | None
+    generators: dict[str, torch.Generator]
+    best_loss: float = math.inf
+    best_step: int = 0
+
+
+def initial_state(
+    model: nn.Module, optimizer_factory: OptimizerFactory, seed: int, average_weights: bool = True
+) -> TrainState:
+    """Returns the state before the first step, with copies of the model's tensors, on their device.
+
+    Args:
+        model: gives the first parameters and buffers; it is not changed.
+        optimizer_factory: called with the parameters, for example `torch.optim.Adam`.
+        seed: of the random streams.
+        average_weights: whether to keep an average of the parameters.
+
+    Example:
+        >>> state = initial_state(nn.Linear(2, 1), torch.optim.SGD, seed=0)
+        >>> state.step, sorted(state.parameters)
+        (0, ['bias', 'weight'])
+    """
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    device = next(iter(parameters.values())).device
+    return TrainState(
+        step=0,
+        parameters=parameters,
+        buffers=buffers,
+        optimizer=optimizer_factory(parameters.values()),
+        weight_average={name: p.detach().clone() for name, p in parameters.items()} if average_weights else None,
+        generators={name: make_generator(device, seed, name) for name in STREAMS},
+    )
+
+
+def state_to_tensors(state: TrainState) -> dict[str, Any]:
+    """Returns the state as nested dictionaries of tensors and numbers, fit for a checkpoint."""
+    return {
+        "step": state.step,
+        "parameters": {name: p.detach() for name, p in state.parameters.items()},
+        "buffers": state.buffers,
+        "optimizer": state.optimizer.state_dict(),
+        "weight_average": state.weight_average,
+        "generators": {name: generator.get_state() for name, generator in state.generators.items()},
+        "best_loss": state.best_loss,
+        "best_step": state.best_step,
+    }
+
+
+def state_from_tensors(tensors: dict[str, Any], template: TrainState) -> TrainState:
+    """Returns the state that a checkpoint holds.
+
+    Args:
+        tensors: what `state_to_tensors` returned.
+        template: an initial state of the same model; it is consumed.
+
+    Raises:
+        CheckpointError: if the checkpoint is of another model or optimizer.
+    """
+    check_same_tensors(tensors["parameters"], template.parameters)
+    check_same_tensors(tensors["buffers"], template.buffers)
+    with torch.no_grad():
+        for name, parameter in template.parameters.items():
+            parameter.copy_(tensors["parameters"][name])
+        for name, buffer in template.buffers.items():
+            buffer.copy_(tensors["buffers"][name])
+    try:
+        template.optimizer.load_state_dict(tensors["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"the checkpoint is of another optimizer: {error}") from error
+    device = next(iter(template.parameters.values())).device
+    average = template.weight_average
+    if average is not None:
+        source = tensors["weight_average"] or tensors["parameters"]  # averaging may have been switched on since
+        average = {name: source[name].to(device).clone() for name in average}
+    for name, generator in template.generators.items():
+        generator.set_state(tensors["generators"][name].cpu())
+    return dataclasses.replace(
+        template,
+        step=tensors["step"],
+        weight_average=average,
+        best_loss=tensors["best_loss"],
+        best_step=tensors["best_step"],
+    )
+
+
+def check_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Compares names and shapes.
+
+    Raises:
+        CheckpointError: naming the first tensors that differ.
+
+    Example:
+        >>> check_same_tensors({"a": torch.zeros(2)}, {"a": torch.ones(2)})
+    """
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (found, wanted)]
+    if shapes[0] != shapes[1]:
+        differing = sorted(name for name in {*found, *wanted} if shapes[0].get(name) != shapes[1].get(name))
+        listed = "; ".join(
+            f"{name}: {shapes[0].get(name, 'absent')} in the checkpoint, {shapes[1].get(name, 'absent')} in the model"
+            for name in differing[:3]
+        )
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise CheckpointError(f"the checkpoint is of another model: {listed}{more}")
+
+
+def model_with_weights(model: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> nn.Module:
+    """Returns a copy of the model that has these parameters and buffers, in evaluation mode.
+
+    Example:
+        >>> linear = nn.Linear(2, 1)
+        >>> model_with_weights(linear, {"weight": torch.zeros(1, 2), "bias": torch.ones(1)}, {})(torch.ones(1, 2)).item()
+        1.0
+    """
+    loaded = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in loaded.named_parameters():
+            parameter.copy_(parameters[name])
+        for name, buffer in loaded.named_buffers():
+            buffer.copy_(buffers[name])
+    return loaded.requires_grad_(False).eval()
