@@ -15,10 +15,11 @@ from popgen.training.run_directory import RunDirectory
 
 def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
     """Parses the flags and calls `main`; a user's mistake becomes one line on standard error and exit status 1."""
-    flags.mark_flags_as_required(required)
-
     def guarded(arguments: list[str]) -> None:
         try:
+            missing = [f"--{name}" for name in required if not flags.FLAGS[name].value]
+            if missing:
+                raise PopgenError(f"{' and '.join(missing)} must be given; --help lists the options")
             if len(arguments) > 1:
                 raise PopgenError(f"unexpected argument {arguments[1]!r}; options begin with --")
             main()

@@ -181,10 +181,8 @@ def _binding_key(statement: config_parser.BindingStatement, binding: str) -> _Bi
         _check_macro(name, binding)
         return _BindingKey(name, MACRO, "value")
     _register(statement.selector, binding)
-    with _translated(f"cannot parse the binding {binding!r}"):
-        wrapped = gin.get_configurable(_complete(statement.selector)[0])
-    parameters = list(inspect.signature(wrapped).parameters)
-    if statement.arg_name not in parameters:
+    parameters = _parameters(statement.selector)
+    if statement.arg_name not in parameters and "kwargs" not in parameters:
         close = _close(statement.arg_name, parameters)
         raise ConfigError(f"{statement.selector} has no parameter {statement.arg_name!r} in {binding!r}; {close}")
     with _translated(f"cannot parse the binding {binding!r}"):
@@ -220,6 +218,12 @@ def _register(selector: str, binding: str) -> None:
 def _complete(selector: str) -> list[str]:
     """Returns the registered names that a partial one matches."""
     return gin.config._REGISTRY.matching_selectors(selector)
+
+
+def _parameters(selector: str) -> list[str]:
+    """Returns the names of the parameters of what a selector stands for; empty if it stands for several things."""
+    complete = _complete(selector)
+    return list(inspect.signature(gin.config._REGISTRY[complete[0]].wrapped).parameters) if len(complete) == 1 else []
 
 
 def _import_statements() -> Iterator[config_parser.ImportStatement]:
@@ -347,11 +351,7 @@ def _suggestion(error: BaseException) -> str:
     """Returns the closest valid names for an unknown one, as far as gin's message tells which it was."""
     text = str(error)
     if match := re.search(r"Configurable '([\w./]+)' doesn't have a parameter named '(\w+)'", text):
-        complete = _complete(match[1]) or [
-            selector for selector in _registered() if selector.endswith(match[1].rpartition(".")[2])
-        ]
-        parameters = inspect.signature(gin.get_configurable(complete[0])).parameters if complete else ()
-        return f"; {_close(match[2], list(parameters))}"
+        return f"; {_close(match[2], _parameters(match[1].rpartition('.')[2]))}"
     if match := re.search(r"module '([\w.]+)' from .* has no attribute (\w+)", text):
         names = [name for name in dir(importlib.import_module(match[1])) if not name.startswith("_")]
         return f"; {_close(match[2], names)}"
@@ -361,7 +361,3 @@ def _suggestion(error: BaseException) -> str:
         macros = [scope for scope, selector in gin.config._CONFIG if selector == MACRO]
         return f"; {_close(match[1], macros)}"
     return ""
-
-
-def _registered() -> list[str]:
-    return [selector for selector, _ in gin.config._REGISTRY.items()]
