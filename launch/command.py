@@ -15,6 +15,7 @@ from popgen.training.run_directory import RunDirectory
 
 def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
     """Parses the flags and calls `main`; a user's mistake becomes one line on standard error and exit status 1."""
+
     def guarded(arguments: list[str]) -> None:
         try:
             missing = [f"--{name}" for name in required if not flags.FLAGS[name].value]

@@ -66,8 +66,8 @@ def settle_earlier_run(directory: RunDirectory, given: str) -> None:
     changed = config.differences(directory.config_path.read_text(), given)
     if changed:
         raise RunDirectoryError(
-            f"{directory.path} holds a run with another configuration ({'; '.join(changed)}): --reconfigure continues it "
-            "under the new one, --overwrite starts anew, --run_dir names another place"
+            f"{directory.path} holds a run with another configuration ({'; '.join(changed)}): --reconfigure continues "
+            "it under the new one, --overwrite starts anew, --run_dir names another place"
         )
 
 

@@ -95,13 +95,14 @@ def differences(old: str, new: str) -> list[str]:
 
 
 def _parse_files(gin_files: Sequence[str | os.PathLike]) -> None:
-    for gin_file in map(os.fspath, gin_files):
+    for gin_file in [os.fspath(gin_file) for gin_file in gin_files]:
         found = [path for path in (pathlib.Path(gin_file), REPOSITORY / gin_file) if path.is_file()]
         if not found:
             known = sorted(f"configs/{path.name}" for path in (REPOSITORY / "configs").glob("*.gin"))
             close = difflib.get_close_matches(gin_file, known, n=3) or known
             raise ConfigError(
-                f"there is no config file {gin_file!r} in {os.getcwd()} or {REPOSITORY}; did you mean {', '.join(close)}?"
+                f"there is no config file {gin_file!r} in {os.getcwd()} or {REPOSITORY}; did you mean "
+                f"{', '.join(close)}?"
             )
         with _translated(f"cannot parse {gin_file}"):
             gin.parse_config_file(str(found[0]))
@@ -155,8 +156,8 @@ def _apply_bindings(bindings: Sequence[str]) -> dict[_BindingKey, str]:
             statements = list(config_parser.ConfigParser(binding, delegate))
         except (SyntaxError, ValueError) as error:
             raise ConfigError(
-                f"cannot parse the binding {binding!r} ({error.args[0]}); it should look like Experiment.seed = 3, with "
-                "text in quotes and classes as @module.Class()"
+                f"cannot parse the binding {binding!r} ({error.args[0]}); it should look like Experiment.seed = 3, "
+                "with text in quotes and classes as @module.Class()"
             ) from error
         for reference in delegate.references:
             _register(reference, binding)

@@ -20,6 +20,7 @@ from popgen.datasets.images import ImageData, ImageDataset, TrainBatches, as_val
 from popgen.errors import ArgumentError, CheckpointError, check_choice, check_integer, check_number
 from popgen.evaluation.likelihood import count_active_units, estimate_log_likelihood, evaluate_elbo
 from popgen.evaluation.pictures import Picture, all_pictures
+from popgen.models.vae import VAE
 from popgen.streams import make_generator
 from popgen.summaries import Writer, write_png
 from popgen.training.loop import Hooks, train
@@ -61,7 +62,8 @@ class Experiment:
         selection_split: "test" or "validation": the split whose loss (-ELBO at β = 1) chooses the `best` checkpoint.
         weight_average_decay: of the exponential moving average of the weights; None for no average.
         max_gradient_norm: gradients with a larger norm are scaled down to it; None for no limit.
-        final_num_samples: importance samples of an evaluation when training ends; 0 for none (`launch.evaluate` does it).
+        final_num_samples: importance samples of an evaluation when training ends; 0 for none (`launch.evaluate` makes
+            one at any time).
         final_num_images: test images of that evaluation; None for all.
         device: "auto" (the GPU if there is one), or a device of torch.
 
@@ -79,7 +81,7 @@ class Experiment:
         popgen.errors.ArgumentError: Experiment.num_steps must be an integer of at least 1, got 'nine'
     """
 
-    model: nn.Module
+    model: VAE
     dataset: ImageDataset
     objective: Objective = NegativeELBO()
     optimizer: OptimizerFactory = torch.optim.Adam
@@ -208,7 +210,7 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
     return state
 
 
-def prepare(experiment: Experiment, device: torch.device) -> tuple[ImageData, nn.Module]:
+def prepare(experiment: Experiment, device: torch.device) -> tuple[ImageData, VAE]:
     """Returns the data and the model on a device, checked against one another and initialised from data where asked.
 
     Raises:
@@ -216,17 +218,16 @@ def prepare(experiment: Experiment, device: torch.device) -> tuple[ImageData, nn
         ArgumentError: if the data is too small for the model or the batch.
     """
     data, model = experiment.dataset.load().to(device), experiment.model.to(device)
-    if hasattr(model, "check_images"):
-        for images in (data.train, data.split(experiment.selection_split), data.test):
-            model.check_images(images)
+    for images in (data.train, data.split(experiment.selection_split), data.test):
+        model.check_images(images)
     for module in model.modules():
-        if hasattr(module, "initialise_from_data"):
-            generator = make_generator(device, experiment.seed, "initialisation from data")
-            module.initialise_from_data(as_values(data.train), generator)
+        initialise = getattr(module, "initialise_from_data", None)
+        if initialise is not None:
+            initialise(as_values(data.train), make_generator(device, experiment.seed, "initialisation from data"))
     return data, model
 
 
-def load_model(model: nn.Module, directory: RunDirectory, checkpoint: str, weights: str = "raw") -> nn.Module:
+def load_model(model: VAE, directory: RunDirectory, checkpoint: str, weights: str = "raw") -> VAE:
     """Returns the model with the weights of a checkpoint, for evaluation.
 
     Raises:
@@ -235,7 +236,7 @@ def load_model(model: nn.Module, directory: RunDirectory, checkpoint: str, weigh
     return model_of_checkpoint(model, directory.load_checkpoint(checkpoint), weights)
 
 
-def model_of_checkpoint(model: nn.Module, tensors: Mapping[str, Any], weights: str = "raw") -> nn.Module:
+def model_of_checkpoint(model: VAE, tensors: Mapping[str, Any], weights: str = "raw") -> VAE:
     """Returns the model with the raw or averaged weights of a loaded checkpoint.
 
     Raises:
@@ -252,7 +253,7 @@ def model_of_checkpoint(model: nn.Module, tensors: Mapping[str, Any], weights: s
 
 def evaluate_model(
     experiment: Experiment,
-    model: nn.Module,
+    model: VAE,
     data: ImageData,
     num_samples: int,
     num_images: int | None,
@@ -313,7 +314,7 @@ def save_pictures(path: pathlib.Path, pictures: Mapping[str, Picture]) -> None:
     write_png(path, torch.cat(rows))
 
 
-def _pictures(experiment: Experiment, model: nn.Module, data: ImageData) -> dict[str, Picture]:
+def _pictures(experiment: Experiment, model: VAE, data: ImageData) -> dict[str, Picture]:
     generator = make_generator(data.test.device, experiment.seed, "pictures")
     return all_pictures(model, data.test, data.image_shape, PICTURE_COUNT, generator)
 
@@ -332,7 +333,7 @@ class _Recorder:
         directory: RunDirectory,
         writer: Writer,
         data: ImageData,
-        model: nn.Module,
+        model: VAE,
     ) -> None:
         self.experiment, self.directory, self.writer = experiment, directory, writer
         self.data, self.model = data, model
@@ -373,8 +374,8 @@ class _Recorder:
             self._write_pictures(model, state.step)
         return state
 
-    def _write_pictures(self, model: nn.Module, step: int) -> None:
-        """Writes pictures at ever longer intervals, so that their number grows with the logarithm of the run's length."""
+    def _write_pictures(self, model: VAE, step: int) -> None:
+        """Writes every picture; called at ever longer intervals, so that a long run does not fill the disk."""
         pictures = _pictures(self.experiment, model, self.data)
         for name, picture in pictures.items():
             self.writer.image(name, picture, step)

@@ -134,8 +134,8 @@ def _check_idx(path: pathlib.Path) -> None:
     expected = 4 + 4 * dimensions + math.prod(shape)
     if size != expected or (dimensions == 3 and tuple(shape[1:]) != IMAGE_SHAPE):
         raise DataError(
-            f"{path} is damaged: its header announces shape {tuple(shape)}, {expected:,} bytes in all, but the file has "
-            f"{size:,}; delete it to fetch it anew"
+            f"{path} is damaged: its header announces shape {tuple(shape)}, {expected:,} bytes in all, but the file "
+            f"has {size:,}; delete it to fetch it anew"
         )
 
 

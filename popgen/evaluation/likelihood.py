@@ -95,8 +95,8 @@ def estimate_log_likelihood(
 ) -> Float[Tensor, " count"]:
     """Returns the importance-weighted bound on log p(x) of every image, nats (Burda et al. 2016, eq. 8).
 
-    Encoder, flow parameters and pseudo-inputs are computed once for each image, and the decoder sees a bounded number of
-    samples at a time, so memory does not grow with `num_samples`.
+    Encoder, flow parameters and pseudo-inputs are computed once for each image, and the decoder sees a bounded
+    number of samples at a time, so memory does not grow with `num_samples`.
 
     Args:
         model: the VAE, on the device of the images.

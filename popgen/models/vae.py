@@ -1,6 +1,6 @@
 """The variational autoencoder, assembled from an encoder, a decoder, a prior and a posterior flow."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -135,12 +135,12 @@ class VAE(nn.Module):
     @property
     def input_dim(self) -> int:
         """The size of a flattened input."""
-        return self.encoder.input_dim
+        return cast(int, self.encoder.input_dim)
 
     @property
     def latent_dim(self) -> int:
         """The size of the latent space."""
-        return self.encoder.latent_dim
+        return cast(int, self.encoder.latent_dim)
 
     def encode(self, x: Float[Tensor, "batch input"]) -> Encoded:
         """Returns posterior, flow and prior for a batch; the pseudo-inputs are encoded in one batch with `x`."""

@@ -18,6 +18,7 @@ class GatedDense(nn.Module):
         output_dim: size of the last axis of the output.
 
     Example:
+        >>> import torch
         >>> GatedDense(784, 300)(torch.zeros(2, 784)).shape
         torch.Size([2, 300])
     """

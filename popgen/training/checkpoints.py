@@ -1,8 +1,8 @@
 """Checkpoints: tensors and numbers only, checksummed, written atomically.
 
-A checkpoint is an ordinary file of `torch.save`, so `torch.load(path, weights_only=True)` reads it. Its header is JSON in
-the comment field of that zip archive: the format's version and the SHA-256 digest of everything before it. `load` checks
-both before it reads a tensor.
+A checkpoint is an ordinary file of `torch.save`, so `torch.load(path, weights_only=True)` reads it. Its header is JSON
+in the comment field of that zip archive: the format's version and the SHA-256 digest of everything before it. `load`
+checks both before it reads a tensor.
 """
 
 import hashlib

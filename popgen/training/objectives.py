@@ -1,8 +1,9 @@
 """Objectives: what a training step minimises.
 
 An objective has two methods. `draw_noise(model, batch, generator)` draws the noise that one step needs, and
-`__call__(forward, batch, noise, step)` returns the scalar loss and a dictionary of detached scalars. `forward` calls the
-model with the parameters of the training state. The loss is formed here, and here alone the mean over the batch is taken.
+`__call__(forward, batch, noise, step)` returns the scalar loss and a dictionary of detached scalars. `forward` calls
+the model with the parameters of the training state. The loss is formed here, and here alone the mean over the batch is
+taken.
 """
 
 import dataclasses
@@ -10,10 +11,11 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from popgen.errors import ArgumentError, check_integer
 from popgen.losses import elbo
+from popgen.models.vae import VAE
 from popgen.optim.schedules import Constant, Schedule
 
 Metrics = dict[str, Tensor]
@@ -22,7 +24,7 @@ Metrics = dict[str, Tensor]
 class Objective(Protocol):
     """What a training step minimises."""
 
-    def draw_noise(self, model: nn.Module, batch: Tensor, generator: torch.Generator) -> Any:
+    def draw_noise(self, model: Any, batch: Tensor, generator: torch.Generator) -> Any:
         """Returns the noise of one step."""
 
     def __call__(self, forward: Callable[..., Any], batch: Tensor, noise: Any, step: int) -> tuple[Tensor, Metrics]:
@@ -58,7 +60,7 @@ class NegativeELBO:
             raise ArgumentError(f"NegativeELBO.beta must be a schedule (a function of the step), got {self.beta!r}")
         check_integer("NegativeELBO.num_samples", self.num_samples, minimum=1)
 
-    def draw_noise(self, model: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
+    def draw_noise(self, model: VAE, batch: Tensor, generator: torch.Generator) -> Tensor:
         """Returns standard normal noise, shape `(num_samples, batch, latent_dim)`."""
         shape = (self.num_samples, len(batch), model.latent_dim)
         return torch.randn(shape, generator=generator, device=batch.device, dtype=batch.dtype)

@@ -96,7 +96,8 @@ class RunDirectory:
             ) from None
         except OSError as error:
             raise RunDirectoryError(
-                f"the run directory {self.path} is not writable ({error.strerror or error}); name another with --run_dir"
+                f"the run directory {self.path} is not writable ({error.strerror or error}); name another with "
+                "--run_dir"
             ) from error
         with lock:
             yield

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from popgen.streams import make_generator
 
 STREAMS = ("binarisation", "posterior noise")
 
+Model = TypeVar("Model", bound=nn.Module)
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
@@ -145,12 +146,12 @@ def check_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> N
         raise CheckpointError(f"the checkpoint is of another model: {listed}{more}")
 
 
-def model_with_weights(model: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> nn.Module:
+def model_with_weights(model: Model, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Model:
     """Returns a copy of the model that has these parameters and buffers, in evaluation mode.
 
     Example:
         >>> linear = nn.Linear(2, 1)
-        >>> model_with_weights(linear, {"weight": torch.zeros(1, 2), "bias": torch.ones(1)}, {})(torch.ones(1, 2)).item()
+        >>> model_with_weights(linear, {"weight": torch.ones(1, 2), "bias": torch.ones(1)}, {})(torch.zeros(2)).item()
         1.0
     """
     loaded = copy.deepcopy(model)

@@ -1,0 +1,26 @@
+"""Fixtures, and a runtime check of every shape annotation: popgen is imported through jaxtyping's hook."""
+
+import pathlib
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+install_import_hook("popgen", "beartype.beartype")
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+MNIST_DIR = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state, at the same number of threads."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def mnist_dir():
+    """The folder that holds MNIST/raw; tests that need it are skipped where it is absent."""
+    if not (MNIST_DIR / "MNIST" / "raw").is_dir():
+        pytest.skip(f"needs the MNIST files in {MNIST_DIR}")
+    return MNIST_DIR
