@@ -96,16 +96,32 @@ def differences(old: str, new: str) -> list[str]:
 
 def _parse_files(gin_files: Sequence[str | os.PathLike]) -> None:
     for gin_file in [os.fspath(gin_file) for gin_file in gin_files]:
-        found = [path for path in (pathlib.Path(gin_file), REPOSITORY / gin_file) if path.is_file()]
-        if not found:
-            known = sorted(f"configs/{path.name}" for path in (REPOSITORY / "configs").glob("*.gin"))
-            close = difflib.get_close_matches(gin_file, known, n=3) or known
-            raise ConfigError(
-                f"there is no config file {gin_file!r} in {os.getcwd()} or {REPOSITORY}; did you mean "
-                f"{', '.join(close)}?"
-            )
+        path = _find(gin_file)
         with _translated(f"cannot parse {gin_file}"):
-            gin.parse_config_file(str(found[0]))
+            _check_includes(path, including=())
+            gin.parse_config_file(str(path))
+
+
+def _find(gin_file: str) -> pathlib.Path:
+    """Returns the path of a config file, looked for in the working directory and then in the repository root."""
+    for path in (pathlib.Path(gin_file), REPOSITORY / gin_file):
+        if path.is_file():
+            return path
+    known = sorted(f"configs/{path.name}" for path in (REPOSITORY / "configs").glob("*.gin"))
+    close = difflib.get_close_matches(gin_file, known, n=3) or known
+    places = " or ".join(dict.fromkeys((os.getcwd(), str(REPOSITORY))))
+    raise ConfigError(f"there is no config file {gin_file!r} in {places}; did you mean {', '.join(close)}?")
+
+
+def _check_includes(path: pathlib.Path, including: tuple[pathlib.Path, ...]) -> None:
+    """Checks that everything a file includes is there and does not include it in turn."""
+    if path in including:
+        raise ConfigError(f"{path} includes itself, by way of {', '.join(map(str, including))}")
+    with path.open() as file:
+        statements = list(config_parser.ConfigParser(file, _TextDelegate()))
+    for statement in statements:
+        if isinstance(statement, config_parser.IncludeStatement):
+            _check_includes(_find(statement.filename), (*including, path))
 
 
 class _TextDelegate(config_parser.ParserDelegate):
@@ -156,8 +172,8 @@ def _apply_bindings(bindings: Sequence[str]) -> dict[_BindingKey, str]:
             statements = list(config_parser.ConfigParser(binding, delegate))
         except (SyntaxError, ValueError) as error:
             raise ConfigError(
-                f"cannot parse the binding {binding!r} ({error.args[0]}); it should look like Experiment.seed = 3, "
-                "with text in quotes and classes as @module.Class()"
+                f"cannot parse the binding {binding!r}; it should look like Experiment.seed = 3, with numbers, text in "
+                "quotes, and classes as @module.Class()"
             ) from error
         for reference in delegate.references:
             _register(reference, binding)
@@ -335,17 +351,30 @@ def _translated(doing: str) -> Iterator[None]:
             original = original.__context__
         if isinstance(original, PopgenError):
             raise original from None
-        raise ConfigError(f"{doing}: {_one_line(error)}{_suggestion(original)}") from error
+        raise ConfigError(f"{doing}: {_one_line(error, original)}{_suggestion(original)}") from error
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException, original: BaseException) -> str:
+    """Returns gin's message in one line: what is wrong, then where in the file or in which part."""
     if isinstance(error, SyntaxError):
         where = f" in {error.filename}" if error.filename else ""
         return f"{error.msg}{where}, line {error.lineno}: {(error.text or '').strip()}"
-    text = str(error)
-    text = re.sub(r"\n\s*In call to configurable '([\w.]+)' \(.*?\)(?=\n|$)", r" (in \1)", text)
+    problem = str(original).partition(" in config string:")[0]  # gin appends the whole configuration
+    text = problem if error is original else problem + str(error).removeprefix(str(original))
+    text = re.sub(r"\n\s*In call to configurable '(\w+)' \(.*?\)(?=\n|$)", _bound_values, text)
     lines = [line.strip() for line in text.splitlines() if line.strip().strip("^")]
-    return " ".join(lines) or type(error).__name__
+    return " ".join(lines) or type(original).__name__
+
+
+def _bound_values(match: re.Match[str]) -> str:
+    """Returns the part that an error arose in, with the values that were bound there."""
+    values = [
+        f"{parameter} = {value!r}"
+        for (_, selector), parameters in gin.config._CONFIG.items()
+        if selector.rpartition(".")[2] == match[1]
+        for parameter, value in parameters.items()
+    ]
+    return f" (in {match[1]}, bound: {', '.join(values) or 'nothing'})"
 
 
 def _suggestion(error: BaseException) -> str:
