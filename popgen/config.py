@@ -31,6 +31,8 @@ DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 MACRO = "gin.macro"
 
 gin.add_config_file_search_path(str(REPOSITORY))
+# Gin would also look inside Python packages, where it takes any folder called configs for one and fails.
+gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
 
 
 class LoadedConfig(NamedTuple):
@@ -71,6 +73,7 @@ def load(gin_files: Sequence[str | os.PathLike], bindings: Sequence[str] = ()) -
     with _translated("the configuration is not complete"):
         gin.finalize()
     given = gin.config_str() + "\n"
+    _order_as_in_signatures()
     experiment = _build()
     unused = _unused_bindings()
     _check_overrides_used(overridden, unused)
@@ -289,6 +292,19 @@ def _build() -> Experiment:
         experiment = gin.get_configurable(Experiment)()
         experiment.optimizer(list(experiment.model.parameters()))
     return experiment
+
+
+def _order_as_in_signatures() -> None:
+    """Puts the bindings of each part in the order of its parameters.
+
+    Gin builds the arguments of a part in the order in which they were bound, and the parts draw their first weights one
+    after another: the same configuration in another order of lines must give the same weights.
+    """
+    for (_, selector), parameters in gin.config._CONFIG.items():
+        order = list(inspect.signature(gin.config._REGISTRY[selector].wrapped).parameters)
+        ordered = sorted(parameters.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+        parameters.clear()
+        parameters.update(ordered)
 
 
 def _unused_bindings() -> set[_BindingKey]:

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -16,6 +17,14 @@ MNIST_DIR = REPOSITORY.parent / "shared" / "data"
 def seeded():
     """Every test starts from the same random state, at the same number of threads."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def as_a_user():
+    """Switches the runtime check of annotations off, to see the project's own errors for arguments of a wrong type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ on the training device, and a batch is gathered and binarised there in a handful
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -79,6 +79,7 @@ class ImageData:
         return dataclasses.replace(self, **moved)
 
 
+@runtime_checkable
 class ImageDataset(Protocol):
     """A description of image data; any class with a `load()` that returns an `ImageData` is one."""
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from popgen.errors import ArgumentError, check_integer, check_number
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """Anything that maps the number of steps taken to a value."""
 

@@ -8,7 +8,7 @@ taken.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from popgen.optim.schedules import Constant, Schedule
 Metrics = dict[str, Tensor]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a training step minimises."""
 

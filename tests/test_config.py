@@ -1,0 +1,257 @@
+"""Configuration: short names, overrides, orphans, saving and restoring, and one clear line for every mistake."""
+
+import pathlib
+import textwrap
+
+import pytest
+import torch
+
+from popgen import config
+from popgen.datasets.stroke_digits import StrokeDigits
+from popgen.errors import ArgumentError, ConfigError, PopgenError
+from popgen.nn.vamp_prior import VampPrior
+
+pytestmark = pytest.mark.usefixtures("as_a_user")
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+CONFIGS = sorted(f"configs/{path.name}" for path in (REPOSITORY / "configs").glob("*.gin"))
+VAE = ["configs/vae.gin"]
+
+
+@pytest.fixture
+def gin_file(tmp_path):
+    """Writes a gin file with dynamic registration and the VAE's module imported; returns its path."""
+
+    def write(text: str, name: str = "own.gin") -> pathlib.Path:
+        head = "from __gin__ import dynamic_registration\nfrom popgen.models import vae\n"
+        path = tmp_path / name
+        path.write_text(head + textwrap.dedent(text))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds_and_leaves_nothing_unused(name):
+    loaded = config.load([name])
+    assert loaded.orphans == []
+    assert loaded.experiment.batch_size == 100
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_says_what_a_reader_looks_for(name):
+    text = (REPOSITORY / name).read_text()
+    assert "# Command:   python -m launch.train --gin_file=" + name in text
+    assert "# Paper" in text
+    macros = [line for line in text.splitlines() if line.split(" = ")[0].isupper()]
+    assert len(macros) <= 5
+    assert text.count("\ninclude ") <= 1
+
+
+def test_included_configs_include_nothing_themselves():
+    for name in CONFIGS:
+        for line in (REPOSITORY / name).read_text().splitlines():
+            if line.startswith("include "):
+                assert "\ninclude " not in (REPOSITORY / line.split('"')[1]).read_text()
+
+
+def test_headline_settings():
+    experiment = config.load(["configs/vamp_hsnf.gin"]).experiment
+    model = experiment.model
+    assert (experiment.num_steps, experiment.batch_size) == (1_000_000, 100)
+    assert (model.input_dim, model.latent_dim, model.encoder.context_dim) == (784, 40, 300)
+    assert model.prior.logits.shape == (500, 784)
+    assert (model.flow.num_flows, model.flow.num_reflections) == (4, 8)
+    for step in (0, 1, 10_000, 1_000_000):
+        expected = 2 * (torch.sigmoid(torch.tensor(1e-4 * step, dtype=torch.float64)) - 0.5)
+        assert experiment.objective.beta(step) == pytest.approx(expected.item(), abs=1e-12)
+    optimizer = experiment.optimizer(model.parameters())
+    assert isinstance(optimizer, torch.optim.Adam) and optimizer.param_groups[0]["lr"] == 2e-4
+
+
+def test_quickstart_is_the_headline_model_with_its_annealing_in_proportion():
+    short, long = (config.load([f"configs/{name}.gin"]).experiment for name in ("quickstart", "vamp_hsnf"))
+    assert isinstance(short.dataset, StrokeDigits)
+    shapes = [{name: p.shape for name, p in e.model.named_parameters()} for e in (short, long)]
+    assert shapes[0] == shapes[1]
+    assert short.objective.beta(short.num_steps // 20) == pytest.approx(long.objective.beta(long.num_steps // 20))
+
+
+def test_short_names_and_parts_that_the_file_does_not_mention():
+    bindings = ["Experiment.seed = 3", "Experiment.optimizer = @torch.optim.SGD", "SGD.lr = 0.5"]
+    loaded = config.load(VAE, bindings)
+    optimizer = loaded.experiment.optimizer(loaded.experiment.model.parameters())
+    assert loaded.experiment.seed == 3
+    assert isinstance(optimizer, torch.optim.SGD) and optimizer.param_groups[0]["lr"] == 0.5
+    assert loaded.orphans == ["Adam.fused", "Adam.lr"]
+
+
+def test_a_part_named_by_its_module_alone():
+    bindings = ["VAE.prior = @popgen.nn.vamp_prior.VampPrior()", "VampPrior.input_dim = %INPUT_DIM"]
+    assert isinstance(config.load(VAE, bindings).experiment.model.prior, VampPrior)
+
+
+def test_macros_reach_every_part():
+    model = config.load(VAE, ["LATENT_DIM = 7"]).experiment.model
+    assert (model.encoder.latent_dim, model.decoder.latent_dim) == (7, 7)
+
+
+def test_later_bindings_and_files_win(gin_file):
+    own = gin_file("from popgen import experiment\nexperiment.Experiment.num_steps = 11\n")
+    assert config.load([*VAE, own]).experiment.num_steps == 11
+    assert (
+        config.load([*VAE, own], ["Experiment.num_steps = 12", "Experiment.num_steps = 13"]).experiment.num_steps == 13
+    )
+
+
+def test_a_class_of_ones_own_by_import(gin_file, tmp_path, monkeypatch):
+    (tmp_path / "own_parts.py").write_text(
+        "from popgen.models.vae import BernoulliDecoder\nclass OwnDecoder(BernoulliDecoder):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = gin_file(
+        """
+        import own_parts
+        include "configs/vae.gin"
+        vae.VAE.decoder = @own_parts.OwnDecoder()
+        own_parts.OwnDecoder.latent_dim = %LATENT_DIM
+        own_parts.OwnDecoder.output_dim = %INPUT_DIM
+        """
+    )
+    loaded = config.load([own])
+    assert type(loaded.experiment.model.decoder).__name__ == "OwnDecoder"
+    assert loaded.orphans == [f"BernoulliDecoder.{name}" for name in ("hidden_dim", "latent_dim", "output_dim")]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_text_describes_the_same_experiment(name, tmp_path):
+    loaded = config.load([name], ["Experiment.num_steps = 5", "Experiment.seed = 2"])
+    saved = tmp_path / "config.gin"
+    saved.write_text(loaded.configuration.given)
+    again = config.load([saved])
+    assert again.configuration == loaded.configuration
+    assert config.differences(again.configuration.given, loaded.configuration.given) == []
+    for first, second in zip(loaded.experiment.model.parameters(), again.experiment.model.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_the_seed_alone_decides_the_first_weights():
+    torch.manual_seed(1)
+    first = config.load(VAE, ["Experiment.seed = 5"]).experiment.model
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    second = config.load(VAE, ["Experiment.seed = 5"]).experiment.model
+    other = config.load(VAE, ["Experiment.seed = 6"]).experiment.model
+    weights = [model.decoder.logits.weight for model in (first, second, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.get_rng_state()), "building a model must not touch the global random state"
+
+
+def test_differences_name_each_binding():
+    old, new = (
+        config.load(VAE, bindings).configuration.given
+        for bindings in (["Experiment.seed = 1"], ["Experiment.num_steps = 9", "VAE.flow = None"])
+    )
+    assert config.differences(old, new) == [
+        "experiment.Experiment.num_steps: 1000000 -> 9",
+        "experiment.Experiment.seed: 1 -> 0",
+    ]
+
+
+def test_no_gin_frame_survives_the_build():
+    experiment = config.load(["configs/vamp_hsnf.gin"]).experiment
+    for part in (experiment.model, experiment.model.flow, experiment.objective, experiment.objective.beta):
+        assert type(part).__module__.startswith("popgen.")
+        assert "gin" not in type(part).__call__.__module__
+
+
+BAD_BINDINGS = {
+    "Experimnt.num_steps = 3": (ConfigError, "'Experimnt'", "did you mean Experiment?"),
+    "Experiment.num_step = 3": (ConfigError, "'num_step'", "did you mean num_steps?"),
+    'Experiment.num_steps = "nine"': (ArgumentError, "Experiment.num_steps", "integer of at least 1, got 'nine'"),
+    "Experiment.num_steps = nine": (ConfigError, "Experiment.num_steps = nine", "text in quotes"),
+    "Experiment.num_steps = 1e4": (ArgumentError, "Experiment.num_steps", "got 10000.0"),
+    "Experiment.num_steps = 0": (ArgumentError, "Experiment.num_steps", "at least 1"),
+    "LATENT_DMI = 3": (ConfigError, "'LATENT_DMI'", "LATENT_DIM"),
+    "GaussianEncoder.latent_dim = %LATNT": (ConfigError, "'LATNT'", "LATENT_DIM"),
+    "PlanarFlow.num_flows = 3": (ConfigError, "'PlanarFlow'", "named with their module"),
+    "popgen.nn.vamp_prior.VampPrior.num_components = 3": (ConfigError, "nothing uses", "made of Adam"),
+    "scope/Experiment.seed = 3": (ConfigError, "nothing uses", "scope/Experiment.seed"),
+    "Experiment.optimizer = @torch.optim.SGDD": (ConfigError, "'SGDD'", "did you mean SGD"),
+    "Experiment.optimizer = @nowhere.SGD": (ConfigError, "'nowhere.SGD'", "@torch.optim.SGD"),
+    "Experiment.model = @vae.VAE": (ArgumentError, "Experiment.model", "torch.nn.Module"),
+    "Experiment.dataset = 3": (ArgumentError, "Experiment.dataset", "load() method"),
+    "Experiment.selection_split = 'train'": (ArgumentError, "Experiment.selection_split", "test, validation"),
+    "Experiment.device = 'cudaa'": (ArgumentError, "Experiment.device", "'cudaa'"),
+    "VAE.encoder = 3": (ArgumentError, "VAE.encoder", "torch.nn.Module"),
+    "GaussianEncoder.latent_dim = 20": (ArgumentError, "decoder.latent_dim is 40", "encoder.latent_dim is 20"),
+    "LATENT_DIM = 'x'": (ArgumentError, "latent_dim", "integer of at least 1, got 'x'"),
+    "Adam.lr = 'fast'": (ConfigError, "Adam", "lr = 'fast'"),
+    "Adam.lr = -1.0": (ConfigError, "Adam", "Invalid learning rate: -1.0"),
+    "NegativeELBO.beta = 0.5": (ArgumentError, "NegativeELBO.beta", "a schedule"),
+    "BinaryMNIST.protocol = 'dynamical'": (ArgumentError, "BinaryMNIST.protocol", "dynamic, fixed, threshold"),
+    "import os": (ConfigError, "import os", "belong in a file"),
+}
+
+
+@pytest.mark.parametrize("binding", BAD_BINDINGS)
+def test_a_bad_binding_is_one_line_that_names_it_and_what_would_be_right(binding):
+    kind, *wanted = BAD_BINDINGS[binding]
+    with pytest.raises(kind) as caught:
+        config.load(VAE, [binding])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in wanted:
+        assert part in message
+
+
+BAD_FILES = {
+    'include "configs/vaee.gin"': ("configs/vaee.gin", "configs/vae.gin"),
+    'include "configs/vae.gin"\nvae.VAEE.flow = None': ("VAEE", "did you mean VAE?"),
+    'include "configs/vae.gin"\nvae.VAE.flaw = None': ("'flaw'", "did you mean flow?"),
+    'include "configs/vae.gin"\nvae.VAE.flow = %FLOW': ("'FLOW", "LATENT_DIM"),
+    'include "configs/vae.gin"\nfoo.VAE.flow = None': ("'foo'", "import its module"),
+    'include "configs/vae.gin"\nvae.VAE.flow =': ("Unable to parse value", "line 4"),
+    'include "configs/vae.gin"\nimport not_a_module': ("not_a_module", "line 4"),
+    "vae.VAE.flow = None": ("popgen.experiment.Experiment", "nothing to run"),
+    'include "configs/vae.gin"\nvae.VAE.decoder = %gin.REQUIRED': ("VAE.decoder", "not subsequently overridden"),
+    "from popgen import experiment\nexperiment.Experiment.num_steps = 3": ("'model'", "'dataset'"),
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_a_bad_file_is_one_line_that_names_it_and_what_would_be_right(text, gin_file):
+    with pytest.raises(ConfigError) as caught:
+        config.load([gin_file(text)])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in BAD_FILES[text]:
+        assert part in message
+
+
+def test_a_missing_file_and_files_that_include_one_another(gin_file, tmp_path):
+    with pytest.raises(ConfigError, match="no config file 'configs/vamp_hsn.gin'.*configs/vamp_hsnf.gin"):
+        config.load(["configs/vamp_hsn.gin"])
+    first = gin_file(f'include "{tmp_path}/second.gin"', "first.gin")
+    gin_file(f'include "{tmp_path}/first.gin"', "second.gin")
+    with pytest.raises(ConfigError, match="includes itself"):
+        config.load([first])
+
+
+def test_configs_are_found_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.load(["configs/vamp.gin"]).experiment.batch_size == 100
+
+
+def test_an_error_in_ones_own_class_is_reported_with_its_values(gin_file, tmp_path, monkeypatch):
+    (tmp_path / "failing_parts.py").write_text(
+        "class Failing:\n    def __init__(self, size):\n        raise KeyError('no such size')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = gin_file(
+        'import failing_parts\ninclude "configs/vae.gin"\nvae.VAE.flow = @failing_parts.Failing()\n'
+        "failing_parts.Failing.size = 3\n"
+    )
+    with pytest.raises(PopgenError, match=r"no such size.*in Failing, bound: size = 3"):
+        config.load([own])
