@@ -1,5 +1,6 @@
 """Configuration: short names, overrides, orphans, saving and restoring, and one clear line for every mistake."""
 
+import dataclasses
 import pathlib
 import textwrap
 
@@ -7,9 +8,12 @@ import pytest
 import torch
 
 from popgen import config
+from popgen.datasets.images import ImageData, prepare_images
 from popgen.datasets.stroke_digits import StrokeDigits
 from popgen.errors import ArgumentError, ConfigError, PopgenError
+from popgen.experiment import run
 from popgen.nn.vamp_prior import VampPrior
+from popgen.training.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("as_a_user")
 
@@ -255,3 +259,25 @@ def test_an_error_in_ones_own_class_is_reported_with_its_values(gin_file, tmp_pa
     )
     with pytest.raises(PopgenError, match=r"no such size.*in Failing, bound: size = 3"):
         config.load([own])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_takes_two_steps(name, tmp_path):
+    loaded = config.load([name])
+    experiment = dataclasses.replace(
+        loaded.experiment, dataset=Noise(), num_steps=2, eval_every=1, final_num_samples=3, final_num_images=9
+    )
+    directory = RunDirectory(tmp_path / "run")
+    with directory.locked():
+        state = run(experiment, directory, loaded.configuration)
+    assert state.step == 2 and state.best_loss < 1_000
+    assert len(list(directory.path.glob("evaluation_*.json"))) == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Random grey images of MNIST's size."""
+
+    def load(self) -> ImageData:
+        images = torch.randint(0, 256, (600, 784), dtype=torch.uint8)
+        return prepare_images(images, images[:64], (28, 28), "dynamic", binarisation_seed=0)

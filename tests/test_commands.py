@@ -1,0 +1,226 @@
+"""The commands, as a user runs them: each test starts `python -m launch.…` in a process of its own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+PARTS = """
+import dataclasses, torch
+from popgen.datasets.images import ImageData
+
+@dataclasses.dataclass(frozen=True)
+class Squares:
+    largest: float = 1.0
+
+    def load(self):
+        grey = torch.zeros(200, 28, 28, dtype=torch.uint8)
+        for i in range(200):
+            grey[i, i % 14 : i % 14 + 10, 4:20] = 255
+        values = self.largest * grey.flatten(1).float() / 255
+        return ImageData(values[:100], values[100:], (28, 28), "squares")
+"""
+CONFIG = """
+from __gin__ import dynamic_registration
+import own_parts
+from popgen import experiment
+from popgen.models import vae
+include "configs/{base}.gin"
+experiment.Experiment.dataset = @own_parts.Squares()
+experiment.Experiment.num_steps = 4
+experiment.Experiment.batch_size = 10
+experiment.Experiment.eval_every = 2
+experiment.Experiment.log_every = 1
+experiment.Experiment.final_num_samples = 0
+"""
+
+
+class Workspace:
+    """A directory with a dataset of one's own and a config that names it, and a way to run commands there."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        (path / "own_parts.py").write_text(PARTS)
+        for base in ("vae", "vamp_hsnf"):
+            (path / f"{base}_squares.gin").write_text(CONFIG.format(base=base))
+
+    def run(self, command: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        path = os.pathsep.join((str(REPOSITORY), str(self.path)))
+        return subprocess.run(
+            [sys.executable, "-m", f"launch.{command}", *arguments],
+            cwd=self.path,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def succeed(self, command: str, *arguments: str, **environment: str) -> str:
+        done = self.run(command, *arguments, **environment)
+        assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr and "it/s" not in done.stderr, done.stderr  # quiet without a terminal
+        return done.stdout
+
+    def fail(self, command: str, *arguments: str, **environment: str) -> str:
+        """Runs a command that must fail with one line on standard error, and returns that line."""
+        done = self.run(command, *arguments, **environment)
+        assert done.returncode == 1, (done.returncode, done.stdout, done.stderr)
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workspace with a trained run of the headline model in `run`; tests do not change it."""
+    workspace = Workspace(tmp_path_factory.mktemp("trained"))
+    workspace.printed = workspace.succeed("train", "--gin_file=vamp_hsnf_squares.gin", "--run_dir=run")
+    return workspace
+
+
+def test_train_leaves_what_it_says(trained):
+    run = trained.path / "run"
+    assert "tensorboard --logdir run" in trained.printed and "launch.evaluate --run_dir=run" in trained.printed
+    for name in ("config.gin", "operative_config.gin", "checkpoints/latest.ckpt", "checkpoints/best.ckpt"):
+        assert (run / name).is_file(), name
+    assert "SigmoidAnnealing.maximum = 1.0" in (run / "operative_config.gin").read_text()  # a default
+    with Image.open(run / "samples" / "best.png") as picture:
+        assert min(picture.size) > 500
+    state = torch.load(run / "checkpoints" / "latest.ckpt", weights_only=True)
+    assert state["step"] == 4
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert {event.step for event in events.Scalars("train/loss")} == {1, 2, 3, 4}
+    assert {event.step for event in events.Scalars("test/loss")} == {2, 4}
+
+
+def test_evaluate_prints_logs_and_writes_the_record(trained):
+    printed = trained.succeed("evaluate", "--run_dir=run", "--num_samples=20", "--num_images=30")
+    (path,) = (trained.path / "run").glob("evaluation_*20x30.json")
+    record = json.loads(path.read_text())
+    assert record["num_samples"] == 20 and record["num_images"] == 30 and record["step"] in (2, 4)
+    assert record["elbo"] <= record["log_p_x"] < 0 < record["log_p_x_standard_error"]
+    assert record["binarisation_protocol"] == "squares"
+    assert f"{record['log_p_x']:.3f}" in printed
+    events = EventAccumulator(str(trained.path / "run"))
+    events.Reload()
+    assert events.Scalars("evaluation/log_p_x")[-1].value == pytest.approx(record["log_p_x"], rel=1e-6)
+
+
+def test_evaluate_by_checkpoint_and_averaged_weights(trained):
+    records = []
+    for arguments in (["--checkpoint=latest"], ["--checkpoint=latest", "--weights=averaged"]):
+        trained.succeed("evaluate", "--run_dir=run", "--num_samples=5", "--num_images=8", *arguments)
+        name = f"evaluation_step00000004_{'averaged' if len(arguments) == 2 else 'raw'}_5x8.json"
+        records.append(json.loads((trained.path / "run" / name).read_text()))
+    assert [record["weights"] for record in records] == ["raw", "averaged"]
+    assert records[0]["log_p_x"] != records[1]["log_p_x"]
+    line = trained.fail("evaluate", "--run_dir=run", "--checkpoint=3")
+    assert "no checkpoint '3'" in line and "best, latest" in line
+
+
+def test_sample_writes_one_picture(trained):
+    trained.succeed("sample", "--run_dir=run", "--out=grid.png", "--num_samples=16")
+    with Image.open(trained.path / "grid.png") as picture:
+        assert picture.mode == "L" and len(picture.getcolors(256)) > 10
+    assert "no folder" in trained.fail("sample", "--run_dir=run", "--out=nowhere/grid.png")
+
+
+def test_dry_run_prints_and_writes_nothing(workspace):
+    printed = workspace.succeed(
+        "train", "--gin_file=configs/vamp_hsnf.gin", "--dry_run", "--gin_bindings=BinaryMNIST.data_dir = '/nowhere'"
+    )
+    for part in ("Experiment.num_steps = 1000000", "total          3,916,864", "(600, 784) -> (600, 600)"):
+        assert part in printed
+    assert not (workspace.path / "experiments").exists()
+
+
+def test_the_run_directory_has_a_default(workspace):
+    workspace.succeed("train", "--gin_file=vae_squares.gin")
+    assert (workspace.path / "experiments" / "vae_squares" / "config.gin").is_file()
+    workspace.succeed("train", "--gin_file=vae_squares.gin", EXPERIMENT_DIR=str(workspace.path / "elsewhere"))
+    assert (workspace.path / "elsewhere" / "vae_squares" / "config.gin").is_file()
+
+
+def test_a_run_continues_and_a_changed_configuration_is_refused(workspace):
+    def step() -> int:
+        return torch.load(workspace.path / "run/checkpoints/latest.ckpt", weights_only=True)["step"]
+
+    command = ("train", "--gin_file=vae_squares.gin", "--run_dir=run")
+    longer = "--gin_bindings=Experiment.num_steps = 6"
+    workspace.succeed(*command)
+    before = (workspace.path / "run/checkpoints/latest.ckpt").read_bytes()
+    line = workspace.fail(*command, longer, "--gin_bindings=Adam.lr = 0.5")
+    for part in ("Experiment.num_steps: 4 -> 6", "Adam.lr: 0.0002 -> 0.5", "--reconfigure", "--overwrite"):
+        assert part in line
+    assert (workspace.path / "run/checkpoints/latest.ckpt").read_bytes() == before
+    workspace.succeed(*command, longer, "--reconfigure")
+    assert step() == 6
+    (workspace.path / "run/own.txt").write_text("kept")
+    workspace.succeed(*command, "--overwrite")
+    assert step() == 4 and (workspace.path / "run/own.txt").is_file()
+    line = workspace.fail(*command, "--gin_bindings=LATENT_DIM = 7", "--reconfigure")
+    assert "the checkpoint is of another model" in line and "(80, 300) in the checkpoint" in line
+    assert "give one of them" in workspace.fail(*command, "--overwrite", "--reconfigure")
+
+
+def test_an_orphaned_binding_is_listed_in_one_line(workspace):
+    printed = workspace.succeed(
+        "train", "--gin_file=vae_squares.gin", "--gin_bindings=Experiment.optimizer = @torch.optim.SGD"
+    )
+    assert "not used by this configuration: Adam.fused, Adam.lr\n" in printed
+
+
+def test_bad_calls(workspace):
+    assert "--gin_file must be given" in workspace.fail("train")
+    assert "configs/vae.gin" in workspace.fail("train", "--gin_file=configs/vaee.gin")
+    assert "unexpected argument 'extra'" in workspace.fail("train", "--gin_file=configs/vae.gin", "extra")
+    assert "did you mean num_steps?" in workspace.fail(
+        "train", "--gin_file=configs/vae.gin", "--gin_bindings=Experiment.num_step = 3"
+    )
+    assert "there is no run in 'nothing'" in workspace.fail("evaluate", "--run_dir=nothing")
+    assert not (workspace.path / "experiments").exists()
+
+
+def test_a_run_directory_in_use_or_not_writable(workspace):
+    (workspace.path / "run").mkdir()
+    with FileLock(workspace.path / "run" / ".lock"):
+        line = workspace.fail("train", "--gin_file=vae_squares.gin", "--run_dir=run")
+    assert "in use by another process" in line
+    (workspace.path / "file").write_text("")
+    line = workspace.fail("train", "--gin_file=vae_squares.gin", "--run_dir=file/run")
+    assert "not writable" in line and "--run_dir" in line
+
+
+def test_data_that_is_missing_or_does_not_fit(workspace):
+    command = ("train", "--gin_file=configs/vae.gin", "--run_dir=run")
+    line = workspace.fail(*command, "--gin_bindings=BinaryMNIST.download = False", POPGEN_DATA="empty")
+    assert "empty/MNIST/raw" in line and "configs/quickstart.gin" in line
+    line = workspace.fail("train", "--gin_file=vae_squares.gin", "--gin_bindings=Squares.largest = 2.0")
+    assert "values from 0 to 2" in line and "[0, 1]" in line
+    line = workspace.fail("train", "--gin_file=vae_squares.gin", "--gin_bindings=INPUT_DIM = 100")
+    assert "(100, 784)" in line and "(count, 100)" in line
+
+
+def test_a_damaged_checkpoint_is_refused_and_left_alone(workspace):
+    workspace.succeed("train", "--gin_file=vae_squares.gin", "--run_dir=run")
+    latest = workspace.path / "run/checkpoints/latest.ckpt"
+    damaged = bytearray(latest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    latest.write_bytes(damaged)
+    longer = ("--gin_bindings=Experiment.num_steps = 6", "--reconfigure")
+    assert "damaged" in workspace.fail("train", "--gin_file=vae_squares.gin", "--run_dir=run", *longer)
+    assert latest.read_bytes() == bytes(damaged)
