@@ -8,14 +8,14 @@ from popgen.datasets.images import as_values
 from popgen.models.vae import VAE
 from popgen.summaries import image_grid
 
-INTERPOLATION_STEPS = 10
+COLUMNS = 16  # of every grid, so that they line up below one another
 
 Picture = UInt8[Tensor, "height width"]
 
 
 @torch.no_grad()
 def prior_samples(model: VAE, image_shape: tuple[int, int], num_samples: int, generator: torch.Generator) -> Picture:
-    """Returns the mean images of draws from the whole prior, in an about square grid.
+    """Returns the mean images of draws from the whole prior, sixteen in a row.
 
     Args:
         model: the VAE.
@@ -27,19 +27,19 @@ def prior_samples(model: VAE, image_shape: tuple[int, int], num_samples: int, ge
         >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
         >>> from popgen.nn.priors import StandardNormalPrior
         >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
-        >>> prior_samples(vae, (4, 4), num_samples=9, generator=torch.Generator()).shape
-        torch.Size([20, 20])
+        >>> prior_samples(vae, (4, 4), num_samples=32, generator=torch.Generator()).shape
+        torch.Size([14, 98])
     """
     device = generator.device
     noise = torch.randn(num_samples, model.latent_dim, generator=generator, device=device)
     uniform = torch.rand(num_samples, generator=generator, device=device)
     z = model.prior_density().sample(noise, uniform)
-    return image_grid(model.decoder(z).mean, image_shape, columns=_square_columns(num_samples))
+    return image_grid(model.decoder(z).mean, image_shape, columns=COLUMNS)
 
 
 def originals(images: Tensor, image_shape: tuple[int, int]) -> Picture:
-    """Returns images as they are, in an about square grid."""
-    return image_grid(as_values(images), image_shape, columns=_square_columns(len(images)))
+    """Returns images as they are, sixteen in a row."""
+    return image_grid(as_values(images), image_shape, columns=COLUMNS)
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def reconstructions(model: VAE, images: Tensor, image_shape: tuple[int, int]) ->
     """Returns pairs of an image and the mean image of its latent code, eight pairs in a row."""
     x = as_values(images)
     pairs = torch.stack([x, model.decoder(model.latent_code(x)).mean], dim=1).flatten(0, 1)
-    return image_grid(pairs, image_shape, columns=16)
+    return image_grid(pairs, image_shape, columns=COLUMNS)
 
 
 @torch.no_grad()
@@ -55,9 +55,9 @@ def interpolations(model: VAE, images: Tensor, image_shape: tuple[int, int]) -> 
     """Returns one row for each two consecutive images: mean images on the line between their latent codes."""
     codes = model.latent_code(as_values(images))
     starts, ends = codes[0::2], codes[1::2]
-    fractions = torch.linspace(0.0, 1.0, INTERPOLATION_STEPS, device=codes.device)[:, None]
+    fractions = torch.linspace(0.0, 1.0, COLUMNS, device=codes.device)[:, None]
     z = torch.stack([start + fractions * (end - start) for start, end in zip(starts, ends, strict=False)])
-    return image_grid(model.decoder(z).mean.flatten(0, 1), image_shape, columns=INTERPOLATION_STEPS)
+    return image_grid(model.decoder(z).mean.flatten(0, 1), image_shape, columns=COLUMNS)
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def pseudo_inputs(model: VAE, image_shape: tuple[int, int], count: int) -> Pictu
         return None
     inputs = inputs[:count]
     pairs = torch.stack([inputs, model.decoder(model.encoder(inputs)[0].mean).mean], dim=1).flatten(0, 1)
-    return image_grid(pairs, image_shape, columns=16)
+    return image_grid(pairs, image_shape, columns=COLUMNS)
 
 
 def all_pictures(
@@ -85,6 +85,3 @@ def all_pictures(
     }
     return {name: picture for name, picture in pictures.items() if picture is not None}
 
-
-def _square_columns(count: int) -> int:
-    return max(1, round(count**0.5))

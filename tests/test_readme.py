@@ -1,0 +1,80 @@
+"""The README's code runs as it stands: the library examples, and each thing of one's own in a real run."""
+
+import dataclasses
+import pathlib
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from popgen import config
+from popgen.datasets.images import ImageData, prepare_images
+from popgen.experiment import run
+from popgen.training.run_directory import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("as_a_user")  # the reader's own classes need no annotations
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+FILES = {match[1]: body for _, body in BLOCKS if (match := re.match(r"# (\w+\.(?:py|gin))\n", body))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Random grey images of MNIST's size."""
+
+    def load(self) -> ImageData:
+        images = torch.randint(0, 256, (400, 784), dtype=torch.uint8)
+        return prepare_images(images, images[:64], (28, 28), "dynamic", binarisation_seed=0)
+
+
+def test_library_examples():
+    namespace: dict = {}
+    blocks = [body for language, body in BLOCKS if language == "python" and not body.startswith("# my_")]
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["log_p_z"].shape == (5, 100)
+    assert namespace["state"].step == 2
+
+
+@pytest.mark.parametrize("name", ["my_model", "my_data", "my_loss"])
+def test_ones_own(name, tmp_path, monkeypatch):
+    assert len(FILES[f"{name}.py"].strip().splitlines()) <= 16  # fifteen, and the line that names the file
+    for suffix in (".py", ".gin"):
+        (tmp_path / f"{name}{suffix}").write_text(FILES[f"{name}{suffix}"])
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (1200, 28, 28), dtype=np.uint8))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    loaded = config.load([f"{name}.gin"])
+    experiment = dataclasses.replace(loaded.experiment, num_steps=2)
+    if name != "my_data":
+        experiment = dataclasses.replace(experiment, dataset=Noise())
+    directory = RunDirectory(tmp_path / "run")
+    with directory.locked():
+        assert run(experiment, directory, loaded.configuration).step == 2
+
+
+def test_commands_name_files_and_flags_that_exist():
+    for path in re.findall(r"--gin_file=(\S+)", README) + re.findall(r"\]\(((?:configs|docs|popgen)/[^)]+)\)", README):
+        assert (REPOSITORY / path).is_file(), path
+    sources = "".join(path.read_text() for path in (REPOSITORY / "launch").glob("*.py"))
+    for flag in set(re.findall(r"--([a-z_]+)[=`]", README)) - {"logdir"}:
+        assert f'"{flag}"' in sources, flag
+
+
+def test_bindings_in_the_readme_are_valid():
+    bindings = re.findall(r"--gin_bindings='([^']+)'", README)
+    assert len(bindings) >= 4
+    config.load(["configs/vamp.gin"], bindings)
+
+
+def test_ci_runs_the_two_commands_of_the_readme():
+    commands = [body.strip() for language, body in BLOCKS if language == "shell"][:2]
+    ci = (REPOSITORY / ".ci" / "run").read_text()
+    for command in commands:
+        assert command in ci
+    assert shutil.which("bash")
