@@ -78,7 +78,7 @@ def load(gin_files: Sequence[str | os.PathLike], bindings: Sequence[str] = ()) -
     unused = _unused_bindings()
     _check_overrides_used(overridden, unused)
     orphans = sorted({_display(*key) for key in unused if key not in overridden})
-    configuration = Configuration(given, gin.operative_config_str() + "\n", _settings())
+    configuration = Configuration(given, gin.operative_config_str() + "\n", _settings(unused))
     return LoadedConfig(experiment, configuration, orphans)
 
 
@@ -340,14 +340,18 @@ def _display(scope: str, selector: str, parameter: str) -> str:
     return f"{scope}/" * bool(scope) + f"{selector.rpartition('.')[2]}.{parameter}"
 
 
-def _settings() -> dict[str, bool | int | float | str]:
-    """Returns the operative values that are numbers, strings or flags, by short name."""
-    return {
-        _display(scope, selector, parameter): value
-        for (scope, selector), parameters in gin.config._OPERATIVE_CONFIG.items()
-        for parameter, value in parameters.items()
-        if isinstance(value, bool | int | float | str) and selector != MACRO
-    }
+def _settings(unused: set[_BindingKey]) -> dict[str, bool | int | float | str]:
+    """Returns what the configuration binds and uses, by short name; parts are given by theirs."""
+    settings: dict[str, bool | int | float | str] = {}
+    for (scope, selector), parameters in gin.config._CONFIG.items():
+        for parameter, value in parameters.items():
+            if isinstance(value, gin.config.ConfigurableReference):
+                if value.configurable.selector == MACRO:
+                    continue  # the macro has a row of its own
+                value = value.configurable.name
+            if isinstance(value, bool | int | float | str) and _BindingKey(scope, selector, parameter) not in unused:
+                settings[_display(scope, selector, parameter)] = value
+    return settings
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ class Configuration:
     Attributes:
         given: as it was asked for, includes and overrides merged.
         operative: every value that was used, defaults too.
-        settings: numbers, strings and flags by name, for the HParams tab.
+        settings: what was bound, by short name, for the HParams tab.
     """
 
     given: str
@@ -181,8 +181,8 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
 
     writer = Writer(directory.path, purge_step=state.step + 1 if state.step else None)
     try:
-        writer.text("config", configuration.given)
-        writer.text("operative_config", configuration.operative)
+        writer.text("config", configuration.given, state.step)
+        writer.text("operative_config", configuration.operative, state.step)
         writer.hyper_parameters(configuration.settings, HPARAM_METRICS)
         recorder = _Recorder(experiment, directory, writer, data, model)
         batches = TrainBatches(data.train, experiment.batch_size, experiment.seed)

@@ -75,7 +75,7 @@ class Writer:
         """Writes a grey picture."""
         self._writer.add_image(name, levels.numpy(), step, dataformats="HW")
 
-    def text(self, name: str, text: str, step: int = 0) -> None:
+    def text(self, name: str, text: str, step: int) -> None:
         """Writes text, shown as it is (indented by four, which Markdown takes for code)."""
         self._writer.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
 

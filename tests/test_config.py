@@ -152,6 +152,13 @@ def test_the_seed_alone_decides_the_first_weights():
     assert torch.equal(state, torch.get_rng_state()), "building a model must not touch the global random state"
 
 
+def test_settings_are_what_was_bound_and_used():
+    bindings = ["Experiment.optimizer = @torch.optim.SGD", "SGD.lr = 0.5"]
+    settings = config.load(VAE, bindings).configuration.settings
+    assert settings["SGD.lr"] == 0.5 and settings["LATENT_DIM"] == 40 and settings["VAE.encoder"] == "GaussianEncoder"
+    assert "Adam.lr" not in settings and "SGD.momentum" not in settings
+
+
 def test_differences_name_each_binding():
     old, new = (
         config.load(VAE, bindings).configuration.given

@@ -84,4 +84,3 @@ def all_pictures(
         "pseudo_inputs": pseudo_inputs(model, image_shape, num_samples),
     }
     return {name: picture for name, picture in pictures.items() if picture is not None}
-
