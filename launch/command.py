@@ -28,7 +28,7 @@ def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            print("interrupted; the same command continues a training run from its latest checkpoint", file=sys.stderr)
             sys.exit(130)
 
     app.run(guarded)

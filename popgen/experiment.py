@@ -37,7 +37,7 @@ from popgen.training.state import (
 )
 from popgen.training.step import make_train_step
 
-ACTIVE_UNIT_IMAGES = 10_000  # training images that the train/active_units curve looks at
+ACTIVE_UNIT_IMAGES = 1_000  # that the active_units curves look at; an evaluation looks at all
 PICTURE_COUNT = 64
 SELECTION_SPLITS = ("test", "validation")
 WEIGHTS = ("raw", "averaged")
@@ -357,7 +357,7 @@ class _Recorder:
         parts = evaluate_elbo(model, images, self.experiment.seed)
         means = {name: part.double().mean().item() for name, part in parts.items()}
         loss = -means["elbo"]
-        means.update(loss=loss, beta=1.0, active_units=count_active_units(model, images))
+        means.update(loss=loss, beta=1.0, active_units=count_active_units(model, images[:ACTIVE_UNIT_IMAGES]))
         self.writer.scalars(split, means, state.step)
         seen = self.data.train[:ACTIVE_UNIT_IMAGES]
         self.writer.scalars("train", {"active_units": count_active_units(model, seen)}, state.step)

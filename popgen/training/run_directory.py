@@ -99,9 +99,10 @@ class RunDirectory:
                 f"the run directory {self.path} is not writable ({error.strerror or error}); name another with "
                 "--run_dir"
             ) from error
-        with lock:
+        try:
             yield
-        lock.release()
+        finally:
+            lock.release()
 
     def clear(self) -> None:
         """Removes what an earlier run wrote, and nothing else."""
