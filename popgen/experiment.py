@@ -75,10 +75,10 @@ class Experiment:
         >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
         >>> from popgen.nn.priors import StandardNormalPrior
         >>> vae = VAE(GaussianEncoder(784, 40), BernoulliDecoder(40, 784), StandardNormalPrior())
-        >>> Experiment(model=vae, dataset=StrokeDigits(), num_steps="nine")
+        >>> Experiment(model=vae, dataset=StrokeDigits(), num_steps=0)
         Traceback (most recent call last):
             ...
-        popgen.errors.ArgumentError: Experiment.num_steps must be an integer of at least 1, got 'nine'
+        popgen.errors.ArgumentError: Experiment.num_steps must be an integer of at least 1, got 0
     """
 
     model: VAE
@@ -154,6 +154,8 @@ class Configuration:
         given: as it was asked for, includes and overrides merged.
         operative: every value that was used, defaults too.
         settings: what was bound, by short name, for the HParams tab.
+
+    Example: `run` takes one.
     """
 
     given: str
@@ -170,6 +172,22 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
         DataError: if the data cannot be loaded or does not fit the model.
         CheckpointError: if the latest checkpoint is damaged or of another model.
         TrainingError: if the loss is no longer finite.
+
+    Example:
+        >>> import tempfile
+        >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
+        >>> from popgen.nn.priors import StandardNormalPrior
+        >>> class Noise:
+        ...     def load(self):
+        ...         return ImageData(torch.rand(40, 16), torch.rand(20, 16), (4, 4), protocol="none")
+        >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
+        >>> experiment = Experiment(model=vae, dataset=Noise(), num_steps=4, batch_size=10, final_num_samples=5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     directory = RunDirectory(pathlib.Path(folder) / "run")
+        ...     with directory.locked():
+        ...         state = run(experiment, directory, Configuration("", "", {}))
+        ...     state.step, (directory.samples_path / "best.png").is_file(), len(list(directory.path.glob("*.json")))
+        (4, True, 1)
     """
     device = experiment.torch_device()
     data, model = prepare(experiment, device)
@@ -193,7 +211,7 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
             experiment.max_gradient_norm,
         )
         state = train(state, train_step, batches.draw, experiment.num_steps, recorder.hooks())
-        best = load_model(model, directory, "best")
+        best = model_of_checkpoint(model, directory.load_checkpoint("best"))
         save_pictures(directory.samples_path / "best.png", _pictures(experiment, best, data))
         if experiment.final_num_samples:
             record = evaluate_model(
@@ -215,7 +233,9 @@ def prepare(experiment: Experiment, device: torch.device) -> tuple[ImageData, VA
 
     Raises:
         DataError: if the data cannot be loaded, or does not fit the model.
-        ArgumentError: if the data is too small for the model or the batch.
+        ArgumentError: if the data is too small for the model.
+
+    Example: `run` calls it.
     """
     data, model = experiment.dataset.load().to(device), experiment.model.to(device)
     for images in (data.train, data.split(experiment.selection_split), data.test):
@@ -227,20 +247,13 @@ def prepare(experiment: Experiment, device: torch.device) -> tuple[ImageData, VA
     return data, model
 
 
-def load_model(model: VAE, directory: RunDirectory, checkpoint: str, weights: str = "raw") -> VAE:
-    """Returns the model with the weights of a checkpoint, for evaluation.
-
-    Raises:
-        CheckpointError: if there is no such checkpoint, it is of another model, or has no averaged weights.
-    """
-    return model_of_checkpoint(model, directory.load_checkpoint(checkpoint), weights)
-
-
 def model_of_checkpoint(model: VAE, tensors: Mapping[str, Any], weights: str = "raw") -> VAE:
     """Returns the model with the raw or averaged weights of a loaded checkpoint.
 
     Raises:
         CheckpointError: if it is of another model, or has no averaged weights.
+
+    Example: `run` calls it.
     """
     check_choice("weights", weights, WEIGHTS)
     parameters = tensors["parameters"] if weights == "raw" else tensors["weight_average"]
@@ -263,6 +276,8 @@ def evaluate_model(
 
     Raises:
         ArgumentError: if `num_samples` or `num_images` is outside its domain.
+
+    Example: `run` calls it.
     """
     images = data.test
     if num_images is not None:
@@ -296,7 +311,10 @@ def evaluate_model(
 
 
 def write_record(directory: RunDirectory, writer: Writer, record: Mapping[str, Any]) -> pathlib.Path:
-    """Writes the record of an evaluation as JSON and as scalars, and returns the path of the JSON file."""
+    """Writes the record of an evaluation as JSON and as scalars, and returns the path of the JSON file.
+
+    Example: `run` calls it.
+    """
     bounds = {name: record[name] for name in ("log_p_x", "log_p_x_standard_error", "elbo", "reconstruction", "kl")}
     writer.scalars("evaluation", bounds, record["step"])
     name = "evaluation_step{step:08d}_{weights}_{num_samples}x{num_images}.json".format(**record)
@@ -306,7 +324,10 @@ def write_record(directory: RunDirectory, writer: Writer, record: Mapping[str, A
 
 
 def save_pictures(path: pathlib.Path, pictures: Mapping[str, Picture]) -> None:
-    """Writes pictures below one another into one PNG, in the order that a reader wants: prior samples first."""
+    """Writes pictures below one another into one PNG, in the order that a reader wants: prior samples first.
+
+    Example: `run` calls it.
+    """
     order = ("prior_samples", "reconstructions", "interpolations", "pseudo_inputs")
     chosen = [pictures[name] for name in order if name in pictures]
     width = max(picture.shape[1] for picture in chosen)

@@ -59,6 +59,15 @@ class Writer:
     Args:
         directory: the run directory.
         purge_step: hide what an earlier process wrote at or after this step, when a run is continued.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     writer = Writer(pathlib.Path(folder))
+        ...     writer.scalars("train", {"loss": 90.0}, step=1)
+        ...     writer.close()
+        ...     len(list(pathlib.Path(folder).glob("events.*")))
+        1
     """
 
     def __init__(self, directory: pathlib.Path, purge_step: int | None = None) -> None:
@@ -66,7 +75,7 @@ class Writer:
 
         self._writer = SummaryWriter(str(directory), purge_step=purge_step)
 
-    def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+    def scalars(self, group: str, values: Mapping[str, float | int], step: int) -> None:
         """Writes each value as `group/name`."""
         for name, value in values.items():
             self._writer.add_scalar(f"{group}/{name}", value, step)

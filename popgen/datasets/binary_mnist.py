@@ -19,7 +19,14 @@ DOWNLOAD_TIMEOUT_SECONDS = 30.0
 
 
 def default_data_dir() -> str:
-    """Returns `$POPGEN_DATA` if it is set, else `data`."""
+    """Returns `$POPGEN_DATA` if it is set, else `data`.
+
+    Example:
+        >>> from unittest import mock
+        >>> with mock.patch.dict(os.environ, POPGEN_DATA="/data"):
+        ...     default_data_dir()
+        '/data'
+    """
     return os.environ.get("POPGEN_DATA") or "data"
 
 

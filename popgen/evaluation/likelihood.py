@@ -49,7 +49,7 @@ def image_noise(indices: range, num_samples: int, latent_dim: int, block: int, s
 
 
 @torch.no_grad()
-def evaluate_elbo(model: VAE, images: Tensor, seed: int = 0, batch_size: int = 2_000) -> dict[str, Tensor]:
+def evaluate_elbo(model: VAE, images: Tensor, seed: int = 0, batch_size: int = 500) -> dict[str, Tensor]:
     """Returns the ELBO of every image at β = 1 and its parts, from one sample each.
 
     Args:

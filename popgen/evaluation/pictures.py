@@ -38,13 +38,19 @@ def prior_samples(model: VAE, image_shape: tuple[int, int], num_samples: int, ge
 
 
 def originals(images: Tensor, image_shape: tuple[int, int]) -> Picture:
-    """Returns images as they are, sixteen in a row."""
+    """Returns images as they are, sixteen in a row.
+
+    Example: `all_pictures` calls it.
+    """
     return image_grid(as_values(images), image_shape, columns=COLUMNS)
 
 
 @torch.no_grad()
 def reconstructions(model: VAE, images: Tensor, image_shape: tuple[int, int]) -> Picture:
-    """Returns pairs of an image and the mean image of its latent code, eight pairs in a row."""
+    """Returns pairs of an image and the mean image of its latent code, eight pairs in a row.
+
+    Example: `all_pictures` calls it.
+    """
     x = as_values(images)
     pairs = torch.stack([x, model.decoder(model.latent_code(x)).mean], dim=1).flatten(0, 1)
     return image_grid(pairs, image_shape, columns=COLUMNS)
@@ -52,7 +58,10 @@ def reconstructions(model: VAE, images: Tensor, image_shape: tuple[int, int]) ->
 
 @torch.no_grad()
 def interpolations(model: VAE, images: Tensor, image_shape: tuple[int, int]) -> Picture:
-    """Returns one row for each two consecutive images: mean images on the line between their latent codes."""
+    """Returns one row for each two consecutive images: mean images on the line between their latent codes.
+
+    Example: `all_pictures` calls it.
+    """
     codes = model.latent_code(as_values(images))
     starts, ends = codes[0::2], codes[1::2]
     fractions = torch.linspace(0.0, 1.0, COLUMNS, device=codes.device)[:, None]
@@ -62,7 +71,10 @@ def interpolations(model: VAE, images: Tensor, image_shape: tuple[int, int]) -> 
 
 @torch.no_grad()
 def pseudo_inputs(model: VAE, image_shape: tuple[int, int], count: int) -> Picture | None:
-    """Returns pairs of a pseudo-input and the image that its posterior mean decodes to, or None without them."""
+    """Returns pairs of a pseudo-input and the image that its posterior mean decodes to, or None without them.
+
+    Example: `all_pictures` calls it.
+    """
     inputs = model.prior.pseudo_inputs()
     if inputs is None:
         return None
@@ -74,7 +86,23 @@ def pseudo_inputs(model: VAE, image_shape: tuple[int, int], count: int) -> Pictu
 def all_pictures(
     model: VAE, images: Tensor, image_shape: tuple[int, int], num_samples: int, generator: torch.Generator
 ) -> dict[str, Picture]:
-    """Returns every picture that the model has, by name."""
+    """Returns every picture that the model has, by name.
+
+    Args:
+        model: the VAE, on the device of the images.
+        images: uint8 levels or values in [0, 1], shape `(count, size)`; the first ones are shown.
+        image_shape: height and width.
+        num_samples: prior samples, and at most as many images or pairs in the others.
+        generator: of the prior samples, on the model's device.
+
+    Example:
+        >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
+        >>> from popgen.nn.vamp_prior import VampPrior
+        >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), VampPrior(16, num_components=3))
+        >>> pictures = all_pictures(vae, torch.rand(20, 16), (4, 4), num_samples=8, generator=torch.Generator())
+        >>> list(pictures)
+        ['originals', 'reconstructions', 'interpolations', 'prior_samples', 'pseudo_inputs']
+    """
     some = images[:num_samples]
     pictures = {
         "originals": originals(some, image_shape),

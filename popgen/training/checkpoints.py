@@ -58,6 +58,8 @@ def save(path: pathlib.Path, contents: dict[str, Any]) -> None:
 def load(path: pathlib.Path) -> dict[str, Any]:
     """Returns the contents of a checkpoint, its tensors on the CPU.
 
+    Example: `save` shows both.
+
     Raises:
         CheckpointError: if it is missing, damaged, not a checkpoint, or of a later version.
     """

@@ -51,6 +51,22 @@ def train(
 
     Raises:
         TrainingError: if the loss or the gradient is no longer finite, seen when metrics are next read.
+
+    Example:
+        >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+        >>> from popgen.nn.priors import StandardNormalPrior
+        >>> from popgen.training.objectives import NegativeELBO
+        >>> from popgen.training.state import initial_state
+        >>> from popgen.training.step import make_train_step
+        >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
+        >>> show = lambda step, means: print(step, sorted(means)[:3])
+        >>> hooks = Hooks(2, show, 4, lambda state: state, 4, lambda state: None)
+        >>> draw_batch = lambda step, generator: torch.zeros(5, 16)
+        >>> state = initial_state(vae, torch.optim.Adam, seed=0)
+        >>> train(state, make_train_step(vae, NegativeELBO()), draw_batch, num_steps=4, hooks=hooks).step
+        2 ['beta', 'elbo', 'gradient_norm']
+        4 ['beta', 'elbo', 'gradient_norm']
+        4
     """
     recent: list[Metrics] = []
     clock = time.perf_counter()

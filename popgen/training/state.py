@@ -25,6 +25,8 @@ class TrainState:
     A training step consumes the state it is given: torch.optim updates tensors in place, so callers rebind and never
     use the old one again. The order of the data is a function of the seed and `step`.
 
+    Example: `initial_state` returns one.
+
     Attributes:
         step: steps taken.
         parameters: name to leaf tensor.
@@ -76,7 +78,10 @@ def initial_state(
 
 
 def state_to_tensors(state: TrainState) -> dict[str, Any]:
-    """Returns the state as nested dictionaries of tensors and numbers, fit for a checkpoint."""
+    """Returns the state as nested dictionaries of tensors and numbers, fit for a checkpoint.
+
+    Example: `state_from_tensors` shows both.
+    """
     return {
         "step": state.step,
         "parameters": {name: p.detach() for name, p in state.parameters.items()},
@@ -98,6 +103,12 @@ def state_from_tensors(tensors: dict[str, Any], template: TrainState) -> TrainSt
 
     Raises:
         CheckpointError: if the checkpoint is of another model or optimizer.
+
+    Example:
+        >>> first, second = (initial_state(nn.Linear(2, 1), torch.optim.Adam, seed=seed) for seed in (0, 1))
+        >>> restored = state_from_tensors(state_to_tensors(first), template=second)
+        >>> torch.equal(restored.parameters["weight"], first.parameters["weight"])
+        True
     """
     check_same_tensors(tensors["parameters"], template.parameters)
     check_same_tensors(tensors["buffers"], template.buffers)
