@@ -44,9 +44,9 @@ class GaussianMixture:
         constant = -0.5 * (mean.square() * precision + log_var + LOG_TWO_PI).sum(-1)
         constant = constant + self._log_weights().double()
         coefficients = torch.cat([-0.5 * precision, mean * precision], dim=-1)
-        features = torch.cat([points.square(), points], dim=-1).flatten(0, -2)
+        features = torch.cat([points.square(), points], dim=-1).reshape(-1, coefficients.shape[1])
         log_densities = torch.addmm(constant, features, coefficients.T)
-        return log_densities.to(z.dtype).unflatten(0, z.shape[:-1])
+        return log_densities.to(z.dtype).reshape(*z.shape[:-1], len(self.mean))
 
     def log_density(self, z: Float[Tensor, "*sample latent"]) -> Float[Tensor, "*sample"]:
         """Returns log p(z), nats, for any leading shape."""

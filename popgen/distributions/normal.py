@@ -30,7 +30,7 @@ class DiagonalNormal:
     mean: Float[Tensor, "*batch latent"]
     log_var: Float[Tensor, "*batch latent"]
 
-    def log_density(self, z: Float[Tensor, "*sample latent"]) -> Float[Tensor, "*sample"]:
+    def log_density(self, z: Float[Tensor, "*sample latent"]) -> Float[Tensor, "*broadcast"]:
         """Returns log N(z), nats, summed over the last axis; leading axes broadcast."""
         squared_distance = (z - self.mean).square() * torch.exp(-self.log_var)
         return -0.5 * (squared_distance + self.log_var + LOG_TWO_PI).sum(-1)

@@ -32,19 +32,24 @@ class PlanarBijection(Bijection):
     ) -> tuple[Float[Tensor, "samples batch latent"], Float[Tensor, "samples batch"]]:
         """Returns the transformed points and Σ_k log(1 + tanh'(·) wᵀ u) (eqs. 10 to 12 of the paper)."""
         log_det = torch.zeros_like(z[..., 0])
-        for direction, normal, bias in zip(self.direction, self.normal, self.bias, strict=True):
+        for direction, normal, bias, slope in self._transformations():
             hidden = torch.tanh((z * normal).sum(-1) + bias)
             z = z + direction * hidden[..., None]
-            log_det = log_det + torch.log1p((1.0 - hidden.square()) * (normal * direction).sum(-1))
+            log_det = log_det + torch.log1p((1.0 - hidden.square()) * slope)
         return z, log_det
 
     def inverse(self, z: Float[Tensor, "samples batch latent"]) -> Float[Tensor, "samples batch latent"]:
         """Returns the points that are mapped to `z`: wᵀ z solves a rising scalar equation, and the rest follows."""
-        for direction, normal, bias in reversed(list(zip(self.direction, self.normal, self.bias, strict=True))):
-            slope = (normal * direction).sum(-1)
+        for direction, normal, bias, slope in reversed(list(self._transformations())):
             along = solve_residual_tanh((z * normal).sum(-1), slope, torch.ones_like(slope), bias)
             z = z - direction * torch.tanh(along + bias)[..., None]
         return z
+
+    def _transformations(self):
+        """Yields u, w, b and wᵀ u of one transformation after another."""
+        # Where |u| |w| is large, the rounded sum alone can fall below the bound that the flow guarantees.
+        slope = (self.normal * self.direction).sum(-1).clamp_min(-1.0 + MIN_SLOPE)
+        yield from zip(self.direction, self.normal, self.bias, slope, strict=True)
 
 
 class PlanarFlow(PosteriorFlow):
