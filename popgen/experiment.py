@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -288,7 +288,7 @@ def evaluate_model(
     started = time.perf_counter()
     parts = evaluate_elbo(model, images, experiment.seed)
     with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True) as bar:
-        log_p_x = estimate_log_likelihood(model, images, num_samples, experiment.seed, bar.update)
+        log_p_x = estimate_log_likelihood(model, images, num_samples, experiment.seed, _show_mean(bar))
     return {
         "log_p_x": log_p_x.double().mean().item(),
         "log_p_x_standard_error": _standard_error(log_p_x),
@@ -338,6 +338,20 @@ def save_pictures(path: pathlib.Path, pictures: Mapping[str, Picture]) -> None:
 def _pictures(experiment: Experiment, model: VAE, data: ImageData) -> dict[str, Picture]:
     generator = make_generator(data.test.device, experiment.seed, "pictures")
     return all_pictures(model, data.test, data.image_shape, PICTURE_COUNT, generator)
+
+
+def _show_mean(bar: tqdm) -> Callable[[Tensor], None]:
+    """Returns a function that moves a bar on by some images and shows the mean bound of all so far."""
+    total = 0.0
+
+    def show(bounds: Tensor) -> None:
+        nonlocal total
+        if not bar.disable:
+            total += bounds.sum().item()
+            bar.update(len(bounds))
+            bar.set_postfix_str(f"log p(x) {total / bar.n:.2f} nats")
+
+    return show
 
 
 def _standard_error(values: Tensor) -> float:

@@ -22,7 +22,7 @@ ACTIVE_UNIT_VARIANCE = 0.01
 NOISE_BLOCK = 1_000  # samples of one image whose noise is drawn together
 ROWS_IN_FLIGHT = 4_000  # (image, sample) pairs that pass through the decoder together: fills the cores, fits the cache
 
-Progress = Callable[[int], None]
+Progress = Callable[[Tensor], None]
 
 
 def image_noise(indices: range, num_samples: int, latent_dim: int, block: int, seed: int) -> Tensor:
@@ -103,7 +103,7 @@ def estimate_log_likelihood(
         images: uint8 levels of 0 and 255 or values in [0, 1], shape `(count, size)`.
         num_samples: importance samples K for each image.
         seed: of the noise.
-        progress: called with the number of images that have been finished since the last call.
+        progress: called with the bounds of the images that have been finished since the last call.
 
     Raises:
         ArgumentError: if `num_samples` is below 1.
@@ -132,7 +132,7 @@ def estimate_log_likelihood(
         weights = torch.tensor(block_sizes, device=x.device, dtype=x.dtype).log() - math.log(num_samples)
         bounds.append(torch.logsumexp(torch.stack(block_bounds) + weights[:, None], dim=0))
         if progress is not None:
-            progress(len(x))
+            progress(bounds[-1])
     return torch.cat(bounds)
 
 

@@ -5,13 +5,14 @@ in the comment field of that zip archive: the format's version and the SHA-256 d
 checks both before it reads a tensor.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import pathlib
+import pickle
 import struct
-import tempfile
 import zipfile
 from typing import Any
 
@@ -24,7 +25,7 @@ VERSION = 1
 
 
 def save(path: pathlib.Path, contents: dict[str, Any]) -> None:
-    """Writes a checkpoint; a reader finds the old file or the whole new one, never a part.
+    """Writes a checkpoint; a reader finds the old file or the whole new one, never a part. One writer at a time.
 
     Args:
         path: where to; its folder must exist.
@@ -34,6 +35,7 @@ def save(path: pathlib.Path, contents: dict[str, Any]) -> None:
         RunDirectoryError: if it cannot be written.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save(pathlib.Path(folder) / "latest.ckpt", {"weight": torch.ones(2)})
         ...     load(pathlib.Path(folder) / "latest.ckpt")
@@ -44,15 +46,19 @@ def save(path: pathlib.Path, contents: dict[str, Any]) -> None:
     archive = buffer.getbuffer()
     header = {"format": FORMAT, "version": VERSION, "sha256": hashlib.sha256(archive).hexdigest()}
     comment = json.dumps(header).encode()
+    temporary = path.with_name(f".writing-{path.name}")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
+        with temporary.open("wb") as file:
             file.write(archive[:-2])
             file.write(struct.pack("<H", len(comment)) + comment)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(file.name, path)
+        os.replace(temporary, path)
     except OSError as error:
         raise RunDirectoryError(f"cannot write the checkpoint {path}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
@@ -74,7 +80,10 @@ def load(path: pathlib.Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has format version {header.get('version')!r}; this popgen reads {VERSION}")
     if hashlib.sha256(archive).hexdigest() != header.get("sha256"):
         raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
-    return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise CheckpointError(f"{path} holds more than tensors, numbers and strings, and is not loaded") from error
 
 
 def _split(path: pathlib.Path, data: bytes) -> tuple[bytes, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +15,13 @@ LOCK_NAME = ".lock"
 CONTENTS = (
     "config.gin",
     "operative_config.gin",
-    "checkpoints",
-    "samples",
-    "evaluation_*.json",
+    "checkpoints/latest.ckpt",
+    "checkpoints/best.ckpt",
+    "checkpoints/step_*.ckpt",
+    "checkpoints/.writing-*.ckpt",
+    "samples/best.png",
+    "samples/step_*.png",
+    "evaluation_step*.json",
     "events.out.tfevents.*",
 )
 
@@ -108,6 +111,4 @@ class RunDirectory:
         """Removes what an earlier run wrote, and nothing else."""
         for pattern in CONTENTS:
             for found in self.path.glob(pattern):
-                shutil.rmtree(found) if found.is_dir() else found.unlink()
-        self.checkpoints_path.mkdir(exist_ok=True)
-        self.samples_path.mkdir(exist_ok=True)
+                found.unlink()

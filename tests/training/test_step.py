@@ -1,0 +1,255 @@
+"""Objective, training step, resumption and loop."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+from popgen.errors import ArgumentError, CheckpointError, TrainingError
+from popgen.losses import elbo
+from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+from popgen.nn.flows import HouseholderSylvesterFlow, PlanarFlow
+from popgen.nn.priors import GaussianMixturePrior, StandardNormalPrior
+from popgen.nn.vamp_prior import VampPrior
+from popgen.optim.schedules import Constant, SigmoidAnnealing
+from popgen.training import checkpoints
+from popgen.training.loop import Hooks, train
+from popgen.training.objectives import NegativeELBO
+from popgen.training.state import initial_state, model_with_weights, state_from_tensors, state_to_tensors
+from popgen.training.step import make_train_step
+
+FLOWS = {
+    "none": lambda: None,
+    "sylvester": lambda: HouseholderSylvesterFlow(4, 12, num_flows=2, num_reflections=3),
+    "planar": lambda: PlanarFlow(4, 12, num_flows=2),
+}
+PRIORS = {
+    "standard": StandardNormalPrior,
+    "mixture": lambda: GaussianMixturePrior(5, 4),
+    "vamp": lambda: VampPrior(16, num_components=5),
+}
+OPTIMIZERS = {
+    "adam": torch.optim.Adam,
+    "fused": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, fused=True),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
+}
+
+
+def tiny_vae(flow: str = "none", prior: str = "standard", seed: int = 0) -> VAE:
+    torch.manual_seed(seed)
+    return VAE(GaussianEncoder(16, 4, 12), BernoulliDecoder(4, 16, 12), PRIORS[prior](), FLOWS[flow]())
+
+
+def batch_of(step: int) -> torch.Tensor:
+    return torch.rand(6, 16, generator=torch.Generator().manual_seed(step)).round()
+
+
+def assert_same(first, second) -> None:
+    """Bit for bit, through nested dictionaries and lists."""
+    if isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype and torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+    else:
+        assert first == second
+
+
+def test_objective_is_the_annealed_bound():
+    vae = tiny_vae("sylvester", "vamp")
+    batch, noise = batch_of(0), torch.randn(3, 6, 4)
+    objective = NegativeELBO(beta=SigmoidAnnealing(rate=0.1), num_samples=3)
+    loss, metrics = objective(vae, batch, noise, step=7)
+    terms = vae(batch, noise)
+    beta = 2 * (1 / (1 + math.exp(-0.7)) - 0.5)
+    bound = elbo(terms.log_p_x_given_z, terms.log_p_z, terms.log_q_z_given_x, beta)
+    assert loss.item() == pytest.approx(-bound.mean().item(), rel=1e-6)
+    assert metrics["elbo"].item() == pytest.approx(terms.log_w.mean().item(), rel=1e-5)
+    assert metrics["beta"].item() == pytest.approx(beta)
+    assert metrics["kl"].item() == pytest.approx((terms.log_q_z_given_x - terms.log_p_z).mean().item(), abs=1e-4)
+    assert all(not value.requires_grad and value.ndim == 0 for value in metrics.values())
+    assert objective.draw_noise(vae, batch, torch.Generator()).shape == (3, 6, 4)
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_objective_arguments():
+    with pytest.raises(ArgumentError, match=r"NegativeELBO.beta .* got 0.5"):
+        NegativeELBO(beta=0.5)
+    with pytest.raises(ArgumentError, match="num_samples"):
+        NegativeELBO(num_samples=0)
+
+
+def test_step_equals_plain_autograd_and_optimizer_in_float64():
+    vae = tiny_vae("sylvester", "vamp").double()
+    state = initial_state(vae, lambda parameters: torch.optim.Adam(parameters, lr=1e-2), seed=3)
+    step = make_train_step(vae, NegativeELBO(beta=Constant(0.5)), weight_average_decay=0.5)
+    plain = model_with_weights(vae, state.parameters, state.buffers).requires_grad_(True)
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2)
+    average = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    noise_generator = torch.Generator()
+    noise_generator.set_state(state.generators["posterior noise"].get_state())
+    for index in range(5):
+        batch = batch_of(index).double()
+        state, metrics = step(state, batch)
+        noise = torch.randn(1, 6, 4, generator=noise_generator, dtype=torch.float64)
+        terms = plain(batch, noise)
+        loss = -(terms.log_p_x_given_z - 0.5 * (terms.log_q_z_given_x - terms.log_p_z)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.sqrt(sum(p.grad.square().sum() for p in plain.parameters()))
+        optimizer.step()
+        decay = min(0.5, (1 + index) / (10 + index))
+        assert metrics["loss"].item() == pytest.approx(loss.item(), rel=1e-12)
+        assert metrics["gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-10)
+        for name, p in plain.named_parameters():
+            torch.testing.assert_close(state.parameters[name].detach(), p.detach(), rtol=1e-10, atol=1e-12)
+            average[name] = decay * average[name] + (1 - decay) * p.detach()
+            torch.testing.assert_close(state.weight_average[name], average[name], rtol=1e-10, atol=1e-12)
+    assert state.step == 5
+
+
+def test_step_leaves_the_model_and_the_global_random_state_alone():
+    vae = tiny_vae()
+    before = {name: p.detach().clone() for name, p in vae.named_parameters()}
+    state = initial_state(vae, torch.optim.Adam, seed=0)
+    random_state = torch.get_rng_state()
+    state, _ = make_train_step(vae, NegativeELBO())(state, batch_of(0))
+    assert torch.equal(random_state, torch.get_rng_state())
+    for name, p in vae.named_parameters():
+        assert torch.equal(p, before[name]) and p.grad is None
+    assert any(not torch.equal(state.parameters[name], before[name]) for name in before)
+
+
+def test_gradients_are_clipped_to_the_largest_norm():
+    def updated(max_norm: float | None) -> tuple[dict, float]:
+        vae = tiny_vae()
+        state = initial_state(vae, lambda parameters: torch.optim.SGD(parameters, lr=1.0), seed=0)
+        first = {name: p.detach().clone() for name, p in state.parameters.items()}
+        state, metrics = make_train_step(vae, NegativeELBO(), max_gradient_norm=max_norm)(state, batch_of(0))
+        return {n: p.detach() - first[n] for n, p in state.parameters.items()}, metrics["gradient_norm"].item()
+
+    free, norm = updated(None)
+    clipped, reported = updated(norm / 4)
+    assert reported == pytest.approx(norm), "the norm before clipping is reported"
+    for name in free:
+        torch.testing.assert_close(clipped[name], free[name] / 4, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("flow", "prior"), list(itertools.product(FLOWS, PRIORS)))
+def test_every_pair_trains_and_resumes_bit_for_bit(flow, prior, tmp_path):
+    check_resumption(flow, prior, "fused", tmp_path)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_resumes_bit_for_bit(optimizer, tmp_path):
+    check_resumption("none", "standard", optimizer, tmp_path)
+
+
+def check_resumption(flow: str, prior: str, optimizer: str, tmp_path) -> None:
+    vae = tiny_vae(flow, prior)
+    step = make_train_step(vae, NegativeELBO(beta=SigmoidAnnealing(rate=0.3)))
+
+    def advance(state, until):
+        while state.step < until:
+            state, metrics = step(state, batch_of(state.step))
+        return state, metrics
+
+    whole, expected = advance(initial_state(vae, OPTIMIZERS[optimizer], seed=0), 4)
+    half, _ = advance(initial_state(vae, OPTIMIZERS[optimizer], seed=0), 2)
+    checkpoints.save(tmp_path / "half.ckpt", state_to_tensors(dataclasses.replace(half, best_loss=1.5, best_step=2)))
+    other = tiny_vae(flow, prior, seed=9)  # nothing may be left of what the state was restored into
+    restored = state_from_tensors(
+        checkpoints.load(tmp_path / "half.ckpt"), initial_state(other, OPTIMIZERS[optimizer], 9)
+    )
+    assert (restored.best_loss, restored.best_step) == (1.5, 2)
+    resumed, metrics = advance(restored, 4)
+    assert_same(metrics, expected)
+    tensors = [state_to_tensors(state) for state in (resumed, whole)]
+    for each in tensors:
+        del each["best_loss"], each["best_step"]
+    assert_same(*tensors)
+    first = dict(tiny_vae(flow, prior).named_parameters())
+    for name, p in whole.parameters.items():
+        assert not torch.equal(p, first[name]), f"{name} did not move"
+
+
+def test_a_checkpoint_of_another_model_or_optimizer_is_refused_by_name():
+    saved = state_to_tensors(initial_state(tiny_vae(), torch.optim.Adam, seed=0))
+    with pytest.raises(CheckpointError, match=r"another model: flow\S+: absent in the checkpoint"):
+        state_from_tensors(saved, initial_state(tiny_vae("planar"), torch.optim.Adam, seed=0))
+    two_groups = lambda parameters: torch.optim.Adam([{"params": [p]} for p in parameters])  # noqa: E731
+    with pytest.raises(CheckpointError, match="another optimizer"):
+        state_from_tensors(saved, initial_state(tiny_vae(), two_groups, seed=0))
+
+
+def test_averaging_may_be_switched_on_and_off_between_runs():
+    with_average = initial_state(tiny_vae(), torch.optim.Adam, seed=0)
+    without = initial_state(tiny_vae(), torch.optim.Adam, seed=0, average_weights=False)
+    tensors = [state_to_tensors(state) for state in (with_average, without)]
+    fresh = [initial_state(tiny_vae(), torch.optim.Adam, seed=0, average_weights=flag) for flag in (False, True)]
+    assert state_from_tensors(tensors[0], fresh[0]).weight_average is None
+    assert_same(state_from_tensors(tensors[1], fresh[1]).weight_average, tensors[1]["parameters"])
+
+
+class Calls:
+    """Hooks that write down when they were called."""
+
+    def __init__(self, log_every: int, eval_every: int, checkpoint_every: int) -> None:
+        self.logged: dict[int, dict[str, float]] = {}
+        self.evaluated: list[int] = []
+        self.saved: list[int] = []
+        self.hooks = Hooks(
+            log_every,
+            self.logged.__setitem__,
+            eval_every,
+            lambda state: self.evaluated.append(state.step) or state,
+            checkpoint_every,
+            lambda state: self.saved.append(state.step),
+        )
+
+
+def test_loop_calls_each_hook_when_it_says():
+    vae = tiny_vae()
+    calls = Calls(log_every=3, eval_every=4, checkpoint_every=5)
+    draw_batch = lambda step, generator: batch_of(step)  # noqa: E731
+    state = initial_state(vae, torch.optim.Adam, seed=0)
+    state = train(state, make_train_step(vae, NegativeELBO()), draw_batch, 11, calls.hooks)
+    assert state.step == 11
+    assert list(calls.logged) == [3, 4, 5, 6, 8, 9, 10, 11]
+    assert calls.evaluated == [4, 8, 11]
+    assert calls.saved == [5, 10, 11]
+
+
+def test_loop_logs_the_mean_since_the_last_time():
+    losses = iter(range(1, 7))
+
+    def step(state, batch):
+        metrics = {"loss": torch.tensor(float(next(losses))), "gradient_norm": torch.tensor(1.0)}
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    calls = Calls(2, 100, 100)
+    state = initial_state(tiny_vae(), torch.optim.Adam, seed=0)
+    train(state, step, lambda step, generator: batch_of(step), 6, calls.hooks)
+    assert [means["loss"] for means in calls.logged.values()] == [1.5, 3.5, 5.5]
+    assert all(means["steps_per_second"] > 0 for means in calls.logged.values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(value):
+    def step(state, batch):
+        loss = value if state.step == 4 else 1.0
+        metrics = {"loss": torch.tensor(loss), "gradient_norm": torch.tensor(1.0)}
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    calls = Calls(3, 6, 6)
+    state = initial_state(tiny_vae(), torch.optim.Adam, seed=0)
+    with pytest.raises(TrainingError, match="the loss became (nan|inf) at step 5"):
+        train(state, step, lambda step, generator: batch_of(step), 12, calls.hooks)
+    assert calls.evaluated == calls.saved == [] and list(calls.logged) == [3]
