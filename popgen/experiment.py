@@ -170,6 +170,7 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
 
     Raises:
         DataError: if the data cannot be loaded or does not fit the model.
+        ArgumentError: if the data is too small for the batch, the model or the final evaluation.
         CheckpointError: if the latest checkpoint is damaged or of another model.
         TrainingError: if the loss is no longer finite.
 
@@ -191,6 +192,7 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
     """
     device = experiment.torch_device()
     data, model = prepare(experiment, device)
+    _first_images(data.test, experiment.final_num_images)  # an error now rather than after the last step
     state = initial_state(model, experiment.optimizer, experiment.seed, experiment.weight_average_decay is not None)
     if directory.has_checkpoint():
         state = state_from_tensors(directory.load_checkpoint("latest"), state)
@@ -237,7 +239,8 @@ def prepare(experiment: Experiment, device: torch.device) -> tuple[ImageData, VA
 
     Example: `run` calls it.
     """
-    data, model = experiment.dataset.load().to(device), experiment.model.to(device)
+    model = experiment.model.to(device)
+    data = experiment.dataset.load().to(device, next(model.parameters()).dtype)
     for images in (data.train, data.split(experiment.selection_split), data.test):
         model.check_images(images)
     for module in model.modules():
@@ -279,12 +282,7 @@ def evaluate_model(
 
     Example: `run` calls it.
     """
-    images = data.test
-    if num_images is not None:
-        check_integer("num_images", num_images, minimum=1)
-        if num_images > len(images):
-            raise ArgumentError(f"num_images must be at most the {len(images)} test images, got {num_images}")
-        images = images[:num_images]
+    images = _first_images(data.test, num_images)
     started = time.perf_counter()
     parts = evaluate_elbo(model, images, experiment.seed)
     with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True) as bar:
@@ -310,8 +308,19 @@ def evaluate_model(
     }
 
 
+def _first_images(images: Tensor, num_images: int | None) -> Tensor:
+    if num_images is None:
+        return images
+    check_integer("num_images", num_images, minimum=1)
+    if num_images > len(images):
+        raise ArgumentError(f"num_images must be at most the {len(images)} test images, got {num_images}")
+    return images[:num_images]
+
+
 def write_record(directory: RunDirectory, writer: Writer, record: Mapping[str, Any]) -> pathlib.Path:
     """Writes the record of an evaluation as JSON and as scalars, and returns the path of the JSON file.
+
+    What is not a finite number, such as the standard error of a single image, is `null` in the file.
 
     Example: `run` calls it.
     """
@@ -319,7 +328,10 @@ def write_record(directory: RunDirectory, writer: Writer, record: Mapping[str, A
     writer.scalars("evaluation", bounds, record["step"])
     name = "evaluation_step{step:08d}_{weights}_{num_samples}x{num_images}.json".format(**record)
     path = directory.path / name
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    strict = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    path.write_text(json.dumps(strict, indent=2, allow_nan=False) + "\n")
     return path
 
 

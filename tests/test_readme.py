@@ -43,7 +43,8 @@ def test_library_examples():
 
 @pytest.mark.parametrize("name", ["my_model", "my_data", "my_loss"])
 def test_ones_own(name, tmp_path, monkeypatch):
-    assert len(FILES[f"{name}.py"].strip().splitlines()) <= 16  # fifteen, and the line that names the file
+    code = [line for line in FILES[f"{name}.py"].splitlines()[1:] if line.strip()]
+    assert len(code) < 15, "a reader's own part takes under fifteen lines"
     for suffix in (".py", ".gin"):
         (tmp_path / f"{name}{suffix}").write_text(FILES[f"{name}{suffix}"])
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (1200, 28, 28), dtype=np.uint8))

@@ -1,6 +1,7 @@
 """Binarised MNIST, under the binarisation protocols that the literature uses."""
 
 import dataclasses
+import http.client
 import math
 import os
 import pathlib
@@ -87,27 +88,32 @@ class BinaryMNIST:
 
 def _read_mnist(data_dir: pathlib.Path, download: bool) -> tuple[Tensor, Tensor]:
     """Returns the grey levels of both splits, flattened, downloading them first if they are not there."""
-    from torchvision.datasets import MNIST  # takes a second to import, and only this dataset needs it
-
     raw = data_dir / "MNIST" / "raw"
     names = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     if not all((raw / name).is_file() for name in names):
         if not download:
             raise DataError(_missing_message(raw, names, "downloading is off"))
-        _download(MNIST, data_dir, raw, names)
+        _download(data_dir, raw, names)
     for name in names:
         _check_idx(raw / name)
-    splits = (MNIST(str(data_dir), train=train).data.flatten(1) for train in (True, False))
-    train, test = splits
+    train, test = (
+        torch.from_numpy(np.fromfile(raw / name, dtype=np.uint8, offset=16)).view(-1, math.prod(IMAGE_SHAPE))
+        for name in names
+        if "images" in name
+    )
     return train, test
 
 
-def _download(mnist: type, data_dir: pathlib.Path, raw: pathlib.Path, names: list[str]) -> None:
+def _download(data_dir: pathlib.Path, raw: pathlib.Path, names: list[str]) -> None:
+    from torchvision.datasets import MNIST  # takes a second to import, and only a download needs it
+
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:
-        mnist(str(data_dir), train=True, download=True)
-    except (OSError, RuntimeError) as error:
+        MNIST(str(data_dir), train=True, download=True)
+        if not all((raw / name).is_file() for name in names):
+            raise RuntimeError("torchvision makes do with the older MNIST/processed that it found")
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(":")
         raise DataError(_missing_message(raw, names, f"the download failed ({reason})")) from error
     finally:

@@ -72,10 +72,14 @@ class ImageData:
             raise DataError(f"the dataset has no {name} split: set its validation_size to hold out training images")
         return images
 
-    def to(self, device: torch.device) -> "ImageData":
-        """Returns the same data on a device."""
-        moved = {name: getattr(self, name) for name in ("train", "test", "validation")}
-        moved = {name: None if split is None else split.to(device) for name, split in moved.items()}
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "ImageData":
+        """Returns the same data on a device; floating-point images as `dtype` if it is given."""
+        moved = {}
+        for name in ("train", "test", "validation"):
+            split = getattr(self, name)
+            if split is not None:
+                split = split.to(device, dtype if split.is_floating_point() else None)
+            moved[name] = split
         return dataclasses.replace(self, **moved)
 
 

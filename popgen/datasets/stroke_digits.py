@@ -1,9 +1,10 @@
 """An embedded dataset that needs no network: digits drawn from stroke skeletons."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
-import tempfile
+import uuid
 import warnings
 
 import numpy as np
@@ -72,12 +73,11 @@ class StrokeDigits:
         path = folder / f"version{RENDERER_VERSION}_seed{self.seed}.npy"
         shape = (NUM_TRAIN + NUM_TEST, IMAGE_SHAPE[0] * IMAGE_SHAPE[1])
         if path.is_file():
-            try:
-                cached = np.load(path, allow_pickle=False)
-                if cached.shape == shape and cached.dtype == np.uint8:
+            # numpy raises exceptions of many types for a damaged header, tokenize.TokenError and TypeError among them.
+            with contextlib.suppress(Exception), path.open("rb") as file:
+                cached = np.lib.format.read_array(file, allow_pickle=False)
+                if cached.shape == shape and cached.dtype == np.uint8 and not file.read(1):
                     return torch.from_numpy(cached)
-            except (OSError, ValueError, EOFError):
-                pass
             warnings.warn(f"the cache {path} is damaged; the digits are drawn anew", stacklevel=2)
         parts = (draw_digits(NUM_TRAIN, self.seed, "train"), draw_digits(NUM_TEST, self.seed, "test"))
         levels = torch.cat([images.flatten(1) for images, _ in parts])
@@ -87,13 +87,17 @@ class StrokeDigits:
 
 def _write_cache(path: pathlib.Path, levels: np.ndarray) -> None:
     """Writes the cache under another name first, so that no reader meets half of it."""
+    temporary = path.with_name(f".writing-{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        with temporary.open("wb") as file:
             np.save(file, levels)
-        os.replace(file.name, path)
+        os.replace(temporary, path)
     except OSError as error:
         warnings.warn(
             f"the digits could not be cached in {path.parent} ({error}); they are drawn at every start",
             stacklevel=2,
         )
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -57,11 +57,15 @@ def reconstructions(model: VAE, images: Tensor, image_shape: tuple[int, int]) ->
 
 
 @torch.no_grad()
-def interpolations(model: VAE, images: Tensor, image_shape: tuple[int, int]) -> Picture:
+def interpolations(model: VAE, images: Tensor, image_shape: tuple[int, int]) -> Picture | None:
     """Returns one row for each two consecutive images: mean images on the line between their latent codes.
+
+    None if there is only one image.
 
     Example: `all_pictures` calls it.
     """
+    if len(images) < 2:
+        return None
     codes = model.latent_code(as_values(images))
     starts, ends = codes[0::2], codes[1::2]
     fractions = torch.linspace(0.0, 1.0, COLUMNS, device=codes.device)[:, None]

@@ -1,6 +1,5 @@
 """The training loop: steps, and what happens every so many of them."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -100,12 +99,14 @@ def _mean_metrics(recent: Sequence[Metrics], step: int) -> dict[str, float]:
     names = list(recent[0])
     table = torch.stack([torch.stack([metrics[name] for name in names]) for metrics in recent])
     means = dict(zip(names, table.double().mean(0).tolist(), strict=True))
-    wrong = [name for name in ("loss", "gradient_norm") if not math.isfinite(means.get(name, 0.0))]
-    if wrong:
-        finite = torch.isfinite(table[:, names.index(wrong[0])])
-        first_bad = step - len(recent) + int((~finite).int().argmax()) + 1
+    watched = [name for name in ("loss", "gradient_norm") if name in names]
+    values = table[:, [names.index(name) for name in watched]]
+    wrong = (~torch.isfinite(values)).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
         raise TrainingError(
-            f"the {wrong[0].replace('_', ' ')} became {means[wrong[0]]} at step {first_bad}; nothing was saved after "
-            "the last checkpoint. A lower learning rate or Experiment.max_gradient_norm may help"
+            f"the {watched[column].replace('_', ' ')} became {values[row, column].item()} at step "
+            f"{step - len(recent) + row + 1}; nothing was saved after the last checkpoint. A lower learning rate or "
+            "Experiment.max_gradient_norm may help"
         )
     return means

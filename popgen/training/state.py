@@ -87,6 +87,8 @@ def state_to_tensors(state: TrainState) -> dict[str, Any]:
         "parameters": {name: p.detach() for name, p in state.parameters.items()},
         "buffers": state.buffers,
         "optimizer": state.optimizer.state_dict(),
+        "optimizer_name": type(state.optimizer).__name__,
+        "optimizer_defaults": state.optimizer.defaults,
         "weight_average": state.weight_average,
         "generators": {name: generator.get_state() for name, generator in state.generators.items()},
         "best_loss": state.best_loss,
@@ -99,10 +101,11 @@ def state_from_tensors(tensors: dict[str, Any], template: TrainState) -> TrainSt
 
     Args:
         tensors: what `state_to_tensors` returned.
-        template: an initial state of the same model; it is consumed.
+        template: an initial state of the same model; it is consumed. Optimizer options, such as the learning rate, in
+            which it was built differently keep its values.
 
     Raises:
-        CheckpointError: if the checkpoint is of another model or optimizer.
+        CheckpointError: if the checkpoint is of another model, optimizer or kind of device.
 
     Example:
         >>> first, second = (initial_state(nn.Linear(2, 1), torch.optim.Adam, seed=seed) for seed in (0, 1))
@@ -117,17 +120,20 @@ def state_from_tensors(tensors: dict[str, Any], template: TrainState) -> TrainSt
             parameter.copy_(tensors["parameters"][name])
         for name, buffer in template.buffers.items():
             buffer.copy_(tensors["buffers"][name])
-    try:
-        template.optimizer.load_state_dict(tensors["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"the checkpoint is of another optimizer: {error}") from error
+    _load_optimizer(template.optimizer, tensors)
     device = next(iter(template.parameters.values())).device
     average = template.weight_average
     if average is not None:
         source = tensors["weight_average"] or tensors["parameters"]  # averaging may have been switched on since
         average = {name: source[name].to(device).clone() for name in average}
     for name, generator in template.generators.items():
-        generator.set_state(tensors["generators"][name].cpu())
+        try:
+            generator.set_state(tensors["generators"][name].cpu())
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the checkpoint was written on another kind of device, whose random state does not fit {device}: "
+                "continue the run there (Experiment.device)"
+            ) from error
     return dataclasses.replace(
         template,
         step=tensors["step"],
@@ -135,6 +141,23 @@ def state_from_tensors(tensors: dict[str, Any], template: TrainState) -> TrainSt
         best_loss=tensors["best_loss"],
         best_step=tensors["best_step"],
     )
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Any]) -> None:
+    """Loads what an optimizer has gathered; options that were built differently since keep their new values."""
+    name = type(optimizer).__name__
+    found = tensors.get("optimizer_name", name)
+    if found != name:
+        raise CheckpointError(f"the checkpoint is of another optimizer: {found}, where the experiment has {name}")
+    options = [dict(group) for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(tensors["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"the checkpoint is of another optimizer: {error}") from error
+    defaults = tensors.get("optimizer_defaults", optimizer.defaults)
+    changed = [key for key, value in optimizer.defaults.items() if key not in defaults or defaults[key] != value]
+    for group, wanted in zip(optimizer.param_groups, options, strict=True):
+        group.update({key: wanted[key] for key in changed})
 
 
 def check_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

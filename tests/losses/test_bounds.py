@@ -165,7 +165,7 @@ def test_exact_posterior_makes_both_bounds_tight(model: LinearGaussian) -> None:
         torch.testing.assert_close(iwae(log_w[:samples]), model.log_p_x(), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("shift, stretch", [(0.3, 1.2), (0.0, 1.5), (-0.2, 1.3)])
+@pytest.mark.parametrize("shift, stretch", [(0.1, 1.2), (0.0, 1.5), (-0.2, 1.3)])
 def test_wrong_posterior_costs_its_divergence(model: LinearGaussian, shift: float, stretch: float) -> None:
     """The ELBO is below log p(x) by KL(q ‖ p(z|x)); many importance samples make that good."""
     exact = model.posterior()

@@ -1,0 +1,260 @@
+"""Laws of binarisation, of the protocols and of the order in which a run visits its images."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from popgen.datasets.images import (
+    ImageData,
+    TrainBatches,
+    as_values,
+    binarise,
+    binarise_once,
+    fix_binarisation,
+    hold_out,
+    prepare_images,
+)
+from popgen.errors import ArgumentError, DataError
+
+ALL_LEVELS = torch.arange(256, dtype=torch.uint8)
+LARGEST_UNIFORM = 1.0 - 2.0**-24  # the largest float32 below one, which torch.rand can return
+
+
+def numbered(count: int, size: int = 4) -> torch.Tensor:
+    """Returns float images whose values are their index, so that a batch tells which images it holds."""
+    return torch.arange(count, dtype=torch.float32)[:, None].expand(count, size).contiguous()
+
+
+def visited(batches: TrainBatches, steps: range) -> list[int]:
+    """Returns the indices of the images that some steps visit, read from numbered images."""
+    return [int(value) for step in steps for value in batches.draw(step, torch.Generator())[:, 0]]
+
+
+# --- binarisation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("uniform", [0.0, 2.0**-24, 0.5, 1.0 - 2.0**-23, LARGEST_UNIFORM])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_black_is_never_one_and_white_always(uniform: float, dtype: torch.dtype) -> None:
+    levels = torch.tensor([0, 255], dtype=torch.uint8)
+    drawn = binarise(levels, torch.full((2,), uniform, dtype=dtype))
+    assert drawn.tolist() == [0.0, 1.0]
+    assert drawn.dtype == dtype
+
+
+def test_frequencies_follow_the_levels() -> None:
+    """With uniform noise on a fine regular grid, the share of ones is level / 255 to within one grid point."""
+    count = 10_000
+    grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    shares = binarise(ALL_LEVELS[:, None].expand(256, count), grid.expand(256, count)).mean(1)
+    torch.testing.assert_close(shares, ALL_LEVELS.double() / 255, rtol=0, atol=1.0 / count)
+
+
+def test_one_draw_follows_the_levels() -> None:
+    count = 20_000
+    levels = ALL_LEVELS[:, None].expand(256, count)
+    shares = (binarise_once(levels, seed=3) == 255).double().mean(1)
+    expected = ALL_LEVELS.double() / 255
+    deviation = (shares - expected) / (expected * (1 - expected) / count).sqrt().clamp_min(1e-12)
+    assert deviation.abs().max() < 5.0
+    assert deviation[1:-1].square().mean() == pytest.approx(1.0, abs=0.4)  # a chi-squared statistic: spread as binomials
+
+
+def test_one_draw_is_a_function_of_the_seed() -> None:
+    levels = torch.full((50, 20), 128, dtype=torch.uint8)
+    first = binarise_once(levels, seed=0)
+    torch.manual_seed(99)
+    assert torch.equal(first, binarise_once(levels, seed=0))
+    assert not torch.equal(first, binarise_once(levels, seed=1))
+    assert set(first.unique().tolist()) == {0, 255}
+
+
+def test_a_fixed_draw_survives_the_draw_of_a_batch() -> None:
+    """Images stored as 0 and 255 come out of every later draw unchanged."""
+    fixed = binarise_once(torch.randint(0, 256, (30, 16), dtype=torch.uint8), seed=0)
+    drawn = binarise(fixed, torch.rand(30, 16))
+    assert torch.equal(drawn, as_values(fixed))
+
+
+def test_binarisation_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    levels = torch.full((20, 4), 100, dtype=torch.uint8)
+    prepare_images(levels, levels, (2, 2), "fixed", binarisation_seed=0, validation_size=5)
+    TrainBatches(levels, 5, seed=0).draw(3, torch.Generator())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_threshold_is_at_128() -> None:
+    fixed = fix_binarisation(ALL_LEVELS[None], "threshold", seed=0)[0]
+    assert torch.equal(fixed, torch.tensor([0] * 128 + [255] * 128, dtype=torch.uint8))
+
+
+def test_values_are_levels_over_255() -> None:
+    torch.testing.assert_close(as_values(ALL_LEVELS[None])[0], torch.linspace(0, 1, 256), rtol=0, atol=1e-7)
+    floats = torch.rand(3, 4)
+    assert as_values(floats) is floats
+
+
+# --- protocols -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grey() -> tuple[torch.Tensor, torch.Tensor]:
+    """Grey training and test levels."""
+    return torch.randint(1, 255, (60, 16), dtype=torch.uint8), torch.randint(1, 255, (40, 16), dtype=torch.uint8)
+
+
+def is_binary(images: torch.Tensor) -> bool:
+    return bool(((images == 0) | (images == 255)).all())
+
+
+def test_dynamic_keeps_grey_training_levels(grey) -> None:
+    data = prepare_images(*grey, (4, 4), "dynamic", binarisation_seed=0, validation_size=10)
+    assert not is_binary(data.train)
+    assert is_binary(data.test) and is_binary(data.validation)
+    assert {tuple(row) for row in data.train.tolist()} <= {tuple(row) for row in grey[0].tolist()}
+
+
+@pytest.mark.parametrize("protocol", ["fixed", "threshold"])
+def test_other_protocols_fix_every_split(grey, protocol: str) -> None:
+    first, second = (prepare_images(*grey, (4, 4), protocol, 0, validation_size=10) for _ in range(2))
+    for name in ("train", "validation", "test"):
+        assert is_binary(getattr(first, name))
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert first.protocol == protocol
+
+
+def test_threshold_does_not_depend_on_the_seed(grey) -> None:
+    first, second = (prepare_images(*grey, (4, 4), "threshold", seed) for seed in (0, 1))
+    assert torch.equal(first.train, second.train) and torch.equal(first.test, second.test)
+
+
+def test_splits_are_drawn_with_noise_of_their_own() -> None:
+    """The same grey levels in every split give draws that agree no more often than independent ones."""
+    same = torch.full((3_000, 4), 128, dtype=torch.uint8)
+    data = prepare_images(same, same[:1_500], (2, 2), "fixed", binarisation_seed=0, validation_size=1_500)
+    for a, b in itertools.combinations((data.train, data.validation, data.test), 2):
+        assert (a == b).double().mean().item() == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(a.numel()))
+
+
+def test_test_images_do_not_depend_on_the_held_out_number(grey) -> None:
+    with_validation, without = (prepare_images(*grey, (4, 4), "dynamic", 0, size) for size in (0, 20))
+    assert torch.equal(with_validation.test, without.test)
+
+
+def test_an_unknown_protocol_is_refused(grey) -> None:
+    with pytest.raises(ArgumentError, match="protocol must be one of dynamic, fixed, threshold, got 'static'"):
+        prepare_images(*grey, (4, 4), "static", 0)
+
+
+def test_hold_out_is_disjoint_and_complete() -> None:
+    images = torch.arange(100, dtype=torch.uint8)[:, None].expand(100, 4)
+    train, validation = hold_out(images, validation_size=30, seed=0)
+    assert (len(train), len(validation)) == (70, 30)
+    assert sorted([*train[:, 0].tolist(), *validation[:, 0].tolist()]) == list(range(100))
+    assert validation[:, 0].tolist() != list(range(30)), "the held-out images must be random ones"
+    again = hold_out(images, validation_size=30, seed=0)
+    assert torch.equal(again[0], train) and torch.equal(again[1], validation)
+    assert not torch.equal(hold_out(images, validation_size=30, seed=1)[1], validation)
+
+
+def test_hold_out_of_nothing_and_of_everything() -> None:
+    images = torch.zeros(10, 4, dtype=torch.uint8)
+    train, validation = hold_out(images, 0, seed=0)
+    assert train is images and validation is None
+    for size in (10, 11):
+        with pytest.raises(DataError, match=f"validation_size must be below the 10 training images, got {size}"):
+            hold_out(images, size, seed=0)
+
+
+@pytest.mark.parametrize(
+    "train, test, message",
+    [
+        (torch.zeros(0, 4), torch.zeros(2, 4), "the train images must have shape"),
+        (torch.zeros(2, 5), torch.zeros(2, 4), "the train images must have shape .count, 4."),
+        (torch.zeros(2, 4), torch.zeros(2, 2, 2), "the test images must have shape"),
+        (torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.int64), "the test images must be uint8 .* got torch.int64"),
+    ],
+)
+def test_image_data_refuses_wrong_shapes_and_types(train, test, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        ImageData(train, test, (2, 2), "none")
+
+
+def test_a_missing_split_is_named() -> None:
+    data = ImageData(torch.zeros(2, 4), torch.zeros(2, 4), (2, 2), "none")
+    assert data.split("test") is data.test
+    with pytest.raises(DataError, match="no validation split: set its validation_size"):
+        data.split("validation")
+
+
+def test_to_changes_the_type_of_floating_point_images_alone() -> None:
+    data = ImageData(torch.zeros(2, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.uint8), (2, 2), "none")
+    moved = data.to(torch.device("cpu"), torch.float32)
+    assert (moved.train.dtype, moved.test.dtype, moved.validation) == (torch.float32, torch.uint8, None)
+    assert data.to(torch.device("cpu")).train.dtype == torch.float64
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_visits_each_image_once() -> None:
+    batches = TrainBatches(numbered(24), batch_size=6, seed=0)
+    for epoch in range(5):
+        assert sorted(visited(batches, range(4 * epoch, 4 * epoch + 4))) == list(range(24))
+
+
+def test_an_incomplete_batch_is_left_out() -> None:
+    batches = TrainBatches(numbered(10), batch_size=4, seed=0)
+    seen = [visited(batches, range(2 * epoch, 2 * epoch + 2)) for epoch in range(50)]
+    assert all(len(set(epoch)) == 8 for epoch in seen)
+    assert {image for epoch in seen for image in epoch} == set(range(10)), "every image has its turn in some epoch"
+
+
+def test_order_differs_between_epochs_and_seeds() -> None:
+    batches = TrainBatches(numbered(50), batch_size=10, seed=0)
+    orders = [tuple(visited(batches, range(5 * epoch, 5 * epoch + 5))) for epoch in range(4)]
+    orders.append(tuple(visited(TrainBatches(numbered(50), batch_size=10, seed=1), range(5))))
+    assert len(set(orders)) == len(orders)
+
+
+def test_order_is_a_function_of_seed_and_step_alone() -> None:
+    """Jumping to a step, forwards or backwards, gives the batch that going there step by step gives."""
+    walked = TrainBatches(numbered(30), batch_size=7, seed=5)
+    expected = [walked.indices(step).clone() for step in range(40)]
+    jumping = TrainBatches(numbered(30), batch_size=7, seed=5)
+    for step in (39, 0, 17, 16, 4, 3, 39, 8):
+        assert torch.equal(jumping.indices(step), expected[step])
+    assert torch.equal(TrainBatches(numbered(30), 7, seed=5).indices(22), expected[22])
+
+
+def test_float_images_are_used_as_they_are_and_take_no_noise() -> None:
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    images = torch.rand(20, 4)
+    batches = TrainBatches(images, batch_size=5, seed=0)
+    assert torch.equal(batches.draw(2, generator), images[batches.indices(2)])
+    assert torch.equal(before, generator.get_state())
+
+
+def test_dynamic_draws_differ_between_visits() -> None:
+    grey = torch.full((40, 16), 128, dtype=torch.uint8)
+    batches, generator = TrainBatches(grey, batch_size=40, seed=0), torch.Generator().manual_seed(0)
+    first, second = (batches.draw(step, generator)[batches.indices(step).argsort()] for step in (0, 1))
+    assert set(first.unique().tolist()) == {0.0, 1.0}
+    assert (first == second).float().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_batches_of_grey_levels_have_the_right_mean() -> None:
+    levels = torch.randint(0, 256, (50, 100), dtype=torch.uint8)
+    batches, generator = TrainBatches(levels, batch_size=50, seed=0), torch.Generator().manual_seed(0)
+    mean = torch.stack([batches.draw(step, generator) for step in range(40)]).mean().item()
+    assert mean == pytest.approx(levels.double().mean().item() / 255, abs=5 * 0.5 / math.sqrt(40 * 5_000))
+
+
+def test_a_batch_larger_than_the_data_is_refused() -> None:
+    assert TrainBatches(numbered(5), batch_size=5, seed=0).steps_per_epoch == 1
+    with pytest.raises(ArgumentError, match="batch_size must be at most the 5 training images, got 6"):
+        TrainBatches(numbered(5), batch_size=6, seed=0)
