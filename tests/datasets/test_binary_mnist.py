@@ -1,6 +1,7 @@
 """MNIST: the real files, damaged files, downloads that succeed, fail and are cut short, and Larochelle's files."""
 
 import contextlib
+import gc
 import gzip
 import hashlib
 import http.server
@@ -18,6 +19,7 @@ from popgen.datasets import binary_mnist
 from popgen.datasets.binary_mnist import BinaryMNIST
 from popgen.errors import ArgumentError, DataError
 
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 NUM_TRAIN, NUM_TEST = 20, 8
 NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 
@@ -111,15 +113,13 @@ def test_the_environment_names_the_folder(tmp_path: pathlib.Path, raw: pathlib.P
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kept", [-1, -100, 16, 8, 3, 0])
+@pytest.mark.parametrize("kept", [-1, -5, 7, 3, 0])
 def test_a_file_cut_short_is_refused(tmp_path: pathlib.Path, raw: pathlib.Path, name: str, kept: int) -> None:
     whole = (raw / name).read_bytes()
-    if "labels" in name and kept in (-100, 16):
-        pytest.skip("the file of labels is shorter than that")
     (raw / name).write_bytes(whole[:kept])
     with pytest.raises(DataError, match=name) as caught:
         BinaryMNIST(str(tmp_path)).load()
-    if kept in (-1, -100, 16):
+    if kept < 0:
         assert f"{len(whole):,} bytes" in str(caught.value) and f"has {len(whole[:kept]):,}" in str(caught.value)
 
 
@@ -143,7 +143,9 @@ def test_a_file_of_another_kind_is_refused(
 
 def test_images_of_another_size_are_refused(tmp_path: pathlib.Path, raw: pathlib.Path) -> None:
     (raw / NAMES[0]).write_bytes(idx(torch.zeros(NUM_TRAIN, 14, 56, dtype=torch.uint8)))
-    with pytest.raises(DataError, match=r"train-images-idx3-ubyte is damaged: its header announces shape \(20, 14, 56\)"):
+    with pytest.raises(
+        DataError, match=r"train-images-idx3-ubyte is damaged: its header announces shape \(20, 14, 56\)"
+    ):
         BinaryMNIST(str(tmp_path)).load()
 
 
@@ -187,7 +189,7 @@ class Mirror:
         files: content by name; anything else is answered with 404.
         cut: the names of which only the first half of the announced length is sent.
         garbage: answer with something that is not HTTP.
-        requests: the names that were fetched (GET), in order.
+        requests: the names that were asked for, in order.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -195,16 +197,10 @@ class Mirror:
         mirror = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            def do_HEAD(self) -> None:
-                self.answer(with_body=False)
-
             def do_GET(self) -> None:
-                mirror.requests.append(self.path.strip("/"))
-                self.answer(with_body=True)
-
-            def answer(self, with_body: bool) -> None:
                 name = self.path.strip("/")
                 content = mirror.files.get(name)
+                mirror.requests.append(name)
                 if mirror.garbage:
                     self.wfile.write(b"220 this is a mail server\r\n")
                 elif content is None:
@@ -213,8 +209,7 @@ class Mirror:
                     self.send_response(200)
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
-                    if with_body:
-                        self.wfile.write(content[: len(content) // 2] if name in mirror.cut else content)
+                    self.wfile.write(content[: len(content) // 2] if name in mirror.cut else content)
 
             def log_message(self, *arguments) -> None:
                 pass
@@ -239,6 +234,7 @@ def mirror(idx_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iter
     mirror.server.shutdown()
     mirror.server.server_close()
     thread.join()
+    gc.collect(1)  # torchvision leaves the answers of failed requests open; see pytestmark
 
 
 def closed_port() -> int:
@@ -260,7 +256,7 @@ def test_files_are_downloaded_once(tmp_path: pathlib.Path, mirror: Mirror, image
     dataset = BinaryMNIST(str(tmp_path / "new folder"))
     data = dataset.load()
     assert torch.equal(data.train, images["train"].flatten(1)) and len(data.test) == NUM_TEST
-    assert sorted(mirror.requests) == sorted(f"{name}.gz" for name in NAMES)
+    assert set(mirror.requests) == {f"{name}.gz" for name in NAMES}
     mirror.requests.clear()
     assert torch.equal(dataset.load().test, data.test)
     assert mirror.requests == []

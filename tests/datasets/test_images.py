@@ -59,7 +59,9 @@ def test_one_draw_follows_the_levels() -> None:
     expected = ALL_LEVELS.double() / 255
     deviation = (shares - expected) / (expected * (1 - expected) / count).sqrt().clamp_min(1e-12)
     assert deviation.abs().max() < 5.0
-    assert deviation[1:-1].square().mean() == pytest.approx(1.0, abs=0.4)  # a chi-squared statistic: spread as binomials
+    assert deviation[1:-1].square().mean() == pytest.approx(
+        1.0, abs=0.4
+    )  # a chi-squared statistic: spread as binomials
 
 
 def test_one_draw_is_a_function_of_the_seed() -> None:

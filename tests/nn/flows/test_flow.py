@@ -41,13 +41,13 @@ both_flows = pytest.mark.parametrize("make_flow", BOTH)
 
 
 def make_context(batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Returns a context large enough for the flows to bend."""
-    return 3.0 * torch.randn(batch, CONTEXT_DIM, dtype=dtype)
+    """Returns a context that makes the flows bend without sending their points into the flat parts of tanh."""
+    return torch.randn(batch, CONTEXT_DIM, dtype=dtype)
 
 
 def make_points(samples: int, batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Returns points of the latent space."""
-    return 1.5 * torch.randn(samples, batch, LATENT_DIM, dtype=dtype)
+    return torch.randn(samples, batch, LATENT_DIM, dtype=dtype)
 
 
 def jacobian(bijection: Bijection, z: Tensor) -> Tensor:
@@ -62,11 +62,11 @@ def jacobian(bijection: Bijection, z: Tensor) -> Tensor:
 def test_log_det_is_that_of_the_jacobian(make_flow: Factory) -> None:
     """The map bends space, and its log-determinant says by how much."""
     bijection = make_flow()(make_context(3))
-    z = make_points(2, 3)
+    z = make_points(5, 3)
     _, log_det = bijection.forward_and_log_det(z)
-    assert log_det.shape == (2, 3)
-    assert log_det.abs().max() > 0.1
-    torch.testing.assert_close(log_det, torch.linalg.slogdet(jacobian(bijection, z)).logabsdet, rtol=0, atol=1e-9)
+    assert log_det.shape == (5, 3)
+    assert log_det.abs().max() > 1e-2
+    torch.testing.assert_close(log_det, torch.linalg.slogdet(jacobian(bijection, z)).logabsdet, rtol=0, atol=1e-8)
 
 
 @every_size
@@ -76,8 +76,8 @@ def test_inverse_round_trip(make_flow: Factory) -> None:
     z = make_points(4, 3)
     moved, _ = bijection.forward_and_log_det(z)
     assert (moved - z).abs().max() > 0.1
-    torch.testing.assert_close(bijection.inverse(moved), z, rtol=0, atol=1e-9)
-    torch.testing.assert_close(bijection.forward_and_log_det(bijection.inverse(z))[0], z, rtol=0, atol=1e-9)
+    torch.testing.assert_close(bijection.inverse(moved), z, rtol=0, atol=1e-8)
+    torch.testing.assert_close(bijection.forward_and_log_det(bijection.inverse(z))[0], z, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_inverse_round_trip(make_flow: Factory) -> None:
 def test_density_of_moved_noise_integrates_to_one(make_flow: Factory) -> None:
     """With log q(f(z)) = log N(z) - log det; the wrong sign, or an inverse of another map, would not sum to one."""
     flow = make_flow()
-    bijection = flow(0.5 * torch.randn(1, CONTEXT_DIM, dtype=torch.float64))
+    bijection = flow(0.5 * make_context(1))
     axis = torch.linspace(-9.0, 9.0, 181, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)[:, None]
     z = bijection.inverse(grid)
@@ -151,7 +151,7 @@ def test_saved_flow_is_the_same_flow(make_flow: Factory) -> None:
 @both_flows
 def test_float32_agrees_with_float64(make_flow: Factory) -> None:
     """Points and log-determinants, to single precision."""
-    flow, context, z = make_flow(), make_context(50), make_points(3, 50)
+    flow, context, z = make_flow(), 0.5 * make_context(50), make_points(3, 50)
     exact = flow(context).forward_and_log_det(z)
     rounded = flow.float()(context.float()).forward_and_log_det(z.float())
     for value, reference in zip(rounded, exact, strict=True):

@@ -1,0 +1,289 @@
+"""Laws of evaluation: bounds against quadrature, answers that do not depend on how the work is cut up, active units."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from popgen.distributions import DiagonalNormal
+from popgen.errors import ArgumentError
+from popgen.evaluation import likelihood
+from popgen.evaluation.likelihood import count_active_units, estimate_log_likelihood, evaluate_elbo, image_noise
+from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+from popgen.nn.flows import Bijection, HouseholderSylvesterFlow, PlanarFlow, PosteriorFlow
+from popgen.nn.priors import GaussianMixturePrior, StandardNormalPrior
+from popgen.nn.vamp_prior import VampPrior
+
+SIZE = 9
+FLOWS = {
+    "none": lambda: None,
+    "sylvester": lambda: HouseholderSylvesterFlow(2, 8, num_flows=2, num_reflections=2),
+    "planar": lambda: PlanarFlow(2, 8, num_flows=2),
+}
+PRIORS = {
+    "standard": StandardNormalPrior,
+    "mixture": lambda: GaussianMixturePrior(3, 2, initial_std=0.7),
+    "vamp": lambda: VampPrior(SIZE, num_components=3),
+}
+
+
+def make_vae(flow: str = "sylvester", prior: str = "vamp") -> VAE:
+    """Returns a VAE with two latent units whose likelihood really depends on them, and a wide posterior."""
+    torch.manual_seed(0)
+    vae = VAE(GaussianEncoder(SIZE, 2, 8), BernoulliDecoder(2, SIZE, 8), PRIORS[prior](), FLOWS[flow]())
+    with torch.no_grad():
+        for parameter in vae.decoder.parameters():
+            parameter.mul_(2.0)
+        vae.encoder.mean_and_log_var.bias[2:] = 0.8
+    return vae.requires_grad_(False)
+
+
+def make_images(count: int = 13) -> Tensor:
+    """Returns binary images as uint8 levels."""
+    return 255 * torch.randint(0, 2, (count, SIZE), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+# --- against independent answers -------------------------------------------------------------------------------------
+
+
+def quadrature(vae: VAE, images: Tensor) -> Tensor:
+    """Returns log p(x) = log ∫ p(x|z) p(z) dz of each image by summing over a fine grid of the two latent units."""
+    axis = torch.linspace(-9.0, 9.0, 361, dtype=torch.float64)
+    z = torch.cartesian_prod(axis, axis)
+    log_cell = 2 * math.log(axis[1] - axis[0])
+    if isinstance(vae.prior, StandardNormalPrior):
+        components = torch.distributions.Normal(torch.zeros(1, 2, dtype=torch.float64), 1.0)
+        log_weights = torch.zeros(1, dtype=torch.float64)
+    else:
+        vamp = isinstance(vae.prior, VampPrior)
+        posterior = vae.encoder(torch.sigmoid(vae.prior.logits))[0] if vamp else vae.prior
+        components = torch.distributions.Normal(posterior.mean.double(), (0.5 * posterior.log_var.double()).exp())
+        weights = torch.ones(len(posterior.mean)) if vamp else torch.softmax(vae.prior.logits, 0)
+        log_weights = (weights / weights.sum()).double().log()
+    log_p_z = torch.logsumexp(components.log_prob(z[:, None]).sum(-1) + log_weights, dim=1)
+    assert log_p_z.exp().sum().item() * math.exp(log_cell) == pytest.approx(1.0, abs=1e-6)
+    pixels = torch.distributions.Bernoulli(logits=vae.decoder(z.float()).logits.double())
+    return torch.stack(
+        [torch.logsumexp(pixels.log_prob((x / 255).double()).sum(-1) + log_p_z + log_cell, dim=0) for x in images]
+    )
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("flow", FLOWS)
+def test_the_bound_finds_the_integral(flow: str, prior: str) -> None:
+    """p(x) does not depend on the posterior: whatever the flow, many samples find what quadrature finds."""
+    vae, images = make_vae(flow, prior), make_images(4)
+    expected = quadrature(vae, images)
+    found = estimate_log_likelihood(vae, images, num_samples=4_000).double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+    assert (evaluate_elbo(vae, images.repeat(200, 1))["elbo"].double().view(200, 4).mean(0) < expected).all()
+
+
+def test_a_model_without_a_latent_variable_is_answered_exactly() -> None:
+    """Where posterior and prior agree and the decoder ignores z, every weight is p(x)."""
+    vae = make_vae("none", "standard")
+    for part in (vae.encoder.mean_and_log_var, vae.decoder.logits):
+        nn.init.zeros_(part.weight)
+        nn.init.zeros_(part.bias)
+    expected = torch.full((13,), -SIZE * math.log(2.0))
+    torch.testing.assert_close(estimate_log_likelihood(vae, make_images(), 37), expected, rtol=0, atol=1e-5)
+    parts = evaluate_elbo(vae, make_images())
+    torch.testing.assert_close(parts["elbo"], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(parts["kl"], torch.zeros(13), rtol=0, atol=1e-5)
+
+
+def test_the_bound_is_the_mean_weight_over_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With blocks of 7, 23 samples are three blocks and a rest: log 1/23 Σ w over the noise of all four."""
+    monkeypatch.setattr(likelihood, "NOISE_BLOCK", 7)
+    vae, images = make_vae(), make_images(5)
+    noise = torch.cat([image_noise(range(5), size, 2, block, seed=4) for block, size in enumerate((7, 7, 7, 2))])
+    x = images.float() / 255
+    log_w = vae(x, noise).log_w.double()
+    found = estimate_log_likelihood(vae, images, num_samples=23, seed=4)
+    torch.testing.assert_close(found.double(), log_w.exp().mean(0).log(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_one_sample_is_the_elbo_at_the_same_noise(flow: str) -> None:
+    vae, images = make_vae(flow), make_images()
+    parts = evaluate_elbo(vae, images, seed=3)
+    torch.testing.assert_close(
+        estimate_log_likelihood(vae, images, num_samples=1, seed=3), parts["elbo"], rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(parts["elbo"], parts["reconstruction"] - parts["kl"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(parts["kl"], parts["log_q_z_given_x"] - parts["log_p_z"], rtol=0, atol=1e-5)
+    assert all(part.shape == (13,) for part in parts.values())
+
+
+def test_the_bound_does_not_fall_with_more_samples_on_average() -> None:
+    vae, images = make_vae(), make_images(40)
+    means = [
+        torch.stack([estimate_log_likelihood(vae, images, num_samples, seed) for seed in range(6)]).mean().item()
+        for num_samples in (1, 4, 16, 64)
+    ]
+    assert means == sorted(means) and means[-1] > means[0] + 0.05
+
+
+# --- how the work is cut up ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 13, 100])
+def test_elbo_does_not_depend_on_the_batch_size(batch_size: int) -> None:
+    vae, images = make_vae(), make_images()
+    whole, cut = evaluate_elbo(vae, images, seed=2), evaluate_elbo(vae, images, seed=2, batch_size=batch_size)
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 50, 120, 1_000_000])
+@pytest.mark.parametrize("num_samples", [50, 130])
+def test_the_bound_does_not_depend_on_rows_in_flight(
+    rows: int, num_samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(likelihood, "NOISE_BLOCK", 50)
+    vae, images = make_vae(), make_images()
+    expected = estimate_log_likelihood(vae, images, num_samples, seed=2)
+    monkeypatch.setattr(likelihood, "ROWS_IN_FLIGHT", rows)
+    torch.testing.assert_close(estimate_log_likelihood(vae, images, num_samples, seed=2), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("evaluate", ["elbo", "bound"])
+def test_an_image_meets_the_same_noise_in_every_subset(evaluate: str) -> None:
+    """Noise is keyed by an image's index, so a shorter evaluation gives a prefix of the longer one's answer."""
+    vae, images = make_vae(), make_images()
+    answers = [
+        evaluate_elbo(vae, subset)["elbo"] if evaluate == "elbo" else estimate_log_likelihood(vae, subset, 30)
+        for subset in (images, images[:5], torch.cat([images[:4].flip(0), images[4:5]]))
+    ]
+    torch.testing.assert_close(answers[1], answers[0][:5], rtol=0, atol=1e-5)
+    torch.testing.assert_close(answers[2][4], answers[0][4], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rows, block, num_samples", [(60, 20, 1_000), (60, 20, 7), (10, 20, 1_000), (4_000, 1_000, 2_500)]
+)
+def test_the_decoder_sees_a_bounded_number_of_rows(
+    rows: int, block: int, num_samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(likelihood, "ROWS_IN_FLIGHT", rows)
+    monkeypatch.setattr(likelihood, "NOISE_BLOCK", block)
+    vae, images = make_vae(), make_images()
+    seen: list[int] = []
+    vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:-1].numel()))
+    encodings: list[int] = []
+    vae.encoder.register_forward_pre_hook(lambda _, inputs: encodings.append(len(inputs[0]) - 3))
+    estimate_log_likelihood(vae, images, num_samples)
+    assert sum(seen) == len(images) * num_samples
+    assert max(seen) <= max(rows, block)
+    assert sum(encodings) == len(images), "every image is encoded once, whatever the number of samples"
+
+
+def test_progress_counts_every_image_once() -> None:
+    vae, images = make_vae(), make_images(9)
+    finished: list[Tensor] = []
+    bounds = estimate_log_likelihood(vae, images, 1_500, progress=finished.append)
+    assert len(finished) > 1 and torch.equal(torch.cat(finished), bounds)
+
+
+def test_floats_and_levels_are_the_same_images() -> None:
+    vae, images = make_vae(), make_images()
+    as_floats = images.float() / 255
+    assert torch.equal(evaluate_elbo(vae, images)["elbo"], evaluate_elbo(vae, as_floats)["elbo"])
+    assert torch.equal(estimate_log_likelihood(vae, images, 5), estimate_log_likelihood(vae, as_floats, 5))
+    assert count_active_units(vae, images) == count_active_units(vae, as_floats)
+
+
+def test_evaluation_in_float64_agrees() -> None:
+    vae, images = make_vae(), make_images().double() / 255
+    single = estimate_log_likelihood(vae, images.float(), 40)
+    double = estimate_log_likelihood(vae.double(), images, 40)
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double, single.double(), rtol=0, atol=1e-4)
+
+
+def test_num_samples_must_be_positive() -> None:
+    with pytest.raises(ArgumentError, match="num_samples must be an integer of at least 1, got 0"):
+        estimate_log_likelihood(make_vae(), make_images(), num_samples=0)
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+def test_noise_is_standard_normal_and_keyed_by_image_block_and_seed() -> None:
+    noise = image_noise(range(50), 200, 5, block=0, seed=0)
+    assert noise.shape == (200, 50, 5)
+    assert noise.mean().abs() < 5 / math.sqrt(noise.numel())
+    assert noise.var().item() == pytest.approx(1.0, abs=5 * math.sqrt(2 / noise.numel()))
+    correlation = torch.corrcoef(noise.permute(1, 0, 2).flatten(1)) - torch.eye(50)
+    assert correlation.abs().max() < 6 / math.sqrt(1_000), "images must not share noise"
+    assert torch.equal(noise[:, 17:19], image_noise(range(17, 19), 200, 5, block=0, seed=0))
+    for other in (image_noise(range(50), 200, 5, block=1, seed=0), image_noise(range(50), 200, 5, block=0, seed=1)):
+        assert (noise * other).mean().abs() < 5 / math.sqrt(noise.numel())
+
+
+def test_global_random_state_is_untouched_and_unused() -> None:
+    vae, images = make_vae(), make_images()
+    first = estimate_log_likelihood(vae, images, 20)
+    torch.manual_seed(77)
+    before = torch.get_rng_state()
+    parts, second = evaluate_elbo(vae, images), estimate_log_likelihood(vae, images, 20)
+    count_active_units(vae, images)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first, second)
+    assert not any(part.requires_grad for part in parts.values())
+
+
+def test_evaluation_records_no_gradient() -> None:
+    vae, images = make_vae().requires_grad_(True), make_images()
+    assert not estimate_log_likelihood(vae, images, 3).requires_grad
+    assert not evaluate_elbo(vae, images)["elbo"].requires_grad
+
+
+# --- active units ----------------------------------------------------------------------------------------------------
+
+
+class Scales(nn.Module):
+    """An encoder whose posterior means are the first pixels times fixed scales."""
+
+    input_dim, latent_dim, context_dim = SIZE, 5, 5
+
+    def __init__(self, scales: list[float]) -> None:
+        super().__init__()
+        self.scales = torch.tensor(scales)
+
+    def forward(self, x: Tensor) -> tuple[DiagonalNormal, Tensor]:
+        mean = 3.0 + self.scales * x[:, :5]
+        return DiagonalNormal(mean, torch.zeros_like(mean)), mean
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1_000])
+def test_active_units_of_a_constructed_model(batch_size: int) -> None:
+    """Pixels that are one in half of the images have variance 1/4, so a scale s gives s² / 4: above 0.01 from s = 0.2."""
+    images = torch.zeros(20, SIZE)
+    images[::2] = 1.0
+    vae = VAE(Scales([0.0, 0.19, 0.21, 1.0, -4.0]), BernoulliDecoder(5, SIZE, 4), StandardNormalPrior())
+    assert count_active_units(vae, images, batch_size) == 3
+    assert count_active_units(vae, images[:1], batch_size) == 0, "one image varies in nothing"
+
+
+class TenTimes(PosteriorFlow, Bijection):
+    """The flow z ← 10 z, whatever the context."""
+
+    def forward(self, context: Tensor) -> Bijection:
+        return self
+
+    def forward_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return 10.0 * z, torch.full_like(z[..., 0], z.shape[-1] * math.log(10.0))
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return z / 10.0
+
+
+def test_active_units_look_at_the_code_behind_the_flow() -> None:
+    """A flow that scales the code by ten makes quiet units active."""
+    images = torch.zeros(20, SIZE)
+    images[::2] = 1.0
+    parts = (Scales([0.0, 0.019, 0.021, 0.021, 0.1]), BernoulliDecoder(5, SIZE, 4), StandardNormalPrior())
+    assert count_active_units(VAE(*parts), images) == 0
+    assert count_active_units(VAE(*parts, flow=TenTimes()), images) == 3
