@@ -1,0 +1,207 @@
+"""Whole runs on tiny images: what they leave behind, which checkpoint is best, that interruption changes nothing."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from popgen.datasets.images import ImageData, prepare_images
+from popgen.errors import ArgumentError, CheckpointError, DataError
+from popgen.evaluation.likelihood import evaluate_elbo
+from popgen.experiment import Configuration, Experiment, evaluate_model, model_of_checkpoint, prepare, run
+from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+from popgen.nn.flows import HouseholderSylvesterFlow
+from popgen.nn.vamp_prior import VampPrior
+from popgen.optim.schedules import SigmoidAnnealing
+from popgen.training.objectives import NegativeELBO
+from popgen.training.run_directory import RunDirectory
+
+CONFIGURATION = Configuration("given", "operative", {"Adam.lr": 1e-3})
+TERMS = ("loss", "elbo", "reconstruction", "kl", "log_q_z_given_x", "log_p_z", "log_det", "beta", "active_units")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bars:
+    """Grey 4 × 4 images of horizontal bars."""
+
+    validation_size: int = 0
+
+    def load(self) -> ImageData:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randint(0, 2, (120, 4, 1), generator=generator).expand(-1, -1, 4).flatten(1)
+        levels = (40 + 180 * rows).to(torch.uint8)
+        return prepare_images(levels[:80], levels[80:], (4, 4), "dynamic", 0, self.validation_size)
+
+
+def experiment(**changes) -> Experiment:
+    torch.manual_seed(0)
+    flow = HouseholderSylvesterFlow(3, 8, num_flows=1, num_reflections=2)
+    vae = VAE(GaussianEncoder(16, 3, 8), BernoulliDecoder(3, 16, 8), VampPrior(16, 4, "data"), flow)
+    settings = {
+        "model": vae,
+        "dataset": Bars(),
+        "objective": NegativeELBO(beta=SigmoidAnnealing(rate=0.2)),
+        "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=5e-3, fused=True),
+        "num_steps": 12,
+        "batch_size": 16,
+        "eval_every": 4,
+        "log_every": 2,
+        "checkpoint_every": 8,
+    }
+    return Experiment(**{**settings, **changes})
+
+
+def run_in(path, **changes) -> RunDirectory:
+    directory = RunDirectory(path)
+    with directory.locked():
+        run(experiment(**changes), directory, CONFIGURATION)
+    return directory
+
+
+def events_of(directory: RunDirectory) -> EventAccumulator:
+    events = EventAccumulator(str(directory.path), size_guidance={"scalars": 0})
+    events.Reload()
+    return events
+
+
+def curve(events: EventAccumulator, tag: str) -> dict[int, float]:
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> RunDirectory:
+    return run_in(tmp_path_factory.mktemp("finished") / "run", final_num_samples=30, final_num_images=20)
+
+
+def test_files(finished):
+    names = {str(file.relative_to(finished.path)) for file in finished.path.rglob("*") if file.is_file()}
+    expected = {f"checkpoints/{name}.ckpt" for name in ("latest", "best", "step_00000008", "step_00000012")}
+    expected |= {"config.gin", "operative_config.gin", "samples/best.png", "samples/step_00000004.png"}
+    assert expected <= names
+    assert finished.config_path.read_text() == "given" and finished.operative_config_path.read_text() == "operative"
+    with Image.open(finished.samples_path / "best.png") as picture:
+        assert picture.mode == "L"
+
+
+def test_curves_pictures_and_texts(finished):
+    events = events_of(finished)
+    tags = events.Tags()
+    wanted = {f"{split}/{term}" for split in ("train", "test") for term in TERMS}
+    wanted |= {"train/learning_rate", "train/gradient_norm", "train/steps_per_second", "evaluation/log_p_x"}
+    assert wanted <= set(tags["scalars"])
+    assert list(curve(events, "train/loss")) == [2, 4, 6, 8, 10, 12]
+    assert list(curve(events, "test/loss")) == [4, 8, 12]
+    assert {"originals", "reconstructions", "interpolations", "prior_samples", "pseudo_inputs"} == set(tags["images"])
+    assert {"config/text_summary", "operative_config/text_summary"} <= set(tags["tensors"])
+    assert events.PluginTagToContent("hparams")
+
+
+def test_the_best_checkpoint_has_the_lowest_loss_at_beta_one(finished):
+    losses = curve(events_of(finished), "test/loss")
+    best = finished.load_checkpoint("best")
+    assert best["step"] == best["best_step"] == min(losses, key=losses.get)
+    assert best["best_loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+    plan = experiment()
+    data, model = prepare(plan, torch.device("cpu"))
+    bound = evaluate_elbo(model_of_checkpoint(model, best), data.test, plan.seed)["elbo"]
+    assert -bound.mean().item() == pytest.approx(best["best_loss"], rel=1e-6)
+    assert set(curve(events_of(finished), "test/beta").values()) == {1.0}
+
+
+def test_record_of_the_final_evaluation(finished):
+    (path,) = finished.path.glob("evaluation_*.json")
+    record = json.loads(path.read_text())
+    assert (record["num_samples"], record["num_images"], record["binarisation_protocol"]) == (30, 20, "dynamic")
+    assert record["step"] == finished.load_checkpoint("best")["step"]
+    assert record["elbo"] == pytest.approx(record["reconstruction"] - record["kl"], rel=1e-6)
+    assert abs(record["elbo"] - record["log_p_x"]) < 1.0 and record["log_p_x_standard_error"] > 0
+
+
+@pytest.mark.parametrize("stop", [4, 8, 10])
+def test_interruption_changes_nothing(finished, stop, tmp_path):
+    run_in(tmp_path / "run", num_steps=stop)
+    resumed = run_in(tmp_path / "run")
+    one, other = finished.load_checkpoint("latest"), resumed.load_checkpoint("latest")
+    for part in ("parameters", "weight_average", "generators"):
+        for name in one[part]:
+            assert torch.equal(one[part][name], other[part][name]), (part, name)
+    for index, moments in one["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other["optimizer"]["state"][index][name]))
+    if stop % 4 == 0:  # otherwise the interrupted run looked at the test images once more
+        events = events_of(finished), events_of(resumed)
+        for tag in ("train/loss", "train/kl", "test/loss", "test/elbo", "train/active_units"):
+            assert curve(events[0], tag) == curve(events[1], tag), tag
+        assert one["best_loss"] == other["best_loss"]
+
+
+def test_selection_on_held_out_images_leaves_the_test_images_alone(tmp_path):
+    directory = run_in(tmp_path / "run", dataset=Bars(validation_size=20), selection_split="validation")
+    tags = events_of(directory).Tags()["scalars"]
+    assert "validation/loss" in tags and not any(tag.startswith("test/") for tag in tags)
+    with pytest.raises(DataError, match="no validation split"):
+        run_in(tmp_path / "other", selection_split="validation")
+
+
+def test_pseudo_inputs_start_at_training_images():
+    plan = experiment()
+    data, model = prepare(plan, torch.device("cpu"))
+    grey = (data.train.float() / 255).clamp(0.02, 0.98)
+    for image in model.prior.pseudo_inputs():
+        assert (grey - image).abs().amax(1).min() < 1e-6
+
+
+def test_data_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Values:
+        values: torch.Tensor
+
+        def load(self) -> ImageData:
+            side = int(self.values.shape[1] ** 0.5)
+            return ImageData(self.values, self.values, (side, side), "none")
+
+    for values, message in (
+        (torch.full((40, 16), 1.5), r"values from 1.5 to 1.5.*\[0, 1\]"),
+        (torch.full((40, 16), torch.nan), r"within \[0, 1\]"),
+        (torch.zeros(40, 25), r"\(40, 25\).*\(count, 16\)"),
+    ):
+        with pytest.raises(DataError, match=message):
+            run_in(tmp_path / "run", dataset=Values(values))
+    with pytest.raises(ArgumentError, match="batch_size must be at most the 80 training images, got 81"):
+        run_in(tmp_path / "run", batch_size=81)
+    assert not RunDirectory(tmp_path / "run").has_checkpoint()
+
+
+def test_evaluation_arguments_and_averaged_weights(finished):
+    plan = experiment()
+    data, model = prepare(plan, torch.device("cpu"))
+    best = finished.load_checkpoint("best")
+    with pytest.raises(ArgumentError, match="num_images must be at most the 40 test images, got 41"):
+        evaluate_model(plan, model, data, 5, 41, step=0)
+    raw, averaged = (model_of_checkpoint(model, best, weights) for weights in ("raw", "averaged"))
+    assert any(not torch.equal(a, b) for a, b in zip(raw.parameters(), averaged.parameters(), strict=True))
+    with pytest.raises(CheckpointError, match="kept no averaged weights"):
+        model_of_checkpoint(model, {**best, "weight_average": None}, "averaged")
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": "nine"}, "Experiment.num_steps must be an integer of at least 1, got 'nine'"),
+        ({"batch_size": True}, "Experiment.batch_size must be an integer"),
+        ({"seed": -1}, "Experiment.seed must be an integer of at least 0, got -1"),
+        ({"weight_average_decay": 1.5}, "Experiment.weight_average_decay must be between 0.0 and 1.0, got 1.5"),
+        ({"model": None}, "Experiment.model must be a torch.nn.Module, got None"),
+        ({"dataset": Bars}, "Experiment.dataset must be an object with a load"),
+        ({"optimizer": 0.1}, "Experiment.optimizer must be a function of the parameters"),
+        ({"objective": 3}, "Experiment.objective must be an objective"),
+        ({"device": "gpu"}, "Experiment.device 'gpu' cannot be used here"),
+    ],
+)
+def test_arguments(changes, message):
+    with pytest.raises(ArgumentError, match=message):
+        experiment(**changes)
