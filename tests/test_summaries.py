@@ -1,69 +1,130 @@
-"""Image grids and the TensorBoard writer, read back by TensorBoard itself."""
+"""Grids against brute force, PNG files read back, and TensorBoard's own reader on what the writer wrote."""
 
 import io
+import pathlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 from popgen.summaries import Writer, image_grid, write_png
 
 
-@pytest.mark.parametrize(("count", "columns"), [(1, 1), (5, 3), (6, 3), (2, 4)])
-def test_grid_holds_each_image_at_its_place(count, columns):
-    images = torch.rand(count, 6)
-    grid = image_grid(images, (2, 3), columns, padding=1)
-    rows = -(-count // columns)
-    assert grid.shape == (rows * 3 + 1, columns * 4 + 1)
+def read(directory: pathlib.Path) -> EventAccumulator:
+    """Returns everything that TensorBoard finds in a directory."""
+    accumulator = EventAccumulator(str(directory), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def scalars(directory: pathlib.Path, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in read(directory).Scalars(tag)]
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count, columns", [(1, 1), (1, 4), (5, 1), (7, 3), (12, 4)])
+@pytest.mark.parametrize("shape", [(3, 5), (4, 4), (1, 1)])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_grid_against_brute_force(count: int, columns: int, shape: tuple[int, int], padding: int) -> None:
+    height, width = shape
+    images = torch.rand(count, height * width)
+    grid = image_grid(images, shape, columns, padding)
+    rows = (count + columns - 1) // columns
+    expected = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding), 64)
     for i in range(count):
-        top, left = 1 + 3 * (i // columns), 1 + 4 * (i % columns)
-        expected = (images[i].view(2, 3) * 255).round().to(torch.uint8)
-        assert torch.equal(grid[top : top + 2, left : left + 3], expected)
-    assert (grid[0] == 64).all() and (grid[:, 0] == 64).all()
+        for y in range(height):
+            for x in range(width):
+                row = padding + (i // columns) * (height + padding) + y
+                column = padding + (i % columns) * (width + padding) + x
+                expected[row, column] = round(255 * images[i, y * width + x].item())
+    assert grid.dtype == torch.uint8
+    assert np.array_equal(grid.numpy(), expected)
 
 
-def test_values_outside_the_range_are_clipped():
-    grid = image_grid(torch.tensor([[-1.0, 2.0]]), (1, 2), columns=1, padding=0)
-    assert grid.tolist() == [[0, 255]]
+def test_grid_clamps_and_takes_any_float() -> None:
+    images = torch.tensor([[-3.0, 0.0, 1.0, 7.0]], dtype=torch.float64, requires_grad=True)
+    assert image_grid(images, (2, 2), columns=1, padding=0).tolist() == [[0, 0], [255, 255]]
 
 
-def test_png_round_trip(tmp_path):
-    levels = torch.arange(12, dtype=torch.uint8).view(3, 4) * 20
-    write_png(tmp_path / "grid.png", levels, scale=3)
-    with Image.open(tmp_path / "grid.png") as picture:
-        read = np.asarray(picture)
-    assert read.shape == (9, 12)
-    assert np.array_equal(read[1::3, 1::3], levels.numpy())
+@pytest.mark.parametrize("scale", [1, 2, 3])
+def test_png_is_read_back(tmp_path: pathlib.Path, scale: int) -> None:
+    levels = torch.randint(0, 256, (5, 7), dtype=torch.uint8)
+    write_png(tmp_path / "picture.png", levels, scale)
+    with Image.open(tmp_path / "picture.png") as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "L", (7 * scale, 5 * scale))
+        pixels = np.asarray(image)
+    assert np.array_equal(pixels, np.kron(levels.numpy(), np.ones((scale, scale), dtype=np.uint8)))
 
 
-def test_tensorboard_reads_what_the_writer_wrote(tmp_path):
+# --- TensorBoard -----------------------------------------------------------------------------------------------------
+
+
+def test_scalars_are_read_back(tmp_path: pathlib.Path) -> None:
     writer = Writer(tmp_path)
-    for step in (1, 2):
-        writer.scalars("train", {"loss": 90.0 / step, "active_units": 7}, step)
-    writer.image("prior_samples", torch.arange(16, dtype=torch.uint8).view(4, 4), step=2)
-    writer.text("config", "a.b = 1\nc.d = '<x>'", step=0)
-    writer.hyper_parameters({"Adam.lr": 1e-3, "VAE.prior": "VampPrior"}, ["best/loss"])
+    for step in (1, 2, 10):
+        writer.scalars("train", {"loss": 1.5 * step, "elbo": -1.5 * step}, step)
+    writer.scalars("test", {"loss": 7.0}, 10)
     writer.close()
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 90.0), (2, 45.0)]
-    picture = Image.open(io.BytesIO(events.Images("prior_samples")[0].encoded_image_string))
-    assert np.array_equal(np.asarray(picture.convert("L")), np.arange(16).reshape(4, 4))
-    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "    a.b = 1\n    c.d = '<x>'" in text
-    assert events.PluginTagToContent("hparams")
+    assert set(read(tmp_path).Tags()["scalars"]) == {"train/loss", "train/elbo", "test/loss"}
+    assert scalars(tmp_path, "train/loss") == [(1, 1.5), (2, 3.0), (10, 15.0)]
+    assert scalars(tmp_path, "train/elbo") == [(1, -1.5), (2, -3.0), (10, -15.0)]
 
 
-def test_a_continued_run_hides_what_came_after_its_checkpoint(tmp_path):
+def test_images_are_read_back(tmp_path: pathlib.Path) -> None:
+    levels = torch.randint(0, 256, (6, 9), dtype=torch.uint8)
+    writer = Writer(tmp_path)
+    writer.image("prior_samples", levels, 4)
+    writer.close()
+    (event,) = read(tmp_path).Images("prior_samples")
+    assert event.step == 4
+    with Image.open(io.BytesIO(event.encoded_image_string)) as image:
+        pixels = np.asarray(image.convert("L"))
+    assert np.array_equal(pixels, levels.numpy())
+
+
+def test_text_is_shown_as_it_is(tmp_path: pathlib.Path) -> None:
+    """Markdown takes every line that is indented by four for code, so nothing of it is set as a heading or a list."""
+    text = "# a comment\nExperiment.seed = 3\n    indented = %gin.REQUIRED\n* not a list"
+    writer = Writer(tmp_path)
+    writer.text("config", text, 5)
+    writer.close()
+    (event,) = read(tmp_path).Tensors("config/text_summary")
+    (shown,) = event.tensor_proto.string_val
+    lines = shown.decode().split("\n")
+    assert [line[4:] for line in lines] == text.split("\n") and all(line.startswith("    ") for line in lines)
+    assert event.step == 5
+
+
+def test_hyper_parameters_are_read_back(tmp_path: pathlib.Path) -> None:
+    settings = {"Adam.lr": 5e-4, "Experiment.seed": 3, "VampPrior.initialisation": "data", "BinaryMNIST.download": True}
+    writer = Writer(tmp_path)
+    writer.hyper_parameters(settings, ["best/loss", "evaluation/log_p_x"])
+    writer.scalars("best", {"loss": 90.0}, 1)
+    writer.close()
+    content = read(tmp_path).summary_metadata
+    start = hparams_metadata.parse_session_start_info_plugin_data(
+        content[hparams_metadata.SESSION_START_INFO_TAG].plugin_data.content
+    )
+    found = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
+    assert found == settings
+    experiment = hparams_metadata.parse_experiment_plugin_data(
+        content[hparams_metadata.EXPERIMENT_TAG].plugin_data.content
+    )
+    assert [metric.name.tag for metric in experiment.metric_infos] == ["best/loss", "evaluation/log_p_x"]
+    assert len(list(tmp_path.iterdir())) == 1, "one run is one event file, not a folder of its own for HParams"
+
+
+def test_what_was_written_at_or_after_the_purge_step_is_hidden(tmp_path: pathlib.Path) -> None:
     first = Writer(tmp_path)
-    for step in range(1, 6):
+    for step in range(1, 9):
         first.scalars("train", {"loss": float(step)}, step)
     first.close()
-    second = Writer(tmp_path, purge_step=4)
-    second.scalars("train", {"loss": 40.0}, 4)
+    second = Writer(tmp_path, purge_step=6)
+    second.scalars("train", {"loss": 60.0}, 6)
     second.close()
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert scalars(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 5.0), (6, 60.0)]

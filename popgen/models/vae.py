@@ -129,6 +129,11 @@ class VAE(nn.Module):
         for name, part in (("encoder", encoder), ("decoder", decoder), ("prior", prior), ("flow", flow)):
             if not isinstance(part, nn.Module) and not (name == "flow" and part is None):
                 raise ArgumentError(f"VAE.{name} must be a torch.nn.Module, got {part!r}")
+        for size in ("input_dim", "latent_dim"):
+            if not isinstance(getattr(encoder, size, None), int):
+                raise ArgumentError(
+                    f"VAE.encoder must have an attribute {size}, an integer; {type(encoder).__name__} has not"
+                )
         self.encoder, self.decoder, self.prior, self.flow = encoder, decoder, prior, flow
         self._check_sizes()
 
@@ -152,7 +157,7 @@ class VAE(nn.Module):
             both, context = self.encoder(torch.cat([x, pseudo_inputs]))
             posterior = DiagonalNormal(both.mean[: len(x)], both.log_var[: len(x)])
             prior = self.prior(DiagonalNormal(both.mean[len(x) :], both.log_var[len(x) :]))
-            context = context[: len(x)]
+            context = None if context is None else context[: len(x)]  # an encoder without a flow may have none
         return Encoded(posterior, None if self.flow is None else self.flow(context), prior)
 
     def log_densities(

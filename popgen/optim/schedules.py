@@ -122,7 +122,9 @@ class CyclicalAnnealing:
         check_integer("CyclicalAnnealing.period", self.period, minimum=1)
         check_number("CyclicalAnnealing.maximum", self.maximum)
         if not 0.0 < check_number("CyclicalAnnealing.ramp_fraction", self.ramp_fraction) <= 1.0:
-            raise ArgumentError(f"ramp_fraction must be above 0 and at most 1, got {self.ramp_fraction!r}")
+            raise ArgumentError(
+                f"CyclicalAnnealing.ramp_fraction must be above 0 and at most 1, got {self.ramp_fraction!r}"
+            )
 
     def __call__(self, step: int) -> float:
         """Returns the value at `step`."""

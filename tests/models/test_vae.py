@@ -376,3 +376,28 @@ def test_images_outside_the_support_are_refused(value: float) -> None:
 def test_good_images_pass(dtype: torch.dtype) -> None:
     """Grey levels, and values in [0, 1] of either precision; a single image too."""
     make_vae().check_images(make_images(1, dtype))
+
+
+class Bare(nn.Module):
+    """An encoder without a context, and perhaps without sizes."""
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+        for name, size in sizes.items():
+            setattr(self, name, size)
+
+    def forward(self, x):
+        mean, log_var = self.layer(x).chunk(2, dim=-1)
+        return DiagonalNormal(mean, log_var), None
+
+
+def test_an_encoder_states_its_sizes() -> None:
+    for sizes, missing in (({}, "input_dim"), ({"input_dim": 6}, "latent_dim")):
+        with pytest.raises(ArgumentError, match=f"VAE.encoder must have an attribute {missing}.*Bare"):
+            VAE(Bare(**sizes), BernoulliDecoder(2, 6, 3), StandardNormalPrior())
+
+
+def test_an_encoder_needs_no_context_where_there_is_no_flow() -> None:
+    vae = VAE(Bare(input_dim=6, latent_dim=2), BernoulliDecoder(2, 6, 3), VampPrior(6, num_components=3))
+    assert vae(torch.zeros(5, 6), torch.randn(1, 5, 2)).log_w.shape == (1, 5)

@@ -1,0 +1,122 @@
+"""The record of an evaluation: what it says, that it can be repeated, and that its file is strict JSON."""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import popgen
+from popgen.datasets.images import ImageData
+from popgen.errors import ArgumentError
+from popgen.evaluation.likelihood import estimate_log_likelihood, evaluate_elbo
+from popgen.experiment import Experiment, evaluate_model, write_record
+from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+from popgen.nn.priors import GaussianMixturePrior
+from popgen.summaries import Writer
+from popgen.training.run_directory import RunDirectory
+
+KEYS = {
+    *("log_p_x", "log_p_x_standard_error", "elbo", "elbo_standard_error", "reconstruction", "kl"),
+    *("log_q_z_given_x", "log_p_z", "log_det", "active_units"),
+    *("num_samples", "num_images", "step", "split", "seed"),
+    *("dataset", "binarisation_protocol", "precision", "device", "seconds", "popgen_version", "torch_version"),
+}
+
+
+class Noise:
+    """Random binary 4 × 4 images."""
+
+    def __repr__(self) -> str:
+        return "Noise()"
+
+    def load(self) -> ImageData:
+        images = 255 * torch.randint(0, 2, (30, 16), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+        return ImageData(images[:20], images[20:], (4, 4), "noise")
+
+
+@pytest.fixture
+def experiment() -> Experiment:
+    vae = VAE(GaussianEncoder(16, 2, 6), BernoulliDecoder(2, 16, 6), GaussianMixturePrior(3, 2))
+    return Experiment(model=vae, dataset=Noise(), seed=5)
+
+
+def refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def written(experiment: Experiment, path: pathlib.Path, num_images: int | None) -> tuple[dict[str, Any], pathlib.Path]:
+    """Returns the record of an evaluation with 7 samples as it was formed, and the file that holds it."""
+    record = evaluate_model(experiment, experiment.model, Noise().load(), 7, num_images, step=40)
+    record.update(checkpoint="best", weights="raw")
+    writer = Writer(path)
+    file = write_record(RunDirectory(path), writer, record)
+    writer.close()
+    return record, file
+
+
+def test_values(experiment: Experiment) -> None:
+    data = Noise().load()
+    record = evaluate_model(experiment, experiment.model, data, 7, 6, step=40)
+    assert set(record) == KEYS
+    log_p_x = estimate_log_likelihood(experiment.model, data.test[:6], 7, seed=5).numpy().astype(np.float64)
+    elbo = evaluate_elbo(experiment.model, data.test[:6], seed=5)["elbo"].numpy().astype(np.float64)
+    for name, values in (("log_p_x", log_p_x), ("elbo", elbo)):
+        assert record[name] == pytest.approx(values.mean(), rel=1e-9)
+        assert record[f"{name}_standard_error"] == pytest.approx(np.std(values, ddof=1) / np.sqrt(6), rel=1e-9)
+    assert record["elbo"] == pytest.approx(record["reconstruction"] - record["kl"], rel=1e-6)
+    assert record["kl"] == pytest.approx(record["log_q_z_given_x"] - record["log_p_z"], rel=1e-6)
+    expected = {"num_samples": 7, "num_images": 6, "step": 40, "split": "test", "seed": 5, "device": "cpu"}
+    expected |= {"dataset": "Noise()", "binarisation_protocol": "noise", "precision": "float32", "log_det": 0.0}
+    expected |= {"popgen_version": popgen.__version__, "torch_version": torch.__version__}
+    assert {name: record[name] for name in expected} == expected
+    assert record["seconds"] >= 0 and record["active_units"] in (0, 1, 2)
+
+
+def test_a_record_can_be_repeated(experiment: Experiment) -> None:
+    """The same but for the time it took; the whole test set is the default."""
+    torch.manual_seed(1)
+    first = evaluate_model(experiment, experiment.model, Noise().load(), 7, None, step=1)
+    torch.manual_seed(2)
+    second = evaluate_model(experiment, experiment.model, Noise().load(), 7, 10, step=1)
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+@pytest.mark.parametrize("num_images", [None, 3, 1])
+def test_the_file_is_strict_json(experiment: Experiment, num_images: int | None, tmp_path: pathlib.Path) -> None:
+    record, file = written(experiment, tmp_path, num_images)
+    found = json.loads(file.read_text(), parse_constant=refuse)
+    assert file.name == f"evaluation_step00000040_raw_7x{num_images or 10}.json"
+    assert set(found) == KEYS | {"checkpoint", "weights"}
+    undefined = {"log_p_x_standard_error", "elbo_standard_error"} if num_images == 1 else set()
+    assert {name for name, value in found.items() if value is None} == undefined
+    assert {name for name, value in record.items() if isinstance(value, float) and math.isnan(value)} == undefined
+    assert {name: value for name, value in found.items() if name not in undefined} == {
+        name: value for name, value in record.items() if name not in undefined
+    }
+
+
+def test_bounds_are_also_curves(experiment: Experiment, tmp_path: pathlib.Path) -> None:
+    record, _ = written(experiment, tmp_path, 4)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    for name in ("log_p_x", "log_p_x_standard_error", "elbo", "reconstruction", "kl"):
+        (event,) = events.Scalars(f"evaluation/{name}")
+        assert event.step == 40 and event.value == pytest.approx(record[name], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "num_samples, num_images, message",
+    [
+        (0, None, "num_samples must be an integer of at least 1, got 0"),
+        (5, 0, "num_images must be an integer of at least 1, got 0"),
+        (5, 11, "num_images must be at most the 10 test images, got 11"),
+    ],
+)
+def test_arguments(experiment: Experiment, num_samples: int, num_images: int | None, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        evaluate_model(experiment, experiment.model, Noise().load(), num_samples, num_images, step=0)

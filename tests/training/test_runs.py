@@ -1,0 +1,304 @@
+"""Whole runs that are killed, continued, continued differently, or go wrong."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from popgen.datasets.images import ImageData, binarise_once, prepare_images
+from popgen.errors import ArgumentError, CheckpointError, TrainingError
+from popgen.evaluation.likelihood import evaluate_elbo
+from popgen.experiment import Configuration, Experiment, model_of_checkpoint, run
+from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+from popgen.nn.flows import PlanarFlow
+from popgen.nn.vamp_prior import VampPrior
+from popgen.training.objectives import NegativeELBO
+from popgen.training.run_directory import RunDirectory
+from popgen.training.state import TrainState
+
+CONFIGURATION = Configuration(given="given", operative="operative", settings={"Adam.lr": 0.01})
+
+
+def columns(count: int, seed: int) -> Tensor:
+    """Returns 4 × 4 grey levels of light and dark columns."""
+    generator = torch.Generator().manual_seed(seed)
+    light = torch.randint(0, 2, (count, 1, 4), generator=generator).expand(-1, 4, -1).flatten(1)
+    return (30 + 200 * light).to(torch.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Grey levels, binarised at every visit."""
+
+    num_test: int = 12
+
+    def load(self) -> ImageData:
+        return prepare_images(columns(30, 0), columns(self.num_test, 1), (4, 4), "dynamic", 0, validation_size=6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """The same images as floating-point values, binarised once."""
+
+    dtype: torch.dtype
+
+    def load(self) -> ImageData:
+        train, test = (binarise_once(columns(count, 0), seed=count).to(self.dtype) / 255 for count in (24, 12))
+        return ImageData(train, test, (4, 4), "fixed")
+
+
+class StopsAt(NegativeELBO):
+    """The objective of a process that dies at a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "last_step", step)
+
+    def __call__(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, step: int):
+        if step == self.last_step:
+            raise ProcessLookupError("killed")
+        return super().__call__(forward, batch, noise, step)
+
+
+def make_experiment(**changes: Any) -> Experiment:
+    torch.manual_seed(0)
+    vae = VAE(GaussianEncoder(16, 2, 6), BernoulliDecoder(2, 16, 6), VampPrior(16, 3, "data"), PlanarFlow(2, 6))
+    settings: dict[str, Any] = {
+        "model": vae,
+        "dataset": Columns(),
+        "optimizer": functools.partial(torch.optim.Adam, lr=0.01),
+        "num_steps": 12,
+        "batch_size": 8,
+        "eval_every": 3,
+        "log_every": 2,
+        "checkpoint_every": 6,
+    }
+    return Experiment(**(settings | changes))
+
+
+def run_in(path: pathlib.Path, **changes: Any) -> TrainState:
+    directory = RunDirectory(path)
+    with directory.locked():
+        return run(make_experiment(**changes), directory, CONFIGURATION)
+
+
+def curves(path: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
+    """Returns every curve that TensorBoard shows of a run, but for the speed."""
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.endswith("steps_per_second")]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested dictionaries and lists, by path."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {path: leaf for key, item in items for path, leaf in flat(item, f"{name}/{key}").items()}
+    return {name: value}
+
+
+def assert_same_checkpoint(first: pathlib.Path, second: pathlib.Path, name: str) -> None:
+    one, other = (flat(RunDirectory(path).load_checkpoint(name)) for path in (first, second))
+    assert one.keys() == other.keys() and len(one) > 40
+    for key, value in one.items():
+        same = torch.equal(value, other[key]) if isinstance(value, Tensor) else value == other[key]
+        assert same, f"{name}: {key}"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The directory of a run that nothing disturbed."""
+    path = tmp_path_factory.mktemp("whole")
+    run_in(path)
+    return path
+
+
+# --- interruption ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("killed_at", [2, 3, 5, 6, 11])
+def test_a_killed_run_ends_like_one_that_was_not(killed_at: int, whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Whatever was written after the last checkpoint: weights, moments, random states, best and curves are the same."""
+    with pytest.raises(ProcessLookupError):
+        run_in(tmp_path, objective=StopsAt(killed_at))
+    run_in(tmp_path)
+    for name in ("latest", "best", "12"):
+        assert_same_checkpoint(whole, tmp_path, name)
+    assert curves(tmp_path) == curves(whole)
+    files = [{file.name for file in path.glob("*/*")} for path in (whole, tmp_path)]
+    assert files[0] == files[1]
+
+
+def test_a_run_killed_many_times(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    for killed_at in (4, 4, 8, 10):
+        with pytest.raises(ProcessLookupError):
+            run_in(tmp_path, objective=StopsAt(killed_at))
+    run_in(tmp_path)
+    for name in ("latest", "best", "6"):
+        assert_same_checkpoint(whole, tmp_path, name)
+    assert curves(tmp_path) == curves(whole)
+
+
+@pytest.mark.parametrize("first", [3, 9])
+def test_a_longer_run_is_a_shorter_one_continued(first: int, whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert run_in(tmp_path, num_steps=first).step == first
+    assert run_in(tmp_path).step == 12
+    for name in ("latest", "best"):
+        assert_same_checkpoint(whole, tmp_path, name)
+
+
+def test_a_finished_run_started_again_changes_nothing(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    run_in(tmp_path)
+    again = run_in(tmp_path)
+    assert again.step == 12
+    for name in ("latest", "best"):
+        assert_same_checkpoint(whole, tmp_path, name)
+    assert curves(tmp_path) == curves(whole)
+
+
+def test_a_run_is_a_function_of_its_seed_alone(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    experiment = make_experiment()
+    torch.manual_seed(1234)
+    before = torch.get_rng_state()
+    with RunDirectory(tmp_path / "same").locked():
+        run(experiment, RunDirectory(tmp_path / "same"), CONFIGURATION)
+    assert torch.equal(before, torch.get_rng_state())
+    assert_same_checkpoint(whole, tmp_path / "same", "latest")
+    other = run_in(tmp_path / "other", seed=1)
+    latest = RunDirectory(whole).load_checkpoint("latest")["parameters"]
+    assert not torch.equal(other.parameters["decoder.logits.bias"], latest["decoder.logits.bias"])
+
+
+# --- continuing differently ------------------------------------------------------------------------------------------
+
+
+def test_a_changed_learning_rate_counts(tmp_path: pathlib.Path) -> None:
+    run_in(tmp_path, num_steps=6)
+    run_in(tmp_path, optimizer=functools.partial(torch.optim.Adam, lr=0.001))
+    rates = dict(curves(tmp_path)["train/learning_rate"])
+    assert rates == pytest.approx({step: 0.01 if step <= 6 else 0.001 for step in rates}, rel=1e-6)
+    assert {6, 12} <= rates.keys()
+
+
+@pytest.mark.parametrize("what", ["model", "optimizer"])
+def test_another_model_or_optimizer_is_refused_and_nothing_is_lost(what: str, tmp_path: pathlib.Path) -> None:
+    run_in(tmp_path, num_steps=3)
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    wider = VAE(GaussianEncoder(16, 2, 7), BernoulliDecoder(2, 16, 6), VampPrior(16, 3, "data"), PlanarFlow(2, 7))
+    changes = {"model": wider} if what == "model" else {"optimizer": functools.partial(torch.optim.SGD, lr=0.1)}
+    with pytest.raises(CheckpointError, match=f"another {what}"):
+        run_in(tmp_path, **changes)
+    assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_damaged_latest_checkpoint_is_refused_and_kept(tmp_path: pathlib.Path) -> None:
+    run_in(tmp_path, num_steps=3)
+    latest = RunDirectory(tmp_path).checkpoint_path("latest")
+    damaged = latest.read_bytes()[:-10]
+    latest.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"latest\.ckpt"):
+        run_in(tmp_path)
+    assert latest.read_bytes() == damaged
+
+
+# --- the best checkpoint ---------------------------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_stays_when_things_get_worse(tmp_path: pathlib.Path) -> None:
+    """A run that climbs the loss has its best checkpoint at the first evaluation."""
+    state = run_in(tmp_path, optimizer=functools.partial(torch.optim.Adam, lr=0.05, maximize=True))
+    losses = [value for _, value in curves(tmp_path)["test/loss"]]
+    assert losses == sorted(losses) and losses[-1] > losses[0]
+    directory = RunDirectory(tmp_path)
+    assert (
+        state.best_step,
+        directory.load_checkpoint("best")["step"],
+        directory.load_checkpoint("latest")["step"],
+    ) == (
+        3,
+        3,
+        12,
+    )
+    assert [step for step, _ in curves(tmp_path)["best/loss"]] == [3, 6, 9, 12]
+    assert len({value for _, value in curves(tmp_path)["best/loss"]}) == 1
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_the_best_loss_is_that_of_the_selection_split(split: str, tmp_path: pathlib.Path) -> None:
+    run_in(tmp_path, selection_split=split)
+    best, data, experiment = RunDirectory(tmp_path).load_checkpoint("best"), Columns().load(), make_experiment()
+    losses = {}
+    for name in ("test", "validation"):
+        parts = evaluate_elbo(model_of_checkpoint(experiment.model, best), data.split(name), experiment.seed)
+        losses[name] = -parts["elbo"].double().mean().item()
+    assert best["best_loss"] == pytest.approx(losses[split], rel=1e-6)
+    assert losses["test"] != pytest.approx(losses["validation"], rel=1e-4)
+
+
+def test_train_active_units_and_speed_are_written(whole: pathlib.Path) -> None:
+    found = curves(whole)
+    assert [step for step, _ in found["train/active_units"]] == [3, 6, 9, 12]
+    assert all(value in (0, 1, 2) for _, value in found["train/active_units"])
+    events = EventAccumulator(str(whole))
+    events.Reload()
+    assert all(event.value > 0 for event in events.Scalars("train/steps_per_second"))
+
+
+# --- runs that go wrong ----------------------------------------------------------------------------------------------
+
+
+class BecomesInfinite(NegativeELBO):
+    """Has an infinite loss from the eighth step on."""
+
+    def __call__(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, step: int):
+        loss, metrics = super().__call__(forward, batch, noise, step)
+        scale = torch.inf if step >= 7 else 1.0
+        return loss * scale, metrics | {"loss": metrics["loss"] * scale}
+
+
+def test_a_diverged_run_keeps_what_was_good(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(TrainingError, match="the loss became inf at step 8"):
+        run_in(tmp_path, objective=BecomesInfinite())
+    latest = RunDirectory(tmp_path).load_checkpoint("latest")
+    assert latest["step"] == 6
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in latest["parameters"].values())
+    assert max(step for step, _ in curves(tmp_path)["train/loss"]) == 6
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"final_num_samples": 5, "final_num_images": 13}, "num_images must be at most the 12 test images, got 13"),
+        ({"batch_size": 25}, "batch_size must be at most the 24 training images, got 25"),
+    ],
+)
+def test_what_cannot_end_well_does_not_begin(changes: dict, message: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        run_in(tmp_path, **changes)
+    assert not RunDirectory(tmp_path).has_checkpoint()
+
+
+# --- unusual data ----------------------------------------------------------------------------------------------------
+
+
+def test_one_test_image_is_enough(tmp_path: pathlib.Path) -> None:
+    state = run_in(tmp_path, dataset=Columns(num_test=1), final_num_samples=5)
+    assert state.step == 12
+    assert {value for _, value in curves(tmp_path)["test/active_units"]} == {0.0}
+    assert (tmp_path / "samples" / "best.png").is_file()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_images_of_any_floating_point_type(dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
+    """numpy's own type is float64; zeros and ones are the same in all of them, and so is the run."""
+    single, other = (run_in(tmp_path / str(each), dataset=Values(each)) for each in (torch.float32, dtype))
+    for name, parameter in single.parameters.items():
+        assert torch.equal(parameter, other.parameters[name])
+    assert single.best_loss == other.best_loss
