@@ -199,7 +199,7 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
     directory.config_path.write_text(configuration.given)
     directory.operative_config_path.write_text(configuration.operative)
 
-    writer = Writer(directory.path, purge_step=state.step + 1 if state.step else None)
+    writer = Writer(directory.path, purge_step=state.step + 1)
     try:
         writer.text("config", configuration.given, state.step)
         writer.text("operative_config", configuration.operative, state.step)

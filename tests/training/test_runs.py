@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
-from collections.abc import Callable
+import time
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
 from popgen.datasets.images import ImageData, binarise_once, prepare_images
@@ -118,6 +122,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("whole")
     run_in(path)
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def seconds_pass() -> Iterator[None]:
+    """Lets time pass between writers: TensorBoard sorts files by the second at which their process started."""
+    clock = itertools.count(int(time.time()))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(event_file_writer, "time", types.SimpleNamespace(time=lambda: next(clock)))
+        yield
 
 
 # --- interruption ----------------------------------------------------------------------------------------------------
@@ -297,7 +310,7 @@ def test_one_test_image_is_enough(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_images_of_any_floating_point_type(dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
-    """numpy's own type is float64; zeros and ones are the same in all of them, and so is the run."""
+    """NumPy's own type is float64; zeros and ones are the same in all of them, and so is the run."""
     single, other = (run_in(tmp_path / str(each), dataset=Values(each)) for each in (torch.float32, dtype))
     for name, parameter in single.parameters.items():
         assert torch.equal(parameter, other.parameters[name])
