@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from popgen.errors import ArgumentError, CheckpointError, TrainingError
+from popgen.errors import ArgumentError, TrainingError
 from popgen.losses import elbo
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow, PlanarFlow
@@ -30,11 +30,10 @@ PRIORS = {
     "mixture": lambda: GaussianMixturePrior(5, 4),
     "vamp": lambda: VampPrior(16, num_components=5),
 }
-OPTIMIZERS = {
-    "adam": torch.optim.Adam,
-    "fused": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, fused=True),
-    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
-}
+
+
+def fused_adam(parameters) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-2, fused=True)
 
 
 def tiny_vae(flow: str = "none", prior: str = "standard", seed: int = 0) -> VAE:
@@ -144,15 +143,6 @@ def test_gradients_are_clipped_to_the_largest_norm():
 
 @pytest.mark.parametrize(("flow", "prior"), list(itertools.product(FLOWS, PRIORS)))
 def test_every_pair_trains_and_resumes_bit_for_bit(flow, prior, tmp_path):
-    check_resumption(flow, prior, "fused", tmp_path)
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_resumes_bit_for_bit(optimizer, tmp_path):
-    check_resumption("none", "standard", optimizer, tmp_path)
-
-
-def check_resumption(flow: str, prior: str, optimizer: str, tmp_path) -> None:
     vae = tiny_vae(flow, prior)
     step = make_train_step(vae, NegativeELBO(beta=SigmoidAnnealing(rate=0.3)))
 
@@ -161,13 +151,11 @@ def check_resumption(flow: str, prior: str, optimizer: str, tmp_path) -> None:
             state, metrics = step(state, batch_of(state.step))
         return state, metrics
 
-    whole, expected = advance(initial_state(vae, OPTIMIZERS[optimizer], seed=0), 4)
-    half, _ = advance(initial_state(vae, OPTIMIZERS[optimizer], seed=0), 2)
+    whole, expected = advance(initial_state(vae, fused_adam, seed=0), 4)
+    half, _ = advance(initial_state(vae, fused_adam, seed=0), 2)
     checkpoints.save(tmp_path / "half.ckpt", state_to_tensors(dataclasses.replace(half, best_loss=1.5, best_step=2)))
     other = tiny_vae(flow, prior, seed=9)  # nothing may be left of what the state was restored into
-    restored = state_from_tensors(
-        checkpoints.load(tmp_path / "half.ckpt"), initial_state(other, OPTIMIZERS[optimizer], 9)
-    )
+    restored = state_from_tensors(checkpoints.load(tmp_path / "half.ckpt"), initial_state(other, fused_adam, 9))
     assert (restored.best_loss, restored.best_step) == (1.5, 2)
     resumed, metrics = advance(restored, 4)
     assert_same(metrics, expected)
@@ -178,15 +166,6 @@ def check_resumption(flow: str, prior: str, optimizer: str, tmp_path) -> None:
     first = dict(tiny_vae(flow, prior).named_parameters())
     for name, p in whole.parameters.items():
         assert not torch.equal(p, first[name]), f"{name} did not move"
-
-
-def test_a_checkpoint_of_another_model_or_optimizer_is_refused_by_name():
-    saved = state_to_tensors(initial_state(tiny_vae(), torch.optim.Adam, seed=0))
-    with pytest.raises(CheckpointError, match=r"another model: flow\S+: absent in the checkpoint"):
-        state_from_tensors(saved, initial_state(tiny_vae("planar"), torch.optim.Adam, seed=0))
-    two_groups = lambda parameters: torch.optim.Adam([{"params": [p]} for p in parameters])  # noqa: E731
-    with pytest.raises(CheckpointError, match="another optimizer"):
-        state_from_tensors(saved, initial_state(tiny_vae(), two_groups, seed=0))
 
 
 def test_averaging_may_be_switched_on_and_off_between_runs():

@@ -1,0 +1,65 @@
+"""The objective on numbers that can be worked out by hand."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from popgen.models.vae import LogDensities
+from popgen.optim.schedules import Constant, LinearAnnealing
+from popgen.training.objectives import NegativeELBO
+
+# Two samples of two images. Means: log p(x|z) -10, log p(z) -4, log q(z|x) -1, log det 0.5.
+TERMS = LogDensities(
+    log_p_x_given_z=torch.tensor([[-4.0, -8.0], [-12.0, -16.0]]),
+    log_p_z=torch.tensor([[-1.0, -3.0], [-5.0, -7.0]]),
+    log_q_z_given_x=torch.tensor([[-4.0, 2.0], [-2.0, 0.0]]),
+    log_det=torch.tensor([[0.0, 0.5], [0.5, 1.0]]),
+)
+
+
+class Latent(nn.Module):
+    """A model of which the objective needs the latent size alone."""
+
+    latent_dim = 3
+
+
+def forward(batch: Tensor, noise: Tensor) -> LogDensities:
+    return TERMS
+
+
+@pytest.mark.parametrize("beta, loss", [(1.0, 13.0), (0.0, 10.0), (0.5, 11.5), (4.0, 22.0)])
+def test_loss_and_metrics_by_hand(beta: float, loss: float) -> None:
+    """The loss is 10 + 3 β whatever β is; the ELBO and its parts do not depend on it."""
+    found, metrics = NegativeELBO(Constant(beta), num_samples=2)(forward, torch.zeros(2, 4), torch.zeros(2, 2, 3), 0)
+    assert found.shape == () and found.item() == pytest.approx(loss)
+    expected = {"loss": loss, "elbo": -13.0, "reconstruction": -10.0, "kl": 3.0}
+    expected |= {"log_q_z_given_x": -1.0, "log_p_z": -4.0, "log_det": 0.5, "beta": beta}
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("step, beta", [(0, 0.0), (5, 0.5), (10, 1.0), (1_000, 1.0)])
+def test_beta_is_that_of_the_step(step: int, beta: float) -> None:
+    objective = NegativeELBO(LinearAnnealing(0.0, 1.0, num_steps=10))
+    loss, metrics = objective(forward, torch.zeros(2, 4), torch.zeros(1, 2, 3), step)
+    assert loss.item() == pytest.approx(10.0 + 3.0 * beta) and metrics["beta"].item() == pytest.approx(beta)
+
+
+def test_a_user_schedule_is_any_function_of_the_step() -> None:
+    loss, _ = NegativeELBO(lambda step: step / 7)(forward, torch.zeros(2, 4), torch.zeros(1, 2, 3), 14)
+    assert loss.item() == pytest.approx(16.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_comes_from_the_generator_alone(dtype: torch.dtype) -> None:
+    objective, batch = NegativeELBO(num_samples=400), torch.zeros(20, 4, dtype=dtype)
+    before = torch.get_rng_state()
+    first, same, other = (
+        objective.draw_noise(Latent(), batch, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(before, torch.get_rng_state())
+    assert first.shape == (400, 20, 3) and first.dtype == dtype
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert first.mean().abs() < 5 / 24_000**0.5 and first.var().item() == pytest.approx(1.0, abs=0.05)
+    generator = torch.Generator().manual_seed(1)
+    draws = [objective.draw_noise(Latent(), batch, generator) for _ in range(2)]
+    assert not torch.equal(*draws), "every step must meet new noise"
