@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import popgen
 from popgen.datasets.images import ImageData, ImageDataset, TrainBatches, as_values
-from popgen.errors import ArgumentError, CheckpointError, check_choice, check_integer, check_number
+from popgen.errors import ArgumentError, CheckpointError, TrainingError, check_choice, check_integer, check_number
 from popgen.evaluation.likelihood import count_active_units, estimate_log_likelihood, evaluate_elbo
 from popgen.evaluation.pictures import Picture, all_pictures
 from popgen.models.vae import VAE
@@ -404,6 +404,10 @@ class _Recorder:
         parts = evaluate_elbo(model, images, self.experiment.seed)
         means = {name: part.double().mean().item() for name, part in parts.items()}
         loss = -means["elbo"]
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the {split} loss is {loss} at step {state.step}; the last checkpoints are left as they are"
+            )
         means.update(loss=loss, beta=1.0, active_units=count_active_units(model, images[:ACTIVE_UNIT_IMAGES]))
         self.writer.scalars(split, means, state.step)
         seen = self.data.train[:ACTIVE_UNIT_IMAGES]

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from popgen.datasets.images import ImageData, prepare_images
-from popgen.errors import ArgumentError, CheckpointError, DataError
+from popgen.errors import ArgumentError, CheckpointError, DataError, TrainingError
 from popgen.evaluation.likelihood import evaluate_elbo
 from popgen.experiment import Configuration, Experiment, evaluate_model, model_of_checkpoint, prepare, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
@@ -185,6 +185,14 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
             run_in(tmp_path / "run", dataset=Values(values))
     with pytest.raises(ArgumentError, match="batch_size must be at most the 80 training images, got 81"):
         run_in(tmp_path / "run", batch_size=81)
+    assert not RunDirectory(tmp_path / "run").has_checkpoint()
+
+
+def test_a_test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    parts = {"elbo": torch.tensor([1.0, torch.nan])}
+    monkeypatch.setattr("popgen.experiment.evaluate_elbo", lambda *_: parts)
+    with pytest.raises(TrainingError, match="the test loss is nan at step 4"):
+        run_in(tmp_path / "run")
     assert not RunDirectory(tmp_path / "run").has_checkpoint()
 
 

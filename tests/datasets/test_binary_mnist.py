@@ -183,7 +183,7 @@ def test_arguments_outside_their_domain(arguments: dict, error: type, message: s
 
 
 class Mirror:
-    """A web server on this machine that serves files from memory, and counts what it is asked for.
+    """A local web server that serves files from memory, and counts what it is asked for.
 
     Attributes:
         files: content by name; anything else is answered with 404.
@@ -238,7 +238,7 @@ def mirror(idx_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def closed_port() -> int:
-    """Returns a port of this machine that nothing listens on."""
+    """Returns a local port that nothing listens on."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

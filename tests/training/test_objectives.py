@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from popgen.models.vae import LogDensities
+from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder, LogDensities
+from popgen.nn.priors import StandardNormalPrior
 from popgen.optim.schedules import Constant, LinearAnnealing
 from popgen.training.objectives import NegativeELBO
 
@@ -15,12 +16,6 @@ TERMS = LogDensities(
     log_q_z_given_x=torch.tensor([[-4.0, 2.0], [-2.0, 0.0]]),
     log_det=torch.tensor([[0.0, 0.5], [0.5, 1.0]]),
 )
-
-
-class Latent(nn.Module):
-    """A model of which the objective needs the latent size alone."""
-
-    latent_dim = 3
 
 
 def forward(batch: Tensor, noise: Tensor) -> LogDensities:
@@ -51,15 +46,14 @@ def test_a_user_schedule_is_any_function_of_the_step() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_noise_comes_from_the_generator_alone(dtype: torch.dtype) -> None:
+    vae = VAE(GaussianEncoder(4, 3, 5), BernoulliDecoder(3, 4, 5), StandardNormalPrior())
     objective, batch = NegativeELBO(num_samples=400), torch.zeros(20, 4, dtype=dtype)
     before = torch.get_rng_state()
-    first, same, other = (
-        objective.draw_noise(Latent(), batch, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-    )
+    first, same, other = (objective.draw_noise(vae, batch, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
     assert first.shape == (400, 20, 3) and first.dtype == dtype
     assert torch.equal(first, same) and not torch.equal(first, other)
     assert first.mean().abs() < 5 / 24_000**0.5 and first.var().item() == pytest.approx(1.0, abs=0.05)
     generator = torch.Generator().manual_seed(1)
-    draws = [objective.draw_noise(Latent(), batch, generator) for _ in range(2)]
+    draws = [objective.draw_noise(vae, batch, generator) for _ in range(2)]
     assert not torch.equal(*draws), "every step must meet new noise"
