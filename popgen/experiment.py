@@ -196,6 +196,7 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
     state = initial_state(model, experiment.optimizer, experiment.seed, experiment.weight_average_decay is not None)
     if directory.has_checkpoint():
         state = state_from_tensors(directory.load_checkpoint("latest"), state)
+    # Written only now that everything is built and loaded: a mistake leaves an earlier run as it was.
     directory.config_path.write_text(configuration.given)
     directory.operative_config_path.write_text(configuration.operative)
 

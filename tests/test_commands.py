@@ -55,10 +55,11 @@ class Workspace:
 
     def run(self, command: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         path = os.pathsep.join((str(REPOSITORY), str(self.path)))
+        inherited = {name: value for name, value in os.environ.items() if name not in ("EXPERIMENT_DIR", "POPGEN_DATA")}
         return subprocess.run(
             [sys.executable, "-m", f"launch.{command}", *arguments],
             cwd=self.path,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+            env={**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
             capture_output=True,
             text=True,
             timeout=120,
