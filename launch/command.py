@@ -5,7 +5,6 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-import torch
 from absl import app, flags
 
 from popgen import config
@@ -44,8 +43,3 @@ def existing_run(run_dir: str) -> tuple[RunDirectory, config.LoadedConfig]:
     if not directory.config_path.is_file():
         raise RunDirectoryError(f"there is no run in {run_dir!r} (no config.gin); --run_dir names what training wrote")
     return directory, config.load([os.path.abspath(directory.config_path)])
-
-
-def seeded_generator(device: torch.device, seed: int) -> torch.Generator:
-    """Returns a generator on the device, started at a seed given on the command line."""
-    return torch.Generator(device).manual_seed(seed)

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import torch
 from absl import flags
 
 from launch import command
@@ -29,7 +30,7 @@ def main() -> None:
     tensors = directory.load_checkpoint(FLAGS.checkpoint)
     data, model = prepare(loaded.experiment, device)
     model = model_of_checkpoint(model, tensors, FLAGS.weights)
-    generator = command.seeded_generator(device, FLAGS.seed)
+    generator = torch.Generator(device).manual_seed(FLAGS.seed)
     save_pictures(out, all_pictures(model, data.test, data.image_shape, FLAGS.num_samples, generator))
     print(
         f"wrote {out}: prior samples, reconstructions beside originals, interpolations, pseudo-inputs beside what they "

@@ -202,7 +202,7 @@ def _binding_key(statement: config_parser.BindingStatement, binding: str) -> _Bi
         return _BindingKey(name, MACRO, "value")
     _register(statement.selector, binding)
     parameters = _parameters(statement.selector)
-    if statement.arg_name not in parameters and "kwargs" not in parameters:
+    if parameters and statement.arg_name not in parameters and "kwargs" not in parameters:
         close = _close(statement.arg_name, parameters)
         raise ConfigError(f"{statement.selector} has no parameter {statement.arg_name!r} in {binding!r}; {close}")
     with _translated(f"cannot parse the binding {binding!r}"):
@@ -241,7 +241,9 @@ def _complete(selector: str) -> list[str]:
 
 
 def _parameters(selector: str) -> list[str]:
-    """Returns the names of the parameters of what a selector stands for; empty if it stands for several things."""
+    """Returns the names of the parameters of what a selector stands for; empty if it stands for several things, which
+    gin reports when it parses the binding.
+    """
     complete = _complete(selector)
     return list(inspect.signature(gin.config._REGISTRY[complete[0]].wrapped).parameters) if len(complete) == 1 else []
 

@@ -255,6 +255,16 @@ def test_configs_are_found_from_any_directory(tmp_path, monkeypatch):
     assert config.load(["configs/vamp.gin"]).experiment.batch_size == 100
 
 
+def test_a_short_name_that_two_parts_share_is_reported_as_such(gin_file, tmp_path, monkeypatch):
+    (tmp_path / "namesakes.py").write_text(
+        "from popgen.nn.priors import StandardNormalPrior as Base\nclass StandardNormalPrior(Base):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = gin_file('import namesakes\ninclude "configs/vae.gin"\nvae.VAE.prior = @namesakes.StandardNormalPrior()\n')
+    with pytest.raises(ConfigError, match=r"(?i)ambiguous selector 'StandardNormalPrior'"):
+        config.load([own], ["StandardNormalPrior.size = 3"])
+
+
 def test_an_error_in_ones_own_class_is_reported_with_its_values(gin_file, tmp_path, monkeypatch):
     (tmp_path / "failing_parts.py").write_text(
         "class Failing:\n    def __init__(self, size):\n        raise KeyError('no such size')\n"

@@ -115,11 +115,8 @@ def state_from_tensors(tensors: dict[str, Any], template: TrainState) -> TrainSt
     """
     check_same_tensors(tensors["parameters"], template.parameters)
     check_same_tensors(tensors["buffers"], template.buffers)
-    with torch.no_grad():
-        for name, parameter in template.parameters.items():
-            parameter.copy_(tensors["parameters"][name])
-        for name, buffer in template.buffers.items():
-            buffer.copy_(tensors["buffers"][name])
+    _copy_by_name(tensors["parameters"], into=template.parameters)
+    _copy_by_name(tensors["buffers"], into=template.buffers)
     _load_optimizer(template.optimizer, tensors)
     device = next(iter(template.parameters.values())).device
     average = template.weight_average
@@ -189,9 +186,12 @@ def model_with_weights(model: Model, parameters: dict[str, Tensor], buffers: dic
         1.0
     """
     loaded = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, parameter in loaded.named_parameters():
-            parameter.copy_(parameters[name])
-        for name, buffer in loaded.named_buffers():
-            buffer.copy_(buffers[name])
+    _copy_by_name(parameters, into=dict(loaded.named_parameters()))
+    _copy_by_name(buffers, into=dict(loaded.named_buffers()))
     return loaded.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _copy_by_name(values: dict[str, Tensor], into: dict[str, Tensor]) -> None:
+    for name, tensor in into.items():
+        tensor.copy_(values[name])
