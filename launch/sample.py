@@ -7,8 +7,8 @@ from absl import flags
 
 from launch import command
 from popgen.errors import RunDirectoryError, check_integer
-from popgen.evaluation.pictures import all_pictures
-from popgen.experiment import WEIGHTS, model_of_checkpoint, prepare, save_pictures
+from popgen.evaluation.pictures import all_pictures, save_pictures
+from popgen.experiment import WEIGHTS, model_of_checkpoint, prepare
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")

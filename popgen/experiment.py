@@ -18,12 +18,14 @@ from tqdm import tqdm
 import popgen
 from popgen.datasets.images import ImageData, ImageDataset, TrainBatches, as_values
 from popgen.errors import ArgumentError, CheckpointError, TrainingError, check_choice, check_integer, check_number
-from popgen.evaluation.likelihood import count_active_units, estimate_log_likelihood, evaluate_elbo
-from popgen.evaluation.pictures import Picture, all_pictures
+from popgen.evaluation.likelihood import count_active_units, estimate_log_likelihood, evaluate_elbo, standard_error
+from popgen.evaluation.pictures import Picture, all_pictures, save_pictures
+from popgen.execution import check_precision
 from popgen.models.vae import VAE
 from popgen.streams import make_generator
-from popgen.summaries import Writer, write_png
-from popgen.training.loop import Hooks, train
+from popgen.summaries import Writer
+from popgen.training.captured_step import CapturedStep
+from popgen.training.loop import DrawBatch, Hooks, Step, train
 from popgen.training.objectives import NegativeELBO, Objective
 from popgen.training.run_directory import RunDirectory
 from popgen.training.state import (
@@ -66,6 +68,9 @@ class Experiment:
             one at any time).
         final_num_images: test images of that evaluation; None for all.
         device: "auto" (the GPU if there is one), or a device of torch.
+        precision: of the networks' matrix products: "fp32", "tf32" (GPU) or "bf16"; densities stay at full precision.
+        compile: whether torch.compile fuses the loss, its gradient and the evaluation; it starts half a minute later.
+        cuda_graph: on a GPU, whether a step is recorded and replayed; a model that waits for the device needs False.
 
     Raises:
         ArgumentError: if an argument has the wrong type or is outside its domain.
@@ -97,6 +102,9 @@ class Experiment:
     final_num_samples: int = 0
     final_num_images: int | None = None
     device: str = "auto"
+    precision: str = "fp32"
+    compile: bool = False
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         for name, minimum in (
@@ -128,7 +136,10 @@ class Experiment:
         ):
             if not fits or (name != "optimizer" and isinstance(getattr(self, name), type)):
                 raise ArgumentError(f"Experiment.{name} must be {described}, got {getattr(self, name)!r}")
-        self.torch_device()
+        for name in ("compile", "cuda_graph"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"Experiment.{name} must be True or False, got {getattr(self, name)!r}")
+        check_precision("Experiment.precision", self.precision, self.torch_device())
 
     def torch_device(self) -> torch.device:
         """Returns the device that the run uses.
@@ -206,14 +217,7 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
         writer.text("operative_config", configuration.operative, state.step)
         writer.hyper_parameters(configuration.settings, HPARAM_METRICS)
         recorder = _Recorder(experiment, directory, writer, data, model)
-        batches = TrainBatches(data.train, experiment.batch_size, experiment.seed)
-        train_step = make_train_step(
-            model,
-            experiment.objective,
-            0.0 if experiment.weight_average_decay is None else experiment.weight_average_decay,
-            experiment.max_gradient_norm,
-        )
-        state = train(state, train_step, batches.draw, experiment.num_steps, recorder.hooks())
+        state = train(state, *training_functions(experiment, model, data), experiment.num_steps, recorder.hooks())
         best = model_of_checkpoint(model, directory.load_checkpoint("best"))
         save_pictures(directory.samples_path / "best.png", _pictures(experiment, best, data))
         if experiment.final_num_samples:
@@ -251,6 +255,27 @@ def prepare(experiment: Experiment, device: torch.device) -> tuple[ImageData, VA
     return data, model
 
 
+def training_functions(experiment: Experiment, model: VAE, data: ImageData) -> tuple[Step, DrawBatch]:
+    """Returns the training step of an experiment and what draws its batches, for `popgen.training.loop.train`.
+
+    On a GPU the step is recorded as a CUDA graph, the draw included; it is then given the indices of its images.
+
+    Example: `run` calls it.
+    """
+    batches = TrainBatches(data.train, experiment.batch_size, experiment.seed)
+    step = make_train_step(
+        model,
+        experiment.objective,
+        0.0 if experiment.weight_average_decay is None else experiment.weight_average_decay,
+        experiment.max_gradient_norm,
+        experiment.compile,
+        experiment.precision,
+    )
+    if data.train.is_cuda and experiment.cuda_graph:
+        return CapturedStep(step, batches), lambda step, generator: batches.indices(step)
+    return step, batches.draw
+
+
 def model_of_checkpoint(model: VAE, tensors: Mapping[str, Any], weights: str = "raw") -> VAE:
     """Returns the model with the raw or averaged weights of a loaded checkpoint.
 
@@ -285,14 +310,16 @@ def evaluate_model(
     """
     images = _first_images(data.test, num_images)
     started = time.perf_counter()
-    parts = evaluate_elbo(model, images, experiment.seed)
+    parts = evaluate_elbo(model, images, experiment.seed, precision=experiment.precision)
     with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True) as bar:
-        log_p_x = estimate_log_likelihood(model, images, num_samples, experiment.seed, _show_mean(bar))
+        log_p_x = estimate_log_likelihood(
+            model, images, num_samples, experiment.seed, _show_mean(bar), experiment.precision, experiment.compile
+        )
     return {
         "log_p_x": log_p_x.double().mean().item(),
-        "log_p_x_standard_error": _standard_error(log_p_x),
+        "log_p_x_standard_error": standard_error(log_p_x),
         **{name: part.double().mean().item() for name, part in parts.items()},
-        "elbo_standard_error": _standard_error(parts["elbo"]),
+        "elbo_standard_error": standard_error(parts["elbo"]),
         "active_units": count_active_units(model, images),
         "num_samples": num_samples,
         "num_images": len(images),
@@ -301,7 +328,8 @@ def evaluate_model(
         "binarisation_protocol": data.protocol,
         "dataset": repr(experiment.dataset),
         "seed": experiment.seed,
-        "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "precision": experiment.precision,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": str(images.device),
         "seconds": round(time.perf_counter() - started, 1),
         "popgen_version": popgen.__version__,
@@ -336,18 +364,6 @@ def write_record(directory: RunDirectory, writer: Writer, record: Mapping[str, A
     return path
 
 
-def save_pictures(path: pathlib.Path, pictures: Mapping[str, Picture]) -> None:
-    """Writes pictures below one another into one PNG, in the order that a reader wants: prior samples first.
-
-    Example: `run` calls it.
-    """
-    order = ("prior_samples", "reconstructions", "interpolations", "pseudo_inputs")
-    chosen = [pictures[name] for name in order if name in pictures]
-    width = max(picture.shape[1] for picture in chosen)
-    rows = [torch.nn.functional.pad(picture, (0, width - picture.shape[1], 0, 6), value=0) for picture in chosen]
-    write_png(path, torch.cat(rows))
-
-
 def _pictures(experiment: Experiment, model: VAE, data: ImageData) -> dict[str, Picture]:
     generator = make_generator(data.test.device, experiment.seed, "pictures")
     return all_pictures(model, data.test, data.image_shape, PICTURE_COUNT, generator)
@@ -365,11 +381,6 @@ def _show_mean(bar: tqdm) -> Callable[[Tensor], None]:
             bar.set_postfix_str(f"log p(x) {total / bar.n:.2f} nats")
 
     return show
-
-
-def _standard_error(values: Tensor) -> float:
-    """Returns the standard error of a mean; not a number for a single value."""
-    return values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 class _Recorder:
@@ -402,7 +413,7 @@ class _Recorder:
         split = self.experiment.selection_split
         model = model_with_weights(self.model, state.parameters, state.buffers)
         images = self.data.split(split)
-        parts = evaluate_elbo(model, images, self.experiment.seed)
+        parts = evaluate_elbo(model, images, self.experiment.seed, precision=self.experiment.precision)
         means = {name: part.double().mean().item() for name, part in parts.items()}
         loss = -means["elbo"]
         if not math.isfinite(loss):

@@ -190,7 +190,7 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
 
 def test_a_test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     parts = {"elbo": torch.tensor([1.0, torch.nan])}
-    monkeypatch.setattr("popgen.experiment.evaluate_elbo", lambda *_: parts)
+    monkeypatch.setattr("popgen.experiment.evaluate_elbo", lambda *_, **__: parts)
     with pytest.raises(TrainingError, match="the test loss is nan at step 4"):
         run_in(tmp_path / "run")
     assert not RunDirectory(tmp_path / "run").has_checkpoint()

@@ -5,10 +5,11 @@ on the training device, and a batch is gathered and binarised there in a handful
 """
 
 import dataclasses
+import math
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int16, UInt8
 from torch import Tensor
 
 from popgen.errors import ArgumentError, DataError, check_choice
@@ -91,18 +92,45 @@ class ImageDataset(Protocol):
         """Reads or makes the images."""
 
 
-def binarise(levels: UInt8[Tensor, "*shape"], uniform: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def bernoulli_thresholds(levels: UInt8[Tensor, "*shape"]) -> Int16[Tensor, "*shape"]:
+    """Returns for each grey level the 16-bit integer that uniform ones fall below with probability level / 255.
+
+    The probability is exact for levels 0 and 255 (`binarise` sees to the latter) and less than level / 255 by at most
+    2^-16 for others.
+
+    Example:
+        >>> bernoulli_thresholds(torch.tensor([0, 51, 255], dtype=torch.uint8))
+        tensor([-32768, -19661,  32767], dtype=torch.int16)
+    """
+    return (levels.to(torch.int32) * 257 - 32768).to(torch.int16)  # 257 · 255 + 1 = 2^16
+
+
+def binarise(thresholds: Int16[Tensor, "*shape"], bits: Int16[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Returns one Bernoulli(level / 255) draw for each grey level, as 0.0 or 1.0.
 
     Args:
-        levels: grey levels.
-        uniform: uniform on [0, 1), the same shape.
+        thresholds: `bernoulli_thresholds(levels)`.
+        bits: uniform over all 16-bit integers, the same shape, from `draw_bits`; donated, and clamped in place.
 
     Example:
-        >>> binarise(torch.tensor([0, 51, 255], dtype=torch.uint8), torch.tensor([0.0, 0.3, 0.999]))
-        tensor([0., 0., 1.])
+        >>> levels = torch.tensor([0, 51, 255], dtype=torch.uint8)
+        >>> binarise(bernoulli_thresholds(levels), bits=torch.tensor([-32768, -19662, 32767], dtype=torch.int16))
+        tensor([0., 1., 1.])
     """
-    return (levels > uniform * 255.0).to(uniform.dtype)
+    drawn = torch.empty(thresholds.shape, device=thresholds.device)
+    return torch.lt(bits.clamp_(max=32766), thresholds, out=drawn)
+
+
+def draw_bits(shape: tuple[int, ...], generator: torch.Generator) -> Int16[Tensor, "*shape"]:
+    """Returns uniform 16-bit integers on the generator's device, four from each draw of 64 bits.
+
+    Example:
+        >>> draw_bits((2, 3), torch.Generator()).shape
+        torch.Size([2, 3])
+    """
+    count = math.prod(shape)
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
+    return words.random_(-(2**63), None, generator=generator).view(torch.int16)[:count].view(shape)
 
 
 def binarise_once(levels: UInt8[Tensor, "count size"], seed: int) -> UInt8[Tensor, "count size"]:
@@ -220,7 +248,8 @@ class TrainBatches:
     def __init__(self, images: Tensor, batch_size: int, seed: int) -> None:
         if batch_size > len(images):
             raise ArgumentError(f"batch_size must be at most the {len(images)} training images, got {batch_size}")
-        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.images = bernoulli_thresholds(images) if images.dtype == torch.uint8 else images
+        self.batch_size, self.seed = batch_size, seed
         self.steps_per_epoch = len(images) // batch_size
         self._epoch, self._order = -1, torch.empty(0)
 
@@ -235,8 +264,9 @@ class TrainBatches:
 
     def draw(self, step: int, generator: torch.Generator) -> Float[Tensor, "batch size"]:
         """Returns the batch of a step; grey levels are binarised with noise from `generator`."""
-        images = self.images.index_select(0, self.indices(step))
-        if images.dtype != torch.uint8:
-            return images
-        uniform = torch.rand(images.shape, generator=generator, device=images.device)
-        return binarise(images, uniform)
+        return self.gather(self.indices(step), generator)
+
+    def gather(self, indices: Tensor, generator: torch.Generator) -> Float[Tensor, "batch size"]:
+        """Returns the images at some indices; grey levels are binarised with noise from `generator`."""
+        images = self.images.index_select(0, indices)
+        return images if images.is_floating_point() else binarise(images, draw_bits(images.shape, generator))

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from popgen.distributions.normal import LOG_TWO_PI
+from popgen.execution import full_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,12 +16,14 @@ class GaussianMixture:
     """A mixture of diagonal Gaussians, p(z) = Σ_k w_k N(z; mean_k, diag(exp(log_var_k))).
 
     The square is expanded, so that all pairs of points and components come out of one matrix product and no
-    `(components, batch, latent)` tensor is ever formed:
+    `(components, batch, latent)` tensor is ever formed. With the mean of all means as origin,
 
-        log N(z; μ_k, σ_k²) = [z², z] · [-1/(2σ_k²), μ_k/σ_k²] - 1/2 Σ_i [μ_ki²/σ_ki² + log σ_ki² + log 2π]
+        log N(z; μ_k, σ_k²) = Σ_i [-1/(2σ_ki²), μ_ki/σ_ki², -μ_ki²/(2σ_ki²)] · [z_i², z_i, 1] - 1/2 Σ_i log 2πσ_ki²
 
-    The expansion cancels badly in float32 (whole hundredths of a nat at log-variance -6), so the product and the
-    constant are formed in float64 and the result is rounded once, where it is of the size of the answer.
+    The three terms of a coordinate cancel, so they lie side by side in the product, where the partial sums stay as
+    small as the answer. Coefficients are rounded so that each square vanishes at its own mean, and what the rounding of
+    the third one leaves is added to the constant in float64. In float32, for means up to 3 and log-variances of -6 or
+    more, the error is below 1e-4 nats on average and 5e-3 nats for any point.
 
     Attributes:
         mean: shape `(components, latent)`.
@@ -39,18 +42,23 @@ class GaussianMixture:
 
     def component_log_densities(self, z: Float[Tensor, "*sample latent"]) -> Float[Tensor, "*sample components"]:
         """Returns log w_k + log N(z; mean_k, σ_k²) for every point and component, nats."""
-        points, mean, log_var = z.double(), self.mean.double(), self.log_var.double()
-        precision = torch.exp(-log_var)
-        constant = -0.5 * (mean.square() * precision + log_var + LOG_TWO_PI).sum(-1)
-        constant = constant + self._log_weights().double()
-        coefficients = torch.cat([-0.5 * precision, mean * precision], dim=-1)
-        features = torch.cat([points.square(), points], dim=-1).reshape(-1, coefficients.shape[1])
-        log_densities = torch.addmm(constant, features, coefficients.T)
-        return log_densities.to(z.dtype).reshape(*z.shape[:-1], len(self.mean))
+        dtype, origin = z.dtype, self.mean.mean(0)
+        mean, log_var = (self.mean - origin).double(), self.log_var.double()
+        quadratic = -0.5 * torch.exp(-log_var).to(dtype).double()
+        linear = (-2.0 * quadratic * mean).to(dtype).double()
+        exact = -(quadratic * mean + linear) * mean
+        constant = exact.to(dtype)
+        offset = (exact - constant - 0.5 * (log_var + LOG_TWO_PI)).sum(-1) + self._log_weights()
+        coefficients = torch.stack([quadratic.to(dtype), linear.to(dtype), constant], dim=-1).flatten(-2)
+        points = z - origin
+        features = torch.stack([points.square(), points, torch.ones_like(points)], dim=-1).flatten(-2)
+        with full_precision(z.device):
+            log_densities = torch.addmm(offset.to(dtype), features.reshape(-1, coefficients.shape[1]), coefficients.T)
+        return log_densities.reshape(*z.shape[:-1], len(mean))
 
     def log_density(self, z: Float[Tensor, "*sample latent"]) -> Float[Tensor, "*sample"]:
         """Returns log p(z), nats, for any leading shape."""
-        return torch.logsumexp(self.component_log_densities(z), dim=-1)
+        return _LogSumExp.apply(self.component_log_densities(z))[0]
 
     def sample(
         self, noise: Float[Tensor, "*sample latent"], uniform: Float[Tensor, "*sample"]
@@ -71,3 +79,27 @@ class GaussianMixture:
         if self.log_weights is not None:
             return self.log_weights
         return self.mean.new_full((len(self.mean),), -math.log(len(self.mean)))
+
+
+class _LogSumExp(torch.autograd.Function):
+    """log Σ_k exp(x_k) over the last axis, whose gradient is softmax(x).
+
+    The softmax at the largest x is exp(max x - log Σ exp(x)), at least 1/K. On a CPU torch.logsumexp takes ten times as
+    long where most terms underflow, as they do for components far from a point.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        probabilities = torch.softmax(x, dim=-1)
+        return x.amax(-1) - probabilities.amax(-1).log_(), probabilities
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, _):
+        return ctx.saved_tensors[0] * gradient[..., None]

@@ -1,8 +1,8 @@
 """Bounds on log p(x) over a set of images, in nats.
 
-Evaluation has its own noise: a stream for each image, keyed by the seed and the image's index, drawn in blocks of fixed
+Evaluation has its own noise, keyed by the seed and, for importance samples, by the image's index, in blocks of fixed
 size. So it never disturbs training, two checkpoints meet the same noise, and the answer does not depend on how the work
-is cut up.
+is cut up. The noise is drawn on the device of the images, and kinds of devices draw different numbers.
 """
 
 import math
@@ -14,18 +14,23 @@ from torch import Tensor
 
 from popgen.datasets.images import as_values
 from popgen.errors import check_integer
+from popgen.execution import compile_or_fall_back, matrix_products
 from popgen.losses import elbo, iwae
-from popgen.models.vae import VAE
-from popgen.streams import stream_seed
+from popgen.models.vae import VAE, Encoded
+from popgen.streams import make_generator, stream_seed
 
 ACTIVE_UNIT_VARIANCE = 0.01
-NOISE_BLOCK = 1_000  # samples of one image whose noise is drawn together
-ROWS_IN_FLIGHT = 4_000  # (image, sample) pairs that pass through the decoder together: fills the cores, fits the cache
+NOISE_BLOCK = 1_000  # samples of one image, or single samples of so many images, whose noise is drawn together
+# (image, sample) pairs that pass through the decoder together: on a CPU they fill the cores and fit the cache, on a GPU
+# they make each launch worth its while.
+ROWS_IN_FLIGHT = {"cpu": 4_000, "cuda": 128_000}
 
 Progress = Callable[[Tensor], None]
 
 
-def image_noise(indices: range, num_samples: int, latent_dim: int, block: int, seed: int) -> Tensor:
+def image_noise(
+    indices: range, num_samples: int, latent_dim: int, block: int, seed: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """Returns standard normal noise for some images, shape `(num_samples, images, latent_dim)`.
 
     Args:
@@ -34,22 +39,25 @@ def image_noise(indices: range, num_samples: int, latent_dim: int, block: int, s
         latent_dim: size of the latent space.
         block: which block of samples this is.
         seed: of the evaluation.
+        device: where it is drawn.
 
     Example:
         >>> both = image_noise(range(5, 7), num_samples=3, latent_dim=2, block=0, seed=0)
         >>> torch.equal(both[:, 1:], image_noise(range(6, 7), num_samples=3, latent_dim=2, block=0, seed=0))
         True
     """
-    generator = torch.Generator()
-    noise = torch.empty(len(indices), num_samples, latent_dim)
+    generator = torch.Generator(device)
+    noise = torch.empty(len(indices), num_samples, latent_dim, device=device)
     for row, index in enumerate(indices):
         generator.manual_seed(stream_seed(seed, "evaluation", index, block))
         noise[row].normal_(generator=generator)
-    return noise.transpose(0, 1)
+    return noise.transpose(0, 1).contiguous()
 
 
 @torch.no_grad()
-def evaluate_elbo(model: VAE, images: Tensor, seed: int = 0, batch_size: int = 500) -> dict[str, Tensor]:
+def evaluate_elbo(
+    model: VAE, images: Tensor, seed: int = 0, batch_size: int = 500, precision: str = "fp32"
+) -> dict[str, Tensor]:
     """Returns the ELBO of every image at β = 1 and its parts, from one sample each.
 
     Args:
@@ -57,6 +65,7 @@ def evaluate_elbo(model: VAE, images: Tensor, seed: int = 0, batch_size: int = 5
         images: uint8 levels of 0 and 255 or values in [0, 1], shape `(count, size)`.
         seed: of the noise.
         batch_size: images at a time; it does not change the answer.
+        precision: of the matrix products; see `popgen.execution.matrix_products`.
 
     Returns:
         `elbo`, `reconstruction` (log p(x|z)), `kl` (log q(z|x) - log p(z)), `log_q_z_given_x`, `log_p_z` and
@@ -69,12 +78,12 @@ def evaluate_elbo(model: VAE, images: Tensor, seed: int = 0, batch_size: int = 5
         >>> evaluate_elbo(vae, torch.zeros(5, 16))["elbo"].shape
         torch.Size([5])
     """
+    noise = _elbo_noise(len(images), model.latent_dim, seed, images.device)
     parts: list[dict[str, Tensor]] = []
-    for start in range(0, len(images), batch_size):
-        x = as_values(images[start : start + batch_size])
-        indices = range(start, start + len(x))
-        noise = image_noise(indices, 1, model.latent_dim, block=0, seed=seed).to(x)
-        terms = model(x, noise)
+    for chunk, chunk_noise in zip(images.split(batch_size), noise.split(batch_size), strict=True):
+        x = as_values(chunk)
+        with matrix_products(precision, x.device):
+            terms = model(x, chunk_noise[None].to(x))
         bound = elbo(terms.log_p_x_given_z, terms.log_p_z, terms.log_q_z_given_x)
         parts.append(
             {
@@ -89,9 +98,24 @@ def evaluate_elbo(model: VAE, images: Tensor, seed: int = 0, batch_size: int = 5
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def _elbo_noise(count: int, latent_dim: int, seed: int, device: torch.device) -> Tensor:
+    """Returns one draw for each image; whole blocks are drawn, so that it does not depend on how many there are."""
+    blocks = [
+        torch.randn(NOISE_BLOCK, latent_dim, generator=make_generator(device, seed, "ELBO", block), device=device)
+        for block in range(math.ceil(count / NOISE_BLOCK))
+    ]
+    return torch.cat(blocks)[:count]
+
+
 @torch.no_grad()
 def estimate_log_likelihood(
-    model: VAE, images: Tensor, num_samples: int = 5_000, seed: int = 0, progress: Progress | None = None
+    model: VAE,
+    images: Tensor,
+    num_samples: int = 5_000,
+    seed: int = 0,
+    progress: Progress | None = None,
+    precision: str = "fp32",
+    compiled: bool = False,
 ) -> Float[Tensor, " count"]:
     """Returns the importance-weighted bound on log p(x) of every image, nats (Burda et al. 2016, eq. 8).
 
@@ -104,6 +128,8 @@ def estimate_log_likelihood(
         num_samples: importance samples K for each image.
         seed: of the noise.
         progress: called with the bounds of the images that have been finished since the last call.
+        precision: of the matrix products; see `popgen.execution.matrix_products`.
+        compiled: whether torch.compile fuses what is done to the samples.
 
     Raises:
         ArgumentError: if `num_samples` is below 1.
@@ -116,19 +142,26 @@ def estimate_log_likelihood(
         torch.Size([5])
     """
     check_integer("num_samples", num_samples, minimum=1)
+
+    def bound_of_block(x: Tensor, encoded: Encoded, noise: Tensor) -> Tensor:
+        return iwae(model.log_densities(x, encoded, noise).log_w)
+
+    if compiled:
+        bound_of_block = compile_or_fall_back(bound_of_block)
     samples_at_once = min(num_samples, NOISE_BLOCK)
-    images_at_once = max(1, ROWS_IN_FLIGHT // samples_at_once)
+    images_at_once = max(1, ROWS_IN_FLIGHT.get(images.device.type, ROWS_IN_FLIGHT["cpu"]) // samples_at_once)
     bounds = []
     for start in range(0, len(images), images_at_once):
         x = as_values(images[start : start + images_at_once])
         indices = range(start, start + len(x))
-        encoded = model.encode(x)
-        block_bounds, block_sizes = [], []
-        for block, first in enumerate(range(0, num_samples, samples_at_once)):
-            size = min(samples_at_once, num_samples - first)
-            noise = image_noise(indices, size, model.latent_dim, block, seed).to(x)
-            block_bounds.append(iwae(model.log_densities(x, encoded, noise).log_w))
-            block_sizes.append(size)
+        with matrix_products(precision, x.device):
+            encoded = model.encode(x)
+            block_bounds, block_sizes = [], []
+            for block, first in enumerate(range(0, num_samples, samples_at_once)):
+                size = min(samples_at_once, num_samples - first)
+                noise = image_noise(indices, size, model.latent_dim, block, seed, x.device).to(x)
+                block_bounds.append(bound_of_block(x, encoded, noise))
+                block_sizes.append(size)
         weights = torch.tensor(block_sizes, device=x.device, dtype=x.dtype).log() - math.log(num_samples)
         bounds.append(torch.logsumexp(torch.stack(block_bounds) + weights[:, None], dim=0))
         if progress is not None:
@@ -152,3 +185,13 @@ def count_active_units(model: VAE, images: Tensor, batch_size: int = 1_000) -> i
     """
     codes = torch.cat([model.latent_code(as_values(chunk)) for chunk in images.split(batch_size)])
     return int((codes.var(dim=0, correction=0) > ACTIVE_UNIT_VARIANCE).sum())
+
+
+def standard_error(values: Tensor) -> float:
+    """Returns the standard error of a mean; not a number for a single value.
+
+    Example:
+        >>> standard_error(torch.tensor([1.0, 3.0]))
+        1.0
+    """
+    return values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -1,12 +1,15 @@
 """Pictures of what a VAE has learned, as grids of grey levels."""
 
+import pathlib
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
 from popgen.datasets.images import as_values
 from popgen.models.vae import VAE
-from popgen.summaries import image_grid
+from popgen.summaries import image_grid, write_png
 
 COLUMNS = 16  # of every grid, so that they line up below one another
 
@@ -116,3 +119,15 @@ def all_pictures(
         "pseudo_inputs": pseudo_inputs(model, image_shape, num_samples),
     }
     return {name: picture for name, picture in pictures.items() if picture is not None}
+
+
+def save_pictures(path: pathlib.Path, pictures: Mapping[str, Picture]) -> None:
+    """Writes pictures below one another into one PNG, in the order that a reader wants: prior samples first.
+
+    Example: `run` calls it.
+    """
+    order = ("prior_samples", "reconstructions", "interpolations", "pseudo_inputs")
+    chosen = [pictures[name] for name in order if name in pictures]
+    width = max(picture.shape[1] for picture in chosen)
+    rows = [torch.nn.functional.pad(picture, (0, width - picture.shape[1], 0, 6), value=0) for picture in chosen]
+    write_png(path, torch.cat(rows))

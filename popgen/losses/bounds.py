@@ -13,7 +13,7 @@ def elbo(
     log_p_x_given_z: Float[Tensor, "samples batch"],
     log_p_z: Float[Tensor, "samples batch"],
     log_q_z_given_x: Float[Tensor, "samples batch"],
-    beta: float = 1.0,
+    beta: float | Tensor = 1.0,
 ) -> Float[Tensor, " batch"]:
     """Returns the evidence lower bound of each example, nats, averaged over its samples.
 
@@ -26,7 +26,7 @@ def elbo(
         log_p_x_given_z: log-likelihoods, shape `(samples, batch)`.
         log_p_z: prior log densities at the same samples.
         log_q_z_given_x: posterior log densities at the same samples.
-        beta: weight of the KL term.
+        beta: weight of the KL term, a number or a scalar tensor.
 
     Raises:
         ArgumentError: if the shapes differ.

@@ -40,7 +40,7 @@ class GaussianEncoder(nn.Module):
     def forward(self, x: Float[Tensor, "batch input"]) -> tuple[DiagonalNormal, Float[Tensor, "batch context"]]:
         """Returns the posterior of each input, and the last hidden layer as context."""
         context = self.hidden(x)
-        mean, log_var = self.mean_and_log_var(context).chunk(2, dim=-1)
+        mean, log_var = self.mean_and_log_var(context).to(x.dtype).chunk(2, dim=-1)
         return DiagonalNormal(mean, log_var.clamp(*LOG_VAR_RANGE)), context
 
 
@@ -69,7 +69,7 @@ class BernoulliDecoder(nn.Module):
 
     def forward(self, z: Float[Tensor, "*sample batch latent"]) -> Bernoulli:
         """Returns p(x|z)."""
-        return Bernoulli(self.logits(self.hidden(z)))
+        return Bernoulli(self.logits(self.hidden(z)).to(z.dtype))
 
 
 class Encoded(NamedTuple):
@@ -155,8 +155,9 @@ class VAE(nn.Module):
             prior = self.prior()
         else:
             both, context = self.encoder(torch.cat([x, pseudo_inputs]))
-            posterior = DiagonalNormal(both.mean[: len(x)], both.log_var[: len(x)])
-            prior = self.prior(DiagonalNormal(both.mean[len(x) :], both.log_var[len(x) :]))
+            means, log_vars = (tensor.split([len(x), len(pseudo_inputs)]) for tensor in (both.mean, both.log_var))
+            posterior, components = DiagonalNormal(means[0], log_vars[0]), DiagonalNormal(means[1], log_vars[1])
+            prior = self.prior(components)
             context = None if context is None else context[: len(x)]  # an encoder without a flow may have none
         return Encoded(posterior, None if self.flow is None else self.flow(context), prior)
 

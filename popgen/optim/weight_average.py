@@ -17,28 +17,28 @@ def effective_decay(decay: float, step: int) -> float:
 
 
 def update_weight_average(
-    average: dict[str, Tensor], parameters: dict[str, Tensor], decay: float, step: int
+    average: dict[str, Tensor], parameters: dict[str, Tensor], weight: float | Tensor
 ) -> dict[str, Tensor]:
-    """Returns average ← d · average + (1 - d) · parameters, with d = `effective_decay(decay, step)`.
+    """Returns average ← average + weight · (parameters - average), where the weight is one less the decay.
 
     The storage of `average` is donated: it is updated in place and the caller uses only what is returned.
 
     Args:
         average: name to tensor.
         parameters: the same names and shapes.
-        decay: between 0 and 1.
-        step: number of updates made before.
+        weight: between 0 and 1; a scalar tensor stays on its device.
 
     Example:
         >>> average = {"weight": torch.zeros(1)}
-        >>> update_weight_average(average, {"weight": torch.ones(1)}, decay=0.999, step=0)
+        >>> update_weight_average(average, {"weight": torch.ones(1)}, weight=1.0 - effective_decay(0.999, step=0))
         {'weight': tensor([0.9000])}
     """
-    names = list(average)
+    averages, targets = list(average.values()), [parameters[name] for name in average]
     with torch.no_grad():
-        torch._foreach_lerp_(
-            [average[name] for name in names],
-            [parameters[name] for name in names],
-            1.0 - effective_decay(decay, step),
-        )
+        if isinstance(weight, Tensor) and not weight.is_cpu:  # no fused kernel takes this weight from the device
+            differences = torch._foreach_sub(targets, averages)
+            torch._foreach_mul_(differences, weight)
+            torch._foreach_add_(averages, differences)
+        else:
+            torch._foreach_lerp_(averages, targets, float(weight))
     return average

@@ -11,7 +11,9 @@ from tqdm import tqdm
 from popgen.errors import TrainingError
 from popgen.training.objectives import Metrics
 from popgen.training.state import TrainState
-from popgen.training.step import TrainStep
+
+Step = Callable[[TrainState, Tensor], tuple[TrainState, Metrics]]
+DrawBatch = Callable[[int, torch.Generator], Tensor]
 
 
 class Hooks(NamedTuple):
@@ -34,8 +36,8 @@ class Hooks(NamedTuple):
 
 def train(
     state: TrainState,
-    train_step: TrainStep,
-    draw_batch: Callable[[int, torch.Generator], Tensor],
+    train_step: Step,
+    draw_batch: DrawBatch,
     num_steps: int,
     hooks: Hooks,
 ) -> TrainState:
@@ -44,7 +46,7 @@ def train(
     Args:
         state: where to start; it is consumed.
         train_step: see `popgen.training.step`.
-        draw_batch: returns the batch of a step, given a generator for its noise.
+        draw_batch: returns what `train_step` is given: the batch of a step, drawn with a generator.
         num_steps: the step to stop at.
         hooks: logging, evaluation and checkpoints.
 

@@ -1,18 +1,93 @@
 """One training step: noise, gradients, update, average."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from popgen.optim.weight_average import update_weight_average
-from popgen.training.objectives import Metrics, Objective
+from popgen.execution import compile_or_fall_back, matrix_products
+from popgen.optim.weight_average import effective_decay, update_weight_average
+from popgen.training.objectives import Metrics, Objective, Settings
 from popgen.training.state import TrainState
 
-TrainStep = Callable[[TrainState, Tensor], tuple[TrainState, Metrics]]
+LossFunction = Callable[[dict[str, Tensor], dict[str, Tensor], Tensor, Any, Settings], tuple[Tensor, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A training step, `train_step(state, batch) -> (state, metrics)`; `make_train_step` makes one.
+
+    Attributes:
+        model: the architecture.
+        objective: what is minimised.
+        loss_function: the objective as a pure function of parameters, buffers, batch, noise and settings.
+        weight_average_decay: decay of the weight average.
+        max_gradient_norm: gradients with a larger norm are scaled down to it.
+        precision: of the matrix products.
+
+    Example: `make_train_step` shows one.
+    """
+
+    model: nn.Module
+    objective: Objective
+    loss_function: LossFunction
+    weight_average_decay: float
+    max_gradient_norm: float | None
+    precision: str
+
+    def __call__(self, state: TrainState, batch: Tensor) -> tuple[TrainState, Metrics]:
+        """Returns the next state and the metrics of a batch; the old state is consumed."""
+        settings = self.settings(state)
+        reference = next(iter(state.parameters.values()))
+        tensors = torch.tensor(list(settings.values()), dtype=reference.dtype, device=reference.device)
+        metrics = self.update(state, batch, dict(zip(settings, tensors.unbind(), strict=True)))
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    def settings(self, state: TrainState) -> dict[str, float]:
+        """Returns every number that depends on the step alone."""
+        return {
+            **self.objective.settings(state.step),
+            "average_weight": 1.0 - effective_decay(self.weight_average_decay, state.step),
+            "learning_rate": float(state.optimizer.param_groups[0]["lr"]),
+        }
+
+    def update(self, state: TrainState, batch: Tensor, settings: Settings) -> Metrics:
+        """Updates the tensors of a state in place and returns the metrics.
+
+        All the work on the device is here, and nothing in it depends on the step's number or waits for the device.
+        """
+        noise = self.objective.draw_noise(self.model, batch, state.generators["posterior noise"])
+        with matrix_products(self.precision, batch.device):
+            loss, metrics = self.loss_function(state.parameters, state.buffers, batch, noise, settings)
+            gradients = torch.autograd.grad(loss, list(state.parameters.values()), allow_unused=True)
+        metrics["gradient_norm"] = self._apply(gradients, state)
+        metrics["learning_rate"] = settings["learning_rate"]
+        if state.weight_average is not None:
+            update_weight_average(state.weight_average, state.parameters, settings["average_weight"])
+        return metrics
+
+    def _apply(self, gradients: tuple[Tensor | None, ...], state: TrainState) -> Tensor:
+        """Lets the optimizer take its step along the clipped gradients and returns their norm before clipping."""
+        leaves: list[Tensor] = list(state.parameters.values())
+        optimizer: Any = state.optimizer  # fused ones take an attribute that the base class does not know
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([g for g in gradients if g is not None])))
+        if self.max_gradient_norm is None:
+            optimizer.step()
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):  # fused kernels divide by `grad_scale` in passing
+            optimizer.grad_scale = (norm / self.max_gradient_norm).clamp_min(1.0)
+            optimizer.step()
+            del optimizer.grad_scale
+        else:
+            torch.nn.utils.clip_grads_with_norm_(leaves, self.max_gradient_norm, norm)
+            optimizer.step()
+        for leaf in leaves:
+            leaf.grad = None
+        return norm
 
 
 def make_train_step(
@@ -20,6 +95,8 @@ def make_train_step(
     objective: Objective,
     weight_average_decay: float = 0.9999,
     max_gradient_norm: float | None = None,
+    compiled: bool = False,
+    precision: str = "fp32",
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`.
 
@@ -31,6 +108,8 @@ def make_train_step(
         objective: what is minimised.
         weight_average_decay: decay of the weight average, where the state has one.
         max_gradient_norm: gradients with a larger norm are scaled down to it; None for no limit.
+        compiled: whether torch.compile fuses the loss and its gradient; see `popgen.execution`.
+        precision: of the matrix products; see `popgen.execution`.
 
     Example:
         >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
@@ -44,32 +123,9 @@ def make_train_step(
         (1, True)
     """
 
-    def train_step(state: TrainState, batch: Tensor) -> tuple[TrainState, Metrics]:
-        noise = objective.draw_noise(model, batch, state.generators["posterior noise"])
-        forward = functools.partial(_call_with_state, model, state)
-        loss, metrics = objective(forward, batch, noise, state.step)
-        metrics["gradient_norm"] = _form_gradients(loss, state.parameters, max_gradient_norm)
-        metrics["learning_rate"] = loss.new_tensor(state.optimizer.param_groups[0]["lr"])
-        state.optimizer.step()
-        average = state.weight_average
-        if average is not None:
-            average = update_weight_average(average, state.parameters, weight_average_decay, state.step)
-        return dataclasses.replace(state, step=state.step + 1, weight_average=average), metrics
+    def loss_function(parameters, buffers, batch, noise, settings):
+        return objective(lambda *inputs: functional_call(model, (parameters, buffers), inputs), batch, noise, settings)
 
-    return train_step
-
-
-def _call_with_state(model: nn.Module, state: TrainState, *inputs: Tensor):
-    return functional_call(model, (state.parameters, state.buffers), inputs)
-
-
-def _form_gradients(loss: Tensor, parameters: dict[str, Tensor], max_norm: float | None) -> Tensor:
-    """Sets every parameter's gradient and returns their norm before clipping. Gradients are formed here alone."""
-    leaves = list(parameters.values())
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    for leaf, gradient in zip(leaves, gradients, strict=True):
-        leaf.grad = gradient
-    norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-    if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(leaves, max_norm, norm)
-    return norm
+    if compiled:
+        loss_function = compile_or_fall_back(loss_function)
+    return TrainStep(model, objective, loss_function, weight_average_decay, max_gradient_norm, precision)

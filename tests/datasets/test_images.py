@@ -10,8 +10,10 @@ from popgen.datasets.images import (
     ImageData,
     TrainBatches,
     as_values,
+    bernoulli_thresholds,
     binarise,
     binarise_once,
+    draw_bits,
     fix_binarisation,
     hold_out,
     prepare_images,
@@ -19,7 +21,6 @@ from popgen.datasets.images import (
 from popgen.errors import ArgumentError, DataError
 
 ALL_LEVELS = torch.arange(256, dtype=torch.uint8)
-LARGEST_UNIFORM = 1.0 - 2.0**-24  # the largest float32 below one, which torch.rand can return
 
 
 def numbered(count: int, size: int = 4) -> torch.Tensor:
@@ -35,21 +36,26 @@ def visited(batches: TrainBatches, steps: range) -> list[int]:
 # --- binarisation ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("uniform", [0.0, 2.0**-24, 0.5, 1.0 - 2.0**-23, LARGEST_UNIFORM])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_black_is_never_one_and_white_always(uniform: float, dtype: torch.dtype) -> None:
-    levels = torch.tensor([0, 255], dtype=torch.uint8)
-    drawn = binarise(levels, torch.full((2,), uniform, dtype=dtype))
-    assert drawn.tolist() == [0.0, 1.0]
-    assert drawn.dtype == dtype
+def test_probabilities_over_all_noise() -> None:
+    """All 2^16 values of the noise, each once: never one for black, always for white, level / 255 between."""
+    noise = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    thresholds = bernoulli_thresholds(ALL_LEVELS)
+    probabilities = torch.stack([binarise(threshold.expand(2**16), noise.clone()).mean() for threshold in thresholds])
+    shortfall = ALL_LEVELS.double() / 255 - probabilities.double()
+    assert probabilities[0] == 0.0 and probabilities[255] == 1.0
+    assert shortfall.min() > -1e-7 and shortfall.max() <= 2.0**-16
 
 
-def test_frequencies_follow_the_levels() -> None:
-    """With uniform noise on a fine regular grid, the share of ones is level / 255 to within one grid point."""
-    count = 10_000
-    grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    shares = binarise(ALL_LEVELS[:, None].expand(256, count), grid.expand(256, count)).mean(1)
-    torch.testing.assert_close(shares, ALL_LEVELS.double() / 255, rtol=0, atol=1.0 / count)
+def test_bits_are_uniform_and_independent() -> None:
+    """The 16 bits of a value are fair, and so are their pairs, within a value and between neighbours."""
+    count = 40_001  # not a multiple of the four values that a word holds
+    drawn = draw_bits((count,), torch.Generator().manual_seed(0))
+    assert drawn.shape == (count,) and drawn.dtype == torch.int16
+    bits = ((drawn[:, None].int() >> torch.arange(16)) & 1).double() - 0.5
+    pairs = torch.cat([bits[:-1], bits[1:]], dim=1)
+    covariance = pairs.T @ pairs / len(pairs)
+    torch.testing.assert_close(covariance, 0.25 * torch.eye(32).double(), rtol=0, atol=5 * 0.25 / count**0.5)
+    assert bits.mean(0).abs().max() < 5 * 0.5 / count**0.5
 
 
 def test_one_draw_follows_the_levels() -> None:
@@ -76,8 +82,9 @@ def test_one_draw_is_a_function_of_the_seed() -> None:
 def test_a_fixed_draw_survives_the_draw_of_a_batch() -> None:
     """Images stored as 0 and 255 come out of every later draw unchanged."""
     fixed = binarise_once(torch.randint(0, 256, (30, 16), dtype=torch.uint8), seed=0)
-    drawn = binarise(fixed, torch.rand(30, 16))
-    assert torch.equal(drawn, as_values(fixed))
+    for extreme in (-(2**15), 2**15 - 1, 0):
+        bits = torch.full((30, 16), extreme, dtype=torch.int16)
+        assert torch.equal(binarise(bernoulli_thresholds(fixed), bits), as_values(fixed))
 
 
 def test_binarisation_leaves_the_global_generator_alone() -> None:

@@ -24,7 +24,7 @@ KEYS = {
     *("log_p_x", "log_p_x_standard_error", "elbo", "elbo_standard_error", "reconstruction", "kl"),
     *("log_q_z_given_x", "log_p_z", "log_det", "active_units"),
     *("num_samples", "num_images", "step", "split", "seed"),
-    *("dataset", "binarisation_protocol", "precision", "device", "seconds", "popgen_version", "torch_version"),
+    *("dataset", "binarisation_protocol", "precision", "dtype", "device", "seconds", "popgen_version", "torch_version"),
 }
 
 
@@ -71,7 +71,8 @@ def test_values(experiment: Experiment) -> None:
     assert record["elbo"] == pytest.approx(record["reconstruction"] - record["kl"], rel=1e-6)
     assert record["kl"] == pytest.approx(record["log_q_z_given_x"] - record["log_p_z"], rel=1e-6)
     expected = {"num_samples": 7, "num_images": 6, "step": 40, "split": "test", "seed": 5, "device": "cpu"}
-    expected |= {"dataset": "Noise()", "binarisation_protocol": "noise", "precision": "float32", "log_det": 0.0}
+    expected |= {"dataset": "Noise()", "binarisation_protocol": "noise", "precision": "fp32", "log_det": 0.0}
+    expected |= {"dtype": "float32"}
     expected |= {"popgen_version": popgen.__version__, "torch_version": torch.__version__}
     assert {name: record[name] for name in expected} == expected
     assert record["seconds"] >= 0 and record["active_units"] in (0, 1, 2)

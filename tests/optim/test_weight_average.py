@@ -26,7 +26,7 @@ def test_average_follows_its_recursion(dtype: torch.dtype, tolerance: float, dec
         d = decay if d > decay else d
         for name in expected:
             expected[name] = d * expected[name] + (1.0 - d) * parameters[name].double()
-        average = update_weight_average(average, parameters, decay, step)
+        average = update_weight_average(average, parameters, weight=1.0 - effective_decay(decay, step))
         for name in expected:
             assert average[name].dtype == dtype
             torch.testing.assert_close(average[name].double(), expected[name], rtol=0, atol=tolerance)
@@ -44,7 +44,7 @@ def test_decay_rises_to_its_limit() -> None:
 def test_no_decay_is_the_parameters_themselves() -> None:
     """With decay 0 nothing is remembered."""
     parameters = make_parameters()
-    average = update_weight_average(make_parameters(), parameters, decay=0.0, step=100)
+    average = update_weight_average(make_parameters(), parameters, weight=1.0)
     for name, value in parameters.items():
         torch.testing.assert_close(average[name], value, rtol=0, atol=0)
 
@@ -53,7 +53,7 @@ def test_full_decay_hardly_moves() -> None:
     """With decay 1 and many steps behind it the average stays where it is."""
     before = make_parameters()
     average = {name: value.clone() for name, value in before.items()}
-    average = update_weight_average(average, make_parameters(), decay=1.0, step=10**9)
+    average = update_weight_average(average, make_parameters(), weight=1.0 - effective_decay(1.0, 10**9))
     for name, value in before.items():
         torch.testing.assert_close(average[name], value, rtol=0, atol=1e-6)
 
@@ -63,8 +63,8 @@ def test_constant_parameters_are_reached_and_kept() -> None:
     parameters, average = make_parameters(), make_parameters()
     low = {name: torch.minimum(parameters[name], average[name]) for name in parameters}
     high = {name: torch.maximum(parameters[name], average[name]) for name in parameters}
-    for step in range(300):
-        average = update_weight_average(average, parameters, decay=0.9, step=step)
+    for _ in range(300):
+        average = update_weight_average(average, parameters, weight=0.1)
         for name in parameters:
             assert (average[name] >= low[name] - 1e-6).all()
             assert (average[name] <= high[name] + 1e-6).all()
@@ -77,7 +77,7 @@ def test_storage_of_the_average_is_donated() -> None:
     average, parameters = make_parameters(), make_parameters()
     places = {name: value.data_ptr() for name, value in average.items()}
     before = {name: value.clone() for name, value in parameters.items()}
-    updated = update_weight_average(average, parameters, decay=0.9, step=3)
+    updated = update_weight_average(average, parameters, weight=torch.tensor(0.1))
     assert list(updated) == list(SHAPES)
     for name in SHAPES:
         assert updated[name].data_ptr() == places[name]
@@ -88,8 +88,8 @@ def test_tensors_meet_by_name() -> None:
     """Two dictionaries in different order."""
     average, parameters = make_parameters(), make_parameters()
     reordered = {name: parameters[name] for name in reversed(SHAPES)}
-    first = update_weight_average({name: value.clone() for name, value in average.items()}, parameters, 0.9, 3)
-    second = update_weight_average(average, reordered, 0.9, 3)
+    first = update_weight_average({name: value.clone() for name, value in average.items()}, parameters, 0.1)
+    second = update_weight_average(average, reordered, 0.1)
     assert all(torch.equal(first[name], second[name]) for name in SHAPES)
 
 
@@ -98,5 +98,5 @@ def test_average_is_outside_the_graph() -> None:
     layer = nn.Linear(4, 3)
     parameters = dict(layer.named_parameters())
     average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    average = update_weight_average(average, parameters, decay=0.9, step=0)
+    average = update_weight_average(average, parameters, weight=0.1)
     assert not any(value.requires_grad for value in average.values())

@@ -6,7 +6,7 @@ import itertools
 import pathlib
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -64,10 +64,10 @@ class StopsAt(NegativeELBO):
         super().__init__()
         object.__setattr__(self, "last_step", step)
 
-    def __call__(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, step: int):
+    def settings(self, step: int) -> dict[str, float]:
         if step == self.last_step:
             raise ProcessLookupError("killed")
-        return super().__call__(forward, batch, noise, step)
+        return super().settings(step)
 
 
 def make_experiment(**changes: Any) -> Experiment:
@@ -226,7 +226,7 @@ def test_a_damaged_latest_checkpoint_is_refused_and_kept(tmp_path: pathlib.Path)
 
 def test_the_best_checkpoint_stays_when_things_get_worse(tmp_path: pathlib.Path) -> None:
     """A run that climbs the loss has its best checkpoint at the first evaluation."""
-    state = run_in(tmp_path, optimizer=functools.partial(torch.optim.Adam, lr=0.05, maximize=True))
+    state = run_in(tmp_path, optimizer=functools.partial(torch.optim.Adam, lr=0.01, maximize=True))
     losses = [value for _, value in curves(tmp_path)["test/loss"]]
     assert losses == sorted(losses) and losses[-1] > losses[0]
     directory = RunDirectory(tmp_path)
@@ -270,10 +270,12 @@ def test_train_active_units_and_speed_are_written(whole: pathlib.Path) -> None:
 class BecomesInfinite(NegativeELBO):
     """Has an infinite loss from the eighth step on."""
 
-    def __call__(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, step: int):
-        loss, metrics = super().__call__(forward, batch, noise, step)
-        scale = torch.inf if step >= 7 else 1.0
-        return loss * scale, metrics | {"loss": metrics["loss"] * scale}
+    def settings(self, step: int) -> dict[str, float]:
+        return {**super().settings(step), "scale": torch.inf if step >= 7 else 1.0}
+
+    def __call__(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Mapping[str, Tensor]):
+        loss, metrics = super().__call__(forward, batch, noise, settings)
+        return loss * settings["scale"], metrics | {"loss": metrics["loss"] * settings["scale"]}
 
 
 def test_a_diverged_run_keeps_what_was_good(tmp_path: pathlib.Path) -> None:

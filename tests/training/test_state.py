@@ -41,10 +41,13 @@ class WithBuffer(nn.Module):
 class Squares:
     """The mean square of the output, with a little noise of its own."""
 
+    def settings(self, step: int) -> dict[str, float]:
+        return {}
+
     def draw_noise(self, model: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
         return 0.1 * torch.randn(len(batch), 2, generator=generator)
 
-    def __call__(self, forward, batch: Tensor, noise: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, forward, batch: Tensor, noise: Tensor, settings) -> tuple[Tensor, dict[str, Tensor]]:
         loss = forward(batch, noise).square().mean()
         return loss, {"loss": loss.detach()}
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from popgen.errors import check_integer
+from popgen.execution import full_precision
 from popgen.nn.flows.flow import Bijection, PosteriorFlow, solve_residual_tanh
 
 # Both diagonals stay within ±MAX_DIAGONAL, so that r_ii · r̃_ii ≥ -MAX_DIAGONAL² ≥ -1 + 1e-4 even where tanh rounds to
@@ -47,12 +48,13 @@ class HouseholderSylvesterBijection(Bijection):
         """Returns the transformed points and Σ_k Σ_i log(1 + tanh'(·)_i r_ii r̃_ii) (eq. 10 of the paper)."""
         points = z.transpose(0, 1)  # rows of one example side by side: (batch, samples, latent)
         log_det = torch.zeros_like(points[..., 0])
-        for v, w, upper, lower, r, r_tilde, bias in self._transformations():
-            rotated = points - (points @ v.mT) @ w  # Qᵀ z
-            hidden = torch.tanh(rotated @ lower + rotated * r_tilde + bias)
-            residual = hidden @ upper.mT + hidden * r
-            points = points + residual - (residual @ w.mT) @ v  # z + Q R h
-            log_det = log_det + torch.log1p((1.0 - hidden.square()) * (r * r_tilde)).sum(-1)
+        with full_precision(z.device):
+            for v, w, upper, lower, r, r_tilde, bias in self._transformations():
+                rotated = points - (points @ v.mT) @ w  # Qᵀ z
+                hidden = torch.tanh(rotated @ lower + rotated * r_tilde + bias)
+                residual = hidden @ upper.mT + hidden * r
+                points = points + residual - (residual @ w.mT) @ v  # z + Q R h
+                log_det = log_det + torch.log1p((1.0 - hidden.square()) * (r * r_tilde)).sum(-1)
         return points.transpose(0, 1), log_det.T
 
     def inverse(self, z: Float[Tensor, "samples batch latent"]) -> Float[Tensor, "samples batch latent"]:
@@ -63,7 +65,7 @@ class HouseholderSylvesterBijection(Bijection):
         where it matters.
         """
         points = z.transpose(0, 1)
-        for v, w, upper, lower, r, r_tilde, bias in reversed(list(self._transformations())):
+        for v, w, upper, lower, r, r_tilde, bias in reversed(self._transformations()):
             target = points - (points @ v.mT) @ w
             rotated, hidden = torch.zeros_like(target), torch.zeros_like(target)
             for i in reversed(range(target.shape[-1])):
@@ -76,9 +78,9 @@ class HouseholderSylvesterBijection(Bijection):
         return points.transpose(0, 1)
 
     def _transformations(self):
-        """Yields the parameters of one transformation after another; vectors as rows, `(batch, 1, latent)`."""
+        """Returns the parameters of one transformation after another; vectors as rows, `(batch, 1, latent)`."""
         rows = (self.upper_diagonal[:, :, None], self.lower_diagonal[:, :, None], self.bias[:, :, None])
-        yield from zip(self.reflectors, self.solved_reflectors, self.upper, self.lower, *rows, strict=True)
+        return list(zip(self.reflectors, self.solved_reflectors, self.upper, self.lower, *rows, strict=True))
 
 
 class HouseholderSylvesterFlow(PosteriorFlow):
@@ -118,15 +120,19 @@ class HouseholderSylvesterFlow(PosteriorFlow):
 
     def forward(self, context: Float[Tensor, "batch context"]) -> HouseholderSylvesterBijection:
         """Returns the bijections of a batch, from a context of shape `(batch, context_dim)`."""
-        parameters = self.parameters_of_context(context).unflatten(-1, (self.num_flows, -1)).transpose(0, 1)
+        linear = self.parameters_of_context
+        parameters = linear(context).to(linear.weight.dtype).unflatten(-1, (self.num_flows, -1)).transpose(0, 1)
         square, reflectors, lower_diagonal, bias = parameters.split(self.sizes, dim=-1)
         square = square.unflatten(-1, (self.latent_dim, self.latent_dim))
         reflectors = F.normalize(reflectors.unflatten(-1, (self.num_reflections, self.latent_dim)), dim=-1)
-        half = 0.5 * torch.eye(self.num_reflections, dtype=context.dtype, device=context.device)
-        triangle = torch.triu(reflectors @ reflectors.mT, diagonal=1) + half
+        identity = torch.eye(self.num_reflections, dtype=square.dtype, device=square.device)
+        with full_precision(context.device):
+            triangle = torch.triu(reflectors @ reflectors.mT, diagonal=1) + 0.5 * identity
+            inverse = torch.linalg.solve_triangular(triangle, identity.expand_as(triangle), upper=True)
+            solved_reflectors = inverse @ reflectors
         return HouseholderSylvesterBijection(
             reflectors=reflectors,
-            solved_reflectors=torch.linalg.solve_triangular(triangle, reflectors, upper=True),
+            solved_reflectors=solved_reflectors,
             upper=torch.triu(square, diagonal=1),
             lower=torch.tril(square, diagonal=-1),
             upper_diagonal=MAX_DIAGONAL * torch.tanh(square.diagonal(dim1=-2, dim2=-1)),

@@ -1,0 +1,140 @@
+"""How the arithmetic is carried out: the precision of matrix products, and compilation.
+
+Neither changes what is computed. Networks obey the precision; densities and flows are always formed at full precision.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from popgen.errors import ArgumentError, check_choice
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+# Relative difference that a compiled function's value and gradients may show, at full and at reduced precision.
+COMPILED_TOLERANCE, REDUCED_TOLERANCE = 1e-3, 5e-2
+
+
+def check_precision(name: str, precision: str, device: torch.device) -> str:
+    """Returns `precision` if a device has such matrix products.
+
+    Raises:
+        ArgumentError: if it is unknown, or the device has none.
+
+    Example:
+        >>> check_precision("precision", "tf32", torch.device("cpu"))
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: precision 'tf32' needs a CUDA device, got cpu: use 'fp32' or 'bf16'
+    """
+    check_choice(name, precision, PRECISIONS)
+    if precision == "tf32" and device.type != "cuda":
+        raise ArgumentError(f"{name} 'tf32' needs a CUDA device, got {device}: use 'fp32' or 'bf16'")
+    return precision
+
+
+@contextlib.contextmanager
+def matrix_products(precision: str, device: torch.device) -> Iterator[None]:
+    """Sets the precision of the matrix products of networks.
+
+    "fp32" is full precision; "tf32" rounds the factors of float32 products to 10 bits (CUDA only); "bf16" rounds them
+    to 7 bits, through torch.autocast. Sums are float32, as are weights, gradients, optimizer and densities.
+
+    Args:
+        precision: one of `PRECISIONS`.
+        device: where the products are formed.
+
+    Example:
+        >>> x = torch.full((1, 1), 1.001)
+        >>> with matrix_products("bf16", x.device):
+        ...     print((x @ x).item())
+        1.0
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """Returns a context in which matrix products have the precision of their factors, whatever surrounds it.
+
+    Example:
+        >>> x = torch.full((1, 1), 1.001)
+        >>> with matrix_products("bf16", x.device), full_precision(x.device):
+        ...     print(round((x @ x).item(), 6))
+        1.002001
+    """
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext() if _float32_is_full() else matrix_products("fp32", device)
+
+
+@torch.compiler.assume_constant_result
+def _float32_is_full() -> bool:
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def compile_or_fall_back(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function` compiled by torch.compile, or as it is where that fails.
+
+    The first call compares the two: the first tensor that they return, which is the loss of a training step or the
+    bounds of an evaluation, and its gradients. Where there is no compiler, the function cannot be compiled, or the two
+    disagree, one line on standard error says so, and the plain function is used from then on.
+
+    Args:
+        function: pure, and free of random numbers.
+
+    Example:
+        >>> fast = compile_or_fall_back(torch.square)  # compiled at the first call
+    """
+    return _Compiled(function)
+
+
+class _Compiled:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.plain, self.checked = function, False
+        self.chosen = torch.compile(function, dynamic=False)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not self.checked:
+            self.checked = True
+            reason = self._reason_against(arguments)
+            if reason is not None:
+                print(f"torch.compile is not used: {reason}", file=sys.stderr, flush=True)
+                self.chosen = self.plain
+        return self.chosen(*arguments)
+
+    def _reason_against(self, arguments: tuple) -> str | None:
+        """Returns why the compiled function cannot be used, or None."""
+        expected = _value_and_gradients(self.plain, arguments)
+        try:
+            found = _value_and_gradients(self.chosen, arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+        full = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(found[0].device.type)
+        tolerance = COMPILED_TOLERANCE if full else REDUCED_TOLERANCE
+        for one, other in zip(found, expected, strict=True):
+            difference = torch.linalg.vector_norm(one - other) / torch.linalg.vector_norm(other).clamp_min(1e-12)
+            if not difference <= tolerance and bool(torch.isfinite(other).all()):
+                return f"its result differs from that of the plain code by {difference.item():.1e} of its size"
+        return None
+
+
+def _value_and_gradients(function: Callable[..., Any], arguments: tuple) -> list[Tensor]:
+    """Returns the first tensor that a function returns, and the gradients of its sum."""
+    result = function(*arguments)
+    value = result if isinstance(result, Tensor) else result[0]
+    leaves = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not leaves or not value.requires_grad:
+        return [value]
+    gradients = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+    return [value.detach(), *(gradient for gradient in gradients if gradient is not None)]

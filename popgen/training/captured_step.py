@@ -1,0 +1,114 @@
+"""A training step as one CUDA graph: the whole step, the draw of its batch included, is launched at once."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from popgen.datasets.images import TrainBatches
+from popgen.errors import TrainingError
+from popgen.training.objectives import Metrics
+from popgen.training.state import TrainState
+from popgen.training.step import TrainStep
+
+WARM_UP_STEPS = 3  # steps before the recording: libraries are loaded, kernels chosen, optimizer state made
+
+Recorded = tuple[Callable[[], object], Metrics]
+Recorder = Callable[[Callable[[], Metrics], Iterable[torch.Generator]], Recorded]
+
+
+def record_cuda_graph(work: Callable[[], Metrics], generators: Iterable[torch.Generator]) -> Recorded:
+    """Returns a function that repeats the work on the device, and the tensors that hold its results after each time.
+
+    Args:
+        work: reads and writes the same tensors every time, and never waits for the device.
+        generators: all that it draws from.
+
+    Raises:
+        TrainingError: if the work cannot be recorded.
+
+    Example: `CapturedStep` calls it.
+    """
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    try:
+        with torch.cuda.graph(graph):
+            metrics = work()
+    except RuntimeError as error:
+        raise TrainingError(
+            f"the training step cannot be recorded as a CUDA graph ({str(error).strip().splitlines()[0]}): "
+            "set Experiment.cuda_graph = False"
+        ) from error
+    return graph.replay, metrics
+
+
+class CapturedStep:
+    """A training step `step(state, indices) -> (state, metrics)` that replays a recording of its work.
+
+    It does what `train_step(state, batches.gather(indices, generator))` does. The first steps run plainly, as the
+    recording of a CUDA graph asks; then the work of one step is recorded, and every later step copies the indices and
+    the settings into the recorded tensors and replays. Nothing waits for the device.
+
+    Args:
+        train_step: what a step does.
+        batches: the images, on the device.
+        record: how work is recorded; `record_cuda_graph`, or a stand-in where there is no GPU.
+
+    Example:
+        >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+        >>> from popgen.nn.priors import StandardNormalPrior
+        >>> from popgen.training.objectives import NegativeELBO
+        >>> from popgen.training.state import initial_state
+        >>> from popgen.training.step import make_train_step
+        >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
+        >>> batches = TrainBatches(torch.zeros(10, 16, dtype=torch.uint8), batch_size=4, seed=0)
+        >>> step = CapturedStep(make_train_step(vae, NegativeELBO()), batches)
+        >>> state, metrics = step(initial_state(vae, torch.optim.Adam, seed=0), batches.indices(0))
+        >>> state.step
+        1
+    """
+
+    def __init__(self, train_step: TrainStep, batches: TrainBatches, record: Recorder = record_cuda_graph) -> None:
+        self.train_step, self.batches, self.record = train_step, batches, record
+        self._warmed_up = 0
+        self._recorded_for: dict[str, Tensor] | None = None
+        self._replay: Callable[[], object] | None = None
+        self._metrics: Metrics = {}
+
+    def __call__(self, state: TrainState, indices: Tensor) -> tuple[TrainState, Metrics]:
+        """Returns the next state and the metrics of the batch at these indices; the old state is consumed."""
+        settings = self.train_step.settings(state)
+        if self._recorded_for is not state.parameters:  # another state has other tensors
+            self._prepare(state, indices, list(settings))
+        self._indices.copy_(indices)
+        self._settings.copy_(torch.tensor(list(settings.values()), dtype=self._settings.dtype), non_blocking=True)
+        if self._warmed_up < WARM_UP_STEPS:
+            self._warmed_up += 1
+            metrics = self._work()
+        else:
+            if self._replay is None:
+                self._replay, self._metrics = self.record(self._work, state.generators.values())
+            self._replay()
+            metrics = self._metrics
+        values = torch.stack(list(metrics.values()))  # a copy: the next replay overwrites what it was made of
+        state = dataclasses.replace(state, step=state.step + 1)
+        return state, dict(zip(metrics, values.unbind(), strict=True))
+
+    def _prepare(self, state: TrainState, indices: Tensor, names: list[str]) -> None:
+        """Makes the tensors that a recording reads, and the work it repeats."""
+        reference = next(iter(state.parameters.values()))
+        self._indices = indices.clone()
+        self._settings = torch.zeros(len(names), dtype=reference.dtype, device=reference.device)
+        settings = dict(zip(names, self._settings.unbind(), strict=True))
+        for group in state.optimizer.param_groups:
+            if "capturable" in group and reference.is_cuda:  # the optimizer counts its steps on the device
+                group["capturable"] = True
+
+        def work() -> Metrics:
+            batch = self.batches.gather(self._indices, state.generators["binarisation"])
+            return self.train_step.update(state, batch, settings)
+
+        self._work, self._replay, self._metrics = work, None, {}
+        self._warmed_up, self._recorded_for = 0, state.parameters
