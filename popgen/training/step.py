@@ -79,7 +79,7 @@ class TrainStep:
         if self.max_gradient_norm is None:
             optimizer.step()
         elif getattr(optimizer, "_step_supports_amp_scaling", False):  # fused kernels divide by `grad_scale` in passing
-            optimizer.grad_scale = (norm / self.max_gradient_norm).clamp_min(1.0)
+            optimizer.grad_scale = (norm / self.max_gradient_norm).clamp_min(1.0).float()
             optimizer.step()
             del optimizer.grad_scale
         else:
