@@ -3,44 +3,47 @@
     python -m benchmarks.growth                # every table
     python -m benchmarks.growth "batch size"   # one of them
 
-Each row is a fresh process: the median time of some calls, the memory that the work adds to the process at its highest,
-weights and data included, and the floating-point operations of all matrix products. The last two columns are relative
-to the table's first row: where time grows no faster than the operations, nothing but the formula makes it grow.
+Each row is a fresh process: the median time of some calls, the memory that the work adds to the process at its highest
+(weights and data included), the parameters, and the floating-point operations of all matrix products. The last columns
+are relative to the table's first row. A step also passes over all parameters, to clip, update and average them: where
+time grows no faster than the operations or the parameters do, nothing but the formula makes it grow.
 """
 
 import argparse
 import functools
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Work, in_fresh_process, prepared, synchronise, table
-from benchmarks.speed import STEPS, project_evaluation, project_training
+from benchmarks.measure import in_fresh_process, prepared, synchronise, table
+from benchmarks.speed import STEPS, loaded, project_evaluation, project_training
 
 MIXTURE = ("VAE.prior = @popgen.nn.priors.GaussianMixturePrior()", "GaussianMixturePrior.latent_dim = 40")
-# What grows: the config, its bindings and the values.
-TRAINING = {
+# What grows: the config, its bindings and the values. A table without bindings is of evaluations.
+TABLES = {
     "batch size": ("vamp_hsnf", ("Experiment.batch_size = {}",), (50, 100, 200, 400, 800)),
     "latent dimension L": ("vamp_hsnf", ("LATENT_DIM = {}",), (20, 40, 80, 160)),
     "flows K": ("vamp_hsnf", ("HouseholderSylvesterFlow.num_flows = {}",), (1, 2, 4, 8, 16)),
     "reflections H": ("vamp_hsnf", ("HouseholderSylvesterFlow.num_reflections = {}",), (1, 4, 8, 16, 32)),
     "pseudo-inputs": ("vamp", ("VampPrior.num_components = {}",), (250, 500, 1_000, 2_000)),
     "mixture components": ("vae", (*MIXTURE, "GaussianMixturePrior.num_components = {}"), (100, 1_000, 10_000)),
+    "importance samples": ("vamp_hsnf", (), (500, 1_000, 5_000, 20_000, 80_000)),
 }
-IMPORTANCE_SAMPLES = (500, 1_000, 5_000, 20_000, 80_000)
-CALLS = 6
+IMAGES = 8  # of an evaluation
+CALLS = 5
 
 
-def training(config: str, device: str, changes: tuple[str, ...]) -> Work:
-    """Returns what takes `STEPS` steps of a changed config."""
-    return project_training(config, device, False, *changes)
+def measured(config: str, device: str, changes: tuple[str, ...], num_samples: int | None) -> list[float]:
+    """Returns the seconds of a step, or of an image where `num_samples` is given, and MiB, parameters and FLOPs.
 
-
-def measured(prepare: Callable[[], Work], units: int, device: str) -> tuple[float, float, float]:
-    """Returns the seconds of a unit of work, its MiB and the FLOPs of its matrix products; for a fresh process."""
+    To be called in a fresh process. The FLOPs are those of the matrix products.
+    """
+    if num_samples is None:
+        units, prepare = STEPS, functools.partial(project_training, config, device, False, *changes)
+    else:
+        units, prepare = IMAGES, functools.partial(project_evaluation, config, device, False, num_samples, IMAGES)
     (work, peak), times = prepared(prepare), []
     for _ in range(CALLS):
         synchronise(torch.device(device))
@@ -51,43 +54,37 @@ def measured(prepare: Callable[[], Work], units: int, device: str) -> tuple[floa
     memory = peak()
     with FlopCounterMode(display=False) as counter:
         work()
-    return statistics.median(times), memory, counter.get_total_flops() / units
+    parameters = sum(p.numel() for p in loaded(config, device, False, *changes)[2].parameters())
+    return [statistics.median(times), memory, parameters, counter.get_total_flops() / units]
 
 
-def rows_of(values: tuple[int, ...], works: list[Callable[[], Work]], units: int, device: str) -> list[list[str]]:
+def rows(config: str, device: str, changes: tuple[str, ...], values: tuple[int, ...]) -> list[list[str]]:
     """Returns the rows of one table."""
-    rows, first = [], None
-    for value, work in zip(values, works, strict=True):
-        seconds, memory, flops = in_fresh_process(measured, work, units, device)
-        first = first or (seconds, flops)
-        row = [f"{value:,}", f"{1e3 * seconds:.1f}", f"{memory:.0f}", f"{flops / 1e9:.2f}"]
-        rows.append([*row, f"{seconds / first[0]:.2f}", f"{flops / first[1]:.2f}"])
-    return rows
+    lines, first = [], None
+    for value in values:
+        bound = tuple(change.format(value) for change in changes)
+        found = in_fresh_process(measured, config, device, bound, None if changes else value)
+        first = first or found
+        seconds, memory, parameters, flops = found
+        cells = [f"{value:,}", f"{1e3 * seconds:.1f}", f"{memory:.0f}", f"{parameters / 1e6:.2f}", f"{flops / 1e9:.2f}"]
+        lines.append([*cells, *(f"{found[i] / first[i]:.2f}" for i in (0, 2, 3))])
+    return lines
 
 
 def main() -> None:
     """Prints the tables that were asked for."""
-    names = (*TRAINING, "importance samples")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", choices=[[], *names], default=[])
+    parser.add_argument("tables", nargs="*", help=f"some of: {', '.join(TABLES)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    for name in arguments.tables or names:
-        if name in TRAINING:
-            config, changes, values = TRAINING[name]
-            prepare = [
-                functools.partial(training, config, arguments.device, tuple(c.format(value) for c in changes))
-                for value in values
-            ]
-            unit, rows = f"ms a step of {config}", rows_of(values, prepare, STEPS, arguments.device)
-        else:
-            values = IMPORTANCE_SAMPLES
-            prepare = [
-                functools.partial(project_evaluation, "vamp_hsnf", arguments.device, False, value, 4)
-                for value in values
-            ]
-            unit, rows = "ms an image of vamp_hsnf", rows_of(values, prepare, 4, arguments.device)
-        print(table([name, unit, "MiB", "GFLOP", "time / first", "GFLOP / first"], rows), "\n", flush=True)
+    unknown = [name for name in arguments.tables if name not in TABLES]
+    if unknown:
+        parser.error(f"no table {unknown[0]!r}: choose from {', '.join(TABLES)}")
+    for name in arguments.tables or TABLES:
+        config, changes, values = TABLES[name]
+        unit = f"ms a step of {config}" if changes else f"ms an image of {config}"
+        headings = [name, unit, "MiB", "million parameters", "GFLOP", "time ×", "parameters ×", "GFLOP ×"]
+        print(table(headings, rows(config, arguments.device, changes, values)), "\n", flush=True)
 
 
 if __name__ == "__main__":

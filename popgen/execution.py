@@ -5,6 +5,7 @@ Neither changes what is computed. Networks obey the precision; densities and flo
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,7 +78,6 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if _float32_is_full() else matrix_products("fp32", device)
 
 
-@torch.compiler.assume_constant_result
 def _float32_is_full() -> bool:
     return torch.get_float32_matmul_precision() == "highest"
 
@@ -100,6 +100,7 @@ def compile_or_fall_back(function: Callable[..., Any]) -> Callable[..., Any]:
 
 class _Compiled:
     def __init__(self, function: Callable[..., Any]) -> None:
+        torch.compiler.assume_constant_result(_float32_is_full)  # here, since it imports the compiler
         self.plain, self.checked = function, False
         self.chosen = torch.compile(function, dynamic=False)
 
@@ -116,7 +117,9 @@ class _Compiled:
         """Returns why the compiled function cannot be used, or None."""
         expected = _value_and_gradients(self.plain, arguments)
         try:
-            found = _value_and_gradients(self.chosen, arguments)
+            with warnings.catch_warnings():  # the compiler's own deprecations
+                warnings.simplefilter("ignore")
+                found = _value_and_gradients(self.chosen, arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"

@@ -72,7 +72,7 @@ class _LogDensity(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor, x: Tensor) -> Tensor:
         terms = logits.abs().sigmoid_().log_()
-        return terms.addcmul_(x, logits).sub_(logits.relu()).sum(-1)
+        return torch.addcmul(terms, x, logits).sub_(logits.relu()).sum(-1)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

@@ -34,6 +34,27 @@ def test_probabilities_of_all_images_sum_to_one() -> None:
     torch.testing.assert_close(total, torch.zeros_like(total))
 
 
+def test_gradients_are_exact() -> None:
+    """In the logits, x - sigmoid(l), and in x, l; second derivatives too, and under vmap."""
+    logits = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.rand(3, 6, dtype=torch.float64, requires_grad=True)
+    log_density = lambda logits, x: Bernoulli(logits).log_density(x)  # noqa: E731
+    assert torch.autograd.gradcheck(log_density, (logits, x))
+    assert torch.autograd.gradgradcheck(log_density, (logits, x))
+    mapped = torch.func.vmap(torch.func.grad(lambda logits, x: log_density(logits, x).sum()), in_dims=(0, None))
+    torch.testing.assert_close(mapped(logits, x), (x - torch.sigmoid(logits)).detach())
+
+
+def test_float32_is_accurate_at_every_size_of_logit() -> None:
+    """784 pixels of logits from 1e-4 to 60 either way: within 1e-4 nats a hundred nats, of float64."""
+    sizes = torch.logspace(-4, 1.78, 784, dtype=torch.float64)
+    logits = sizes[None] * torch.sign(torch.randn(50, 784, dtype=torch.float64))
+    x = torch.rand(50, 784, dtype=torch.float64).round()
+    exact = Bernoulli(logits).log_density(x)
+    found = Bernoulli(logits.float()).log_density(x.float()).double()
+    assert ((found - exact).abs() <= 1e-6 * exact.abs() + 1e-6).all()
+
+
 @pytest.mark.parametrize("logit", [80.0, -80.0])
 def test_extreme_logits_stay_finite(logit: float) -> None:
     """A pixel that is missed costs |logit| nats, one that is hit costs none, and gradients are 0 or ±1."""

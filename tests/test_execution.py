@@ -1,0 +1,213 @@
+"""Precision of matrix products, and compilation with its fall-back."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from popgen import execution
+from popgen.distributions import GaussianMixture
+from popgen.errors import ArgumentError
+from popgen.evaluation.likelihood import estimate_log_likelihood
+from popgen.execution import check_precision, compile_or_fall_back, full_precision, matrix_products
+from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+from popgen.nn.flows import HouseholderSylvesterFlow
+from popgen.nn.vamp_prior import VampPrior
+from popgen.training.objectives import NegativeELBO
+from popgen.training.state import initial_state
+from popgen.training.step import make_train_step
+
+CPU = torch.device("cpu")
+COARSE = 1.0 + 2.0**-10  # needs ten bits after the point: bfloat16 has seven
+
+
+def product_of_coarse() -> float:
+    factor = torch.full((1, 1), COARSE)
+    return (factor @ factor).item()
+
+
+def make_vae(seed: int = 0) -> VAE:
+    torch.manual_seed(seed)
+    return VAE(
+        GaussianEncoder(16, 4, 12), BernoulliDecoder(4, 16, 12), VampPrior(16, 5), HouseholderSylvesterFlow(4, 12, 2, 3)
+    )
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+def test_products_are_rounded_inside_and_only_inside():
+    with matrix_products("bf16", CPU):
+        assert product_of_coarse() == 1.0
+        with full_precision(CPU):
+            assert product_of_coarse() == pytest.approx(COARSE**2, rel=1e-6)
+        assert product_of_coarse() == 1.0
+    assert product_of_coarse() == pytest.approx(COARSE**2, rel=1e-6)
+
+
+def test_full_precision_holds_under_a_setting_of_the_users_own():
+    with torch.autocast("cpu", torch.bfloat16), full_precision(CPU):
+        assert product_of_coarse() == pytest.approx(COARSE**2, rel=1e-6)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with full_precision(CPU):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_the_setting_before_comes_back_after_an_error(precision: str):
+    with pytest.raises(KeyError), matrix_products(precision, CPU):
+        assert torch.get_float32_matmul_precision() == ("high" if precision == "tf32" else "highest")
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
+
+
+def test_densities_do_not_depend_on_the_setting():
+    """The mixture density and the flow give the same bits; a network does not."""
+    mixture = GaussianMixture(torch.randn(50, 4), torch.randn(50, 4))
+    context, z = torch.randn(6, 12), torch.randn(3, 6, 4)
+    bijection = HouseholderSylvesterFlow(4, 12, 2, 3)(context)
+    network = GaussianEncoder(16, 4, 12)
+    x = torch.rand(6, 16)
+
+    def values() -> list[Tensor]:
+        return [mixture.log_density(z), *bijection.forward_and_log_det(z)]
+
+    exact, exact_mean = values(), network(x)[0].mean
+    with matrix_products("bf16", CPU):
+        rounded, rounded_mean = values(), network(x)[0].mean
+    assert all(torch.equal(one, other) for one, other in zip(exact, rounded, strict=True))
+    assert rounded_mean.dtype == torch.float32 and not torch.equal(exact_mean, rounded_mean)
+    torch.testing.assert_close(rounded_mean, exact_mean, rtol=0.05, atol=0.02)
+
+
+def test_a_step_in_bf16_keeps_float32_and_follows_the_exact_step():
+    vae, batch = make_vae(), torch.rand(8, 16).round()
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        state = initial_state(vae, lambda parameters: torch.optim.Adam(parameters, lr=1e-2), seed=0)
+        step = make_train_step(vae, NegativeELBO(), precision=precision)
+        losses[precision] = []
+        for _ in range(20):
+            state, metrics = step(state, batch)
+            losses[precision].append(metrics["loss"].item())
+        assert {p.dtype for p in state.parameters.values()} == {torch.float32}
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_a_precision_that_is_not_there_is_named():
+    with pytest.raises(ArgumentError, match="Experiment.precision 'tf32' needs a CUDA device, got cpu"):
+        check_precision("Experiment.precision", "tf32", CPU)
+    with pytest.raises(ArgumentError, match="precision must be one of fp32, tf32, bf16, got 'half'"):
+        check_precision("precision", "half", CPU)
+    assert check_precision("precision", "tf32", torch.device("cuda")) == "tf32"
+
+
+# --- compilation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_step_equals_the_plain_one(precision: str, capsys):
+    """Ten steps of the whole model with annealing: one compilation serves them all."""
+    torch._dynamo.reset()
+    vae, batch = make_vae(), torch.rand(8, 16).round()
+    states, losses = [], []
+    for compiled in (False, True):
+        state = initial_state(vae, lambda parameters: torch.optim.SGD(parameters, lr=1e-2), seed=0)
+        step = make_train_step(
+            vae,
+            NegativeELBO(beta=lambda step: step / 10),
+            compiled=compiled,
+            precision=precision,
+            max_gradient_norm=9.0,
+        )
+        losses.append([])
+        for _ in range(10):
+            state, metrics = step(state, batch)
+            losses[-1].append(metrics["loss"].item())
+        states.append(state)
+    assert "torch.compile is not used" not in capsys.readouterr().err
+    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+    for name, p in states[0].parameters.items():
+        torch.testing.assert_close(states[1].parameters[name], p, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_a_compiled_evaluation_equals_the_plain_one(capsys):
+    torch._dynamo.reset()
+    vae, images = make_vae(), torch.rand(7, 16).round()
+    plain, compiled = (estimate_log_likelihood(vae, images, 30, compiled=flag) for flag in (False, True))
+    assert "torch.compile is not used" not in capsys.readouterr().err
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
+
+
+def fake_compile(monkeypatch: pytest.MonkeyPatch, replacement) -> None:
+    monkeypatch.setattr(execution.torch, "compile", lambda function, **_: replacement(function))
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return 1.01 * gradient
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize(
+    "wrong", [lambda value: 1.01 * value, WrongGradient.apply, lambda value: value * torch.nan], ids=str
+)
+def test_a_wrong_result_is_never_used(wrong, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Neither a wrong value nor a wrong gradient; the line is printed once."""
+    fake_compile(monkeypatch, lambda function: lambda *arguments: wrong(function(*arguments)))
+    weight = torch.ones(3, requires_grad=True)
+    square = compile_or_fall_back(lambda weight: weight.square().sum())
+    for _ in range(3):
+        value = square(weight)
+        assert value.item() == 3.0
+        assert torch.equal(torch.autograd.grad(value, weight)[0], torch.full((3,), 2.0))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("torch.compile is not used: its result differs")
+
+
+def test_an_error_of_the_function_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
+    fake_compile(monkeypatch, lambda function: function)
+    with pytest.raises(ArgumentError, match="encoded must be"):
+        compile_or_fall_back(VampPrior(16, 5).forward)(None)
+
+
+def test_without_a_compiler_one_line_says_so(tmp_path: pathlib.Path):
+    """In a process whose C++ compiler is not there, with no compiled code to fall back on."""
+    program = (
+        "import torch, torch._inductor.config as config\n"
+        "config.cpp.cxx = ('/nonexistent/c++',)\n"
+        "from popgen.execution import compile_or_fall_back\n"
+        "square = compile_or_fall_back(lambda x: (x.sin() + x.square()).sum())\n"
+        "print(square(torch.zeros(5)).item(), square(torch.zeros(5)).item())\n"
+    )
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout == "0.0 0.0\n", done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("torch.compile is not used: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr
+
+
+def test_buffers_and_modules_are_left_alone():
+    """What is compiled is a function of its arguments: the module that it calls keeps its own tensors."""
+    linear = nn.Linear(3, 1)
+    before = linear.weight.detach().clone()
+    value = compile_or_fall_back(lambda x: linear(x).sum())(torch.ones(2, 3))
+    assert torch.isfinite(value) and torch.equal(linear.weight, before) and linear.weight.grad is None

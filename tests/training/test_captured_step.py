@@ -1,0 +1,116 @@
+"""The recorded step against the plain one: with a stand-in for the graph on a CPU, with the graph itself on a GPU."""
+
+import functools
+
+import pytest
+import torch
+
+from popgen.datasets.images import TrainBatches
+from popgen.errors import TrainingError
+from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+from popgen.nn.flows import HouseholderSylvesterFlow
+from popgen.nn.vamp_prior import VampPrior
+from popgen.optim.schedules import SigmoidAnnealing
+from popgen.training import captured_step
+from popgen.training.captured_step import CapturedStep, record_cuda_graph
+from popgen.training.objectives import NegativeELBO
+from popgen.training.state import TrainState, initial_state
+from popgen.training.step import make_train_step
+
+NUM_STEPS = 9
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class StandIn:
+    """Records as a graph does: nothing happens until the replay, which repeats the work on the very same tensors."""
+
+    def __init__(self) -> None:
+        self.recorded, self.replayed = 0, 0
+
+    def __call__(self, work, generators):
+        self.recorded += 1
+        self.generators = list(generators)
+        metrics = {}
+
+        def replay() -> None:
+            self.replayed += 1
+            for name, value in work().items():
+                if name in metrics:
+                    metrics[name].copy_(value)
+                else:
+                    metrics[name] = value.clone()
+
+        return replay, metrics
+
+
+def setting(device: str = "cpu"):
+    torch.manual_seed(0)
+    vae = VAE(
+        GaussianEncoder(16, 4, 12), BernoulliDecoder(4, 16, 12), VampPrior(16, 5), HouseholderSylvesterFlow(4, 12, 2, 3)
+    ).to(device)
+    levels = torch.randint(0, 256, (20, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    step = make_train_step(vae, NegativeELBO(SigmoidAnnealing(rate=0.3)), 0.99, max_gradient_norm=1.0)
+    adam = functools.partial(torch.optim.Adam, lr=1e-2, fused=True)
+    return step, TrainBatches(levels.to(device), 6, seed=0), initial_state(vae, adam, seed=0)
+
+
+def run(step, draw_batch, state: TrainState) -> tuple[TrainState, list[dict]]:
+    history = []
+    for _ in range(NUM_STEPS):
+        state, metrics = step(state, draw_batch(state))
+        history.append(metrics)
+    return state, history
+
+
+def assert_same(one: tuple[TrainState, list[dict]], other: tuple[TrainState, list[dict]], tolerance: float) -> None:
+    compare = functools.partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
+    assert one[0].step == other[0].step == NUM_STEPS
+    for name in one[0].parameters:
+        compare(one[0].parameters[name], other[0].parameters[name])
+        compare(one[0].weight_average[name], other[0].weight_average[name])
+    for name, generator in one[0].generators.items():
+        assert torch.equal(generator.get_state(), other[0].generators[name].get_state()), name
+    for metrics, others in zip(one[1], other[1], strict=True):
+        assert list(metrics) == list(others)
+        for name in metrics:
+            compare(metrics[name], others[name])
+
+
+def test_replayed_steps_equal_plain_ones_bit_for_bit():
+    """Batches, noise, annealing, clipping, the weight average and every metric, kept after later steps."""
+    step, batches, state = setting()
+    plain = run(step, lambda state: batches.draw(state.step, state.generators["binarisation"]), state)
+    step, batches, state = setting()
+    record = StandIn()
+    captured = run(CapturedStep(step, batches, record), lambda state: batches.indices(state.step), state)
+    assert_same(captured, plain, tolerance=0.0)
+    assert (record.recorded, record.replayed) == (1, NUM_STEPS - captured_step.WARM_UP_STEPS)
+    assert record.generators == list(captured[0].generators.values())
+    assert len({metrics["beta"].item() for metrics in captured[1]}) == NUM_STEPS
+
+
+def test_another_state_is_recorded_anew():
+    step, batches, state = setting()
+    record = StandIn()
+    captured = CapturedStep(step, batches, record)
+    first = run(captured, lambda state: batches.indices(state.step), state)
+    _, _, other = setting()
+    second = run(captured, lambda state: batches.indices(state.step), other)
+    assert record.recorded == 2
+    assert_same(first, second, tolerance=0.0)
+
+
+@on_gpu
+def test_a_cuda_graph_equals_plain_steps():
+    step, batches, state = setting("cuda")
+    plain = run(step, lambda state: batches.draw(state.step, state.generators["binarisation"]), state)
+    step, batches, state = setting("cuda")
+    captured = run(CapturedStep(step, batches), lambda state: batches.indices(state.step), state)
+    assert_same(captured, plain, tolerance=1e-6)
+
+
+@on_gpu
+def test_work_that_waits_for_the_device_is_refused():
+    value = torch.zeros(1, device="cuda")
+    with pytest.raises(TrainingError, match="set Experiment.cuda_graph = False"):
+        record_cuda_graph(lambda: {"loss": torch.tensor(value.item(), device="cuda")}, [])
