@@ -62,12 +62,13 @@ def ratio(one: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
-def matrix_products(work: Work, device: torch.device) -> tuple[Work, float]:
+def bare_products(work: Work, device: torch.device) -> tuple[Work, float]:
     """Returns work that does nothing but the dense matrix products of some other work, in float32, and their FLOPs.
 
     Every aten::mm and aten::addmm is recorded with the shapes and strides of its factors and repeated on random
-    matrices. Products of small matrices, one for each image, are not among them.
+    matrices, those of one shape on the same one. Products of small matrices, one for each image, are not among them.
     """
+    matrices: dict[tuple, torch.Tensor] = {}
     calls: list[tuple[Callable, list[torch.Tensor]]] = []
     flops = 0.0
 
@@ -76,8 +77,11 @@ def matrix_products(work: Work, device: torch.device) -> tuple[Work, float]:
             nonlocal flops
             if function in PRODUCTS:
                 factors = [argument for argument in args if isinstance(argument, torch.Tensor)]
-                copies = [torch.empty_strided(f.shape, f.stride(), device=device).normal_() for f in factors]
-                calls.append((torch.mm if len(factors) == 2 else torch.addmm, copies))
+                keys = [(place, *f.shape, *f.stride()) for place, f in enumerate(factors)]
+                for key, f in zip(keys, factors, strict=True):
+                    if key not in matrices:
+                        matrices[key] = torch.empty_strided(f.shape, f.stride(), device=device).normal_()
+                calls.append((torch.mm if len(factors) == 2 else torch.addmm, [matrices[key] for key in keys]))
                 flops += 2.0 * factors[-2].shape[0] * factors[-1].shape[0] * factors[-1].shape[1]
             return function(*args, **(kwargs or {}))
 

@@ -16,7 +16,7 @@ import statistics
 
 import torch
 
-from benchmarks.measure import Work, in_fresh_process, interleaved, matrix_products, peak_memory, ratio, table
+from benchmarks.measure import Work, bare_products, in_fresh_process, interleaved, peak_memory, ratio, table
 from popgen import config
 from popgen.datasets.images import ImageData, as_values
 from popgen.evaluation.likelihood import estimate_log_likelihood
@@ -94,7 +94,7 @@ def compare_training(name: str, device: torch.device, rounds: int, with_compile:
     """Returns a row of the table of training steps, times in ms."""
     place = str(device)
     plain = project_training(name, place, False)
-    products, flops = matrix_products(one_step(name, place), device)
+    products, flops = bare_products(one_step(name, place), device)
     contenders = {"textbook": (textbook_training(name, place), STEPS), "plain": (plain, STEPS)}
     if with_compile:
         contenders["compiled"] = (project_training(name, place, True), STEPS)
@@ -121,7 +121,7 @@ def compare_evaluation(name: str, device: torch.device, rounds: int, with_compil
     place = str(device)
     num_images = 80 if device.type == "cpu" else 1_280
     plain = project_evaluation(name, place, False, num_samples, num_images)
-    products, flops = matrix_products(plain, device)
+    products, flops = bare_products(plain, device)
     contenders = {"textbook": (textbook_evaluation(name, place, num_samples), 1), "plain": (plain, num_images)}
     if with_compile:
         contenders["compiled"] = (project_evaluation(name, place, True, num_samples, num_images), num_images)

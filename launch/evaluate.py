@@ -3,14 +3,17 @@
 from absl import flags
 
 from launch import command
-from popgen.experiment import WEIGHTS, evaluate_model, model_of_checkpoint, prepare, write_record
+from popgen.execution import PRECISIONS
+from popgen.experiment import WEIGHTS, evaluate_model, model_of_checkpoint, prepare
 from popgen.summaries import Writer
+from popgen.training.records import write_record
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
 flags.DEFINE_string("checkpoint", "best", "best, latest, or a step that was kept.")
 flags.DEFINE_integer("num_samples", 5_000, "Importance samples for each image.")
 flags.DEFINE_integer("num_images", None, "Test images, from the first; default all.")
+flags.DEFINE_enum("precision", "fp32", PRECISIONS, "Of the networks' matrix products.")
 flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
 
 
@@ -21,7 +24,9 @@ def main() -> None:
     tensors = directory.load_checkpoint(FLAGS.checkpoint)
     data, model = prepare(experiment, experiment.torch_device())
     model = model_of_checkpoint(model, tensors, FLAGS.weights)
-    record = evaluate_model(experiment, model, data, FLAGS.num_samples, FLAGS.num_images, tensors["step"])
+    record = evaluate_model(
+        experiment, model, data, FLAGS.num_samples, FLAGS.num_images, tensors["step"], FLAGS.precision
+    )
     record.update(checkpoint=FLAGS.checkpoint, weights=FLAGS.weights)
     writer = Writer(directory.path)
     path = write_record(directory, writer, record)

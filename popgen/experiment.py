@@ -4,9 +4,7 @@ Plain Python: Gin builds an `Experiment` once and is not seen again.
 """
 
 import dataclasses
-import json
 import math
-import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,13 +18,14 @@ from popgen.datasets.images import ImageData, ImageDataset, TrainBatches, as_val
 from popgen.errors import ArgumentError, CheckpointError, TrainingError, check_choice, check_integer, check_number
 from popgen.evaluation.likelihood import count_active_units, estimate_log_likelihood, evaluate_elbo, standard_error
 from popgen.evaluation.pictures import Picture, all_pictures, save_pictures
-from popgen.execution import check_precision
+from popgen.execution import PRECISIONS, check_precision
 from popgen.models.vae import VAE
 from popgen.streams import make_generator
 from popgen.summaries import Writer
 from popgen.training.captured_step import CapturedStep
 from popgen.training.loop import DrawBatch, Hooks, Step, train
 from popgen.training.objectives import NegativeELBO, Objective
+from popgen.training.records import write_record
 from popgen.training.run_directory import RunDirectory
 from popgen.training.state import (
     OptimizerFactory,
@@ -68,7 +67,7 @@ class Experiment:
             one at any time).
         final_num_images: test images of that evaluation; None for all.
         device: "auto" (the GPU if there is one), or a device of torch.
-        precision: of the networks' matrix products: "fp32", "tf32" (GPU) or "bf16"; densities stay at full precision.
+        precision: of the networks' matrix products in training: "fp32", "tf32" (GPU) or "bf16"; densities stay exact.
         compile: whether torch.compile fuses the loss, its gradient and the evaluation; it starts half a minute later.
         cuda_graph: on a GPU, whether a step is recorded and replayed; a model that waits for the device needs False.
 
@@ -127,7 +126,11 @@ class Experiment:
         for name, described, fits in (
             ("model", "a torch.nn.Module", isinstance(self.model, nn.Module)),
             ("dataset", "an object with a load() method", hasattr(self.dataset, "load")),
-            ("objective", "an objective, such as @NegativeELBO()", hasattr(self.objective, "draw_noise")),
+            (
+                "objective",
+                "an objective with draw_noise and settings, such as @NegativeELBO()",
+                hasattr(self.objective, "draw_noise") and hasattr(self.objective, "settings"),
+            ),
             (
                 "optimizer",
                 "a function of the parameters, such as @torch.optim.Adam",
@@ -139,7 +142,10 @@ class Experiment:
         for name in ("compile", "cuda_graph"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"Experiment.{name} must be True or False, got {getattr(self, name)!r}")
-        check_precision("Experiment.precision", self.precision, self.torch_device())
+        check_choice("Experiment.precision", self.precision, PRECISIONS)
+        if self.compile and self.precision == "tf32":
+            raise ArgumentError("Experiment.precision 'tf32' does not go with Experiment.compile: choose one of them")
+        self.torch_device()
 
     def torch_device(self) -> torch.device:
         """Returns the device that the run uses.
@@ -202,6 +208,7 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
         (4, True, 1)
     """
     device = experiment.torch_device()
+    check_precision("Experiment.precision", experiment.precision, device)
     data, model = prepare(experiment, device)
     _first_images(data.test, experiment.final_num_images)  # an error now rather than after the last step
     state = initial_state(model, experiment.optimizer, experiment.seed, experiment.weight_average_decay is not None)
@@ -300,20 +307,24 @@ def evaluate_model(
     num_samples: int,
     num_images: int | None,
     step: int,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Returns the record of an evaluation on the test images: bounds in nats, and what is needed to repeat it.
 
+    The importance-weighted bound is formed at `precision`, whatever that of training was; the ELBO always at full.
+
     Raises:
-        ArgumentError: if `num_samples` or `num_images` is outside its domain.
+        ArgumentError: if `num_samples`, `num_images` or `precision` is outside its domain.
 
     Example: `run` calls it.
     """
     images = _first_images(data.test, num_images)
+    check_precision("precision", precision, images.device)
     started = time.perf_counter()
-    parts = evaluate_elbo(model, images, experiment.seed, precision=experiment.precision)
+    parts = evaluate_elbo(model, images, experiment.seed)
     with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True) as bar:
         log_p_x = estimate_log_likelihood(
-            model, images, num_samples, experiment.seed, _show_mean(bar), experiment.precision, experiment.compile
+            model, images, num_samples, experiment.seed, _show_mean(bar), precision, experiment.compile
         )
     return {
         "log_p_x": log_p_x.double().mean().item(),
@@ -328,7 +339,8 @@ def evaluate_model(
         "binarisation_protocol": data.protocol,
         "dataset": repr(experiment.dataset),
         "seed": experiment.seed,
-        "precision": experiment.precision,
+        "precision": precision,
+        "training_precision": experiment.precision,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": str(images.device),
         "seconds": round(time.perf_counter() - started, 1),
@@ -344,24 +356,6 @@ def _first_images(images: Tensor, num_images: int | None) -> Tensor:
     if num_images > len(images):
         raise ArgumentError(f"num_images must be at most the {len(images)} test images, got {num_images}")
     return images[:num_images]
-
-
-def write_record(directory: RunDirectory, writer: Writer, record: Mapping[str, Any]) -> pathlib.Path:
-    """Writes the record of an evaluation as JSON and as scalars, and returns the path of the JSON file.
-
-    What is not a finite number, such as the standard error of a single image, is `null` in the file.
-
-    Example: `run` calls it.
-    """
-    bounds = {name: record[name] for name in ("log_p_x", "log_p_x_standard_error", "elbo", "reconstruction", "kl")}
-    writer.scalars("evaluation", bounds, record["step"])
-    name = "evaluation_step{step:08d}_{weights}_{num_samples}x{num_images}.json".format(**record)
-    path = directory.path / name
-    strict = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
-    path.write_text(json.dumps(strict, indent=2, allow_nan=False) + "\n")
-    return path
 
 
 def _pictures(experiment: Experiment, model: VAE, data: ImageData) -> dict[str, Picture]:
@@ -413,7 +407,7 @@ class _Recorder:
         split = self.experiment.selection_split
         model = model_with_weights(self.model, state.parameters, state.buffers)
         images = self.data.split(split)
-        parts = evaluate_elbo(model, images, self.experiment.seed, precision=self.experiment.precision)
+        parts = evaluate_elbo(model, images, self.experiment.seed)
         means = {name: part.double().mean().item() for name, part in parts.items()}
         loss = -means["elbo"]
         if not math.isfinite(loss):

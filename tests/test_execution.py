@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from popgen import execution
 from popgen.distributions import GaussianMixture
 from popgen.errors import ArgumentError
-from popgen.evaluation.likelihood import estimate_log_likelihood
 from popgen.execution import check_precision, compile_or_fall_back, full_precision, matrix_products
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow
@@ -70,22 +69,24 @@ def test_the_setting_before_comes_back_after_an_error(precision: str):
 
 
 def test_densities_do_not_depend_on_the_setting():
-    """The mixture density and the flow give the same bits; a network does not."""
-    mixture = GaussianMixture(torch.randn(50, 4), torch.randn(50, 4))
-    context, z = torch.randn(6, 12), torch.randn(3, 6, 4)
+    """The mixture density, its gradients, the flow and its inverse give the same bits; networks do not."""
+    mean, log_var = (torch.randn(50, 4, requires_grad=True) for _ in range(2))
+    context, z = torch.randn(6, 12), torch.randn(3, 6, 4, requires_grad=True)
     bijection = HouseholderSylvesterFlow(4, 12, 2, 3)(context)
-    network = GaussianEncoder(16, 4, 12)
-    x = torch.rand(6, 16)
+    vae, x = make_vae(), torch.rand(6, 16)
 
     def values() -> list[Tensor]:
-        return [mixture.log_density(z), *bijection.forward_and_log_det(z)]
+        log_density = GaussianMixture(mean, log_var).log_density(z)
+        gradients = torch.autograd.grad(log_density.sum(), (mean, log_var, z))
+        return [log_density, *gradients, *bijection.forward_and_log_det(z), bijection.inverse(z.detach())]
 
-    exact, exact_mean = values(), network(x)[0].mean
+    exact, exact_terms = values(), vae(x, z)
     with matrix_products("bf16", CPU):
-        rounded, rounded_mean = values(), network(x)[0].mean
+        rounded, rounded_terms = values(), vae(x, z)
     assert all(torch.equal(one, other) for one, other in zip(exact, rounded, strict=True))
-    assert rounded_mean.dtype == torch.float32 and not torch.equal(exact_mean, rounded_mean)
-    torch.testing.assert_close(rounded_mean, exact_mean, rtol=0.05, atol=0.02)
+    for one, other in zip(rounded_terms, exact_terms, strict=True):
+        assert one.dtype == torch.float32 and not torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.2)
 
 
 def test_a_step_in_bf16_keeps_float32_and_follows_the_exact_step():
@@ -115,45 +116,61 @@ def test_a_precision_that_is_not_there_is_named():
 # --- compilation -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("as_a_user")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_compiled_step_equals_the_plain_one(precision: str, capsys):
-    """Ten steps of the whole model with annealing: one compilation serves them all."""
-    torch._dynamo.reset()
-    vae, batch = make_vae(), torch.rand(8, 16).round()
-    states, losses = [], []
-    for compiled in (False, True):
-        state = initial_state(vae, lambda parameters: torch.optim.SGD(parameters, lr=1e-2), seed=0)
-        step = make_train_step(
-            vae,
-            NegativeELBO(beta=lambda step: step / 10),
-            compiled=compiled,
-            precision=precision,
-            max_gradient_norm=9.0,
-        )
-        losses.append([])
-        for _ in range(10):
-            state, metrics = step(state, batch)
-            losses[-1].append(metrics["loss"].item())
-        states.append(state)
-    assert "torch.compile is not used" not in capsys.readouterr().err
-    tolerance = 1e-5 if precision == "fp32" else 2e-2
-    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
-    for name, p in states[0].parameters.items():
-        torch.testing.assert_close(states[1].parameters[name], p, rtol=tolerance, atol=tolerance)
+# Run in a process of its own, where nothing checks shapes at runtime and so nothing stands between the compiler and the
+# code. Ten steps with annealing, plain and compiled, and an evaluation; one compilation serves all steps.
+COMPILED_RUN = """
+import sys, torch, torch._dynamo.utils as utils
+from popgen.evaluation.likelihood import estimate_log_likelihood
+from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+from popgen.nn.flows import HouseholderSylvesterFlow
+from popgen.nn.vamp_prior import VampPrior
+from popgen.training.objectives import NegativeELBO
+from popgen.training.state import initial_state
+from popgen.training.step import make_train_step
+torch.manual_seed(0)
+flow = HouseholderSylvesterFlow(4, 12, 2, 3)
+vae = VAE(GaussianEncoder(16, 4, 12), BernoulliDecoder(4, 16, 12), VampPrior(16, 5), flow)
+batch, objective = torch.rand(8, 16).round(), NegativeELBO(beta=lambda step: step / 10)
+states, losses = [], []
+for compiled in (False, True):
+    state = initial_state(vae, lambda parameters: torch.optim.SGD(parameters, lr=1e-2), seed=0)
+    step = make_train_step(vae, objective, max_gradient_norm=9.0, compiled=compiled, precision=sys.argv[1])
+    losses.append([])
+    for _ in range(10):
+        state, metrics = step(state, batch)
+        losses[-1].append(metrics["loss"].item())
+    states.append(state)
+names = states[0].parameters
+moved = max((states[0].parameters[n] - states[1].parameters[n]).abs().max().item() for n in names)
+lost = max(abs(one - other) / abs(one) for one, other in zip(*losses))
+plain, fused = (estimate_log_likelihood(vae, batch, 30, precision=sys.argv[1], compiled=flag) for flag in (False, True))
+print(lost, moved, (plain - fused).abs().max().item(), utils.counters["stats"]["unique_graphs"],
+      sum(utils.counters["graph_break"].values()))
+"""
 
 
-@pytest.mark.usefixtures("as_a_user")
-def test_a_compiled_evaluation_equals_the_plain_one(capsys):
-    torch._dynamo.reset()
-    vae, images = make_vae(), torch.rand(7, 16).round()
-    plain, compiled = (estimate_log_likelihood(vae, images, 30, compiled=flag) for flag in (False, True))
-    assert "torch.compile is not used" not in capsys.readouterr().err
-    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_compiled_code_equals_plain_code(precision: str, tolerance: float):
+    command = [sys.executable, "-c", COMPILED_RUN, precision]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "torch.compile is not used" not in done.stderr and done.stdout, done.stderr
+    lost, moved, bound_moved, graphs, breaks = map(float, done.stdout.split())
+    assert max(lost, moved) < tolerance and bound_moved < 100 * tolerance
+    assert (graphs, breaks) == (2, 0), "one graph for the step and one for the evaluation, without a break"
 
 
 def fake_compile(monkeypatch: pytest.MonkeyPatch, replacement) -> None:
     monkeypatch.setattr(execution.torch, "compile", lambda function, **_: replacement(function))
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_a_mistake_in_what_an_annealed_weight_hides_is_found(monkeypatch: pytest.MonkeyPatch, capsys):
+    """At the first step β is 0 and the KL term has no weight; the comparison gives it one."""
+    fake_compile(monkeypatch, lambda function: lambda *a: (function(*a)[0] * (1.0 + a[-1]["beta"]), function(*a)[1]))
+    vae, batch = make_vae(), torch.rand(8, 16).round()
+    state = initial_state(vae, torch.optim.SGD, seed=0)
+    make_train_step(vae, NegativeELBO(beta=lambda step: 0.0), compiled=True)(state, batch)
+    assert "its result differs" in capsys.readouterr().err
 
 
 class WrongGradient(torch.autograd.Function):

@@ -32,7 +32,7 @@ class Bernoulli:
         Args:
             x: values in [0, 1], shape `(batch, event)`, shared by all samples.
         """
-        return _LogDensity.apply(self.logits, x)
+        return _LogDensity.apply(self.logits.to(x.dtype), x)
 
     @property
     def mean(self) -> Float[Tensor, "*sample batch event"]:

@@ -52,13 +52,12 @@ class GaussianMixture:
         coefficients = torch.stack([quadratic.to(dtype), linear.to(dtype), constant], dim=-1).flatten(-2)
         points = z - origin
         features = torch.stack([points.square(), points, torch.ones_like(points)], dim=-1).flatten(-2)
-        with full_precision(z.device):
-            log_densities = torch.addmm(offset.to(dtype), features.reshape(-1, coefficients.shape[1]), coefficients.T)
+        log_densities = _Product.apply(offset.to(dtype), features.reshape(-1, coefficients.shape[1]), coefficients)
         return log_densities.reshape(*z.shape[:-1], len(mean))
 
     def log_density(self, z: Float[Tensor, "*sample latent"]) -> Float[Tensor, "*sample"]:
         """Returns log p(z), nats, for any leading shape."""
-        return _LogSumExp.apply(self.component_log_densities(z))[0]
+        return _LogSumExp.apply(self.component_log_densities(z))
 
     def sample(
         self, noise: Float[Tensor, "*sample latent"], uniform: Float[Tensor, "*sample"]
@@ -81,6 +80,27 @@ class GaussianMixture:
         return self.mean.new_full((len(self.mean),), -math.log(len(self.mean)))
 
 
+class _Product(torch.autograd.Function):
+    """offset + features · coefficientsᵀ at full precision, and its gradients too: their terms also cancel."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(offset: Tensor, features: Tensor, coefficients: Tensor) -> Tensor:
+        with full_precision(features.device):
+            return torch.addmm(offset, features, coefficients.T)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features, coefficients = ctx.saved_tensors
+        with full_precision(features.device):
+            return gradient.sum(0), gradient @ coefficients, gradient.T @ features
+
+
 class _LogSumExp(torch.autograd.Function):
     """log Σ_k exp(x_k) over the last axis, whose gradient is softmax(x).
 
@@ -91,15 +111,13 @@ class _LogSumExp(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        probabilities = torch.softmax(x, dim=-1)
-        return x.amax(-1) - probabilities.amax(-1).log_(), probabilities
+    def forward(x: Tensor) -> Tensor:
+        return x.amax(-1) - torch.softmax(x, dim=-1).amax(-1).log_()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, _):
-        return ctx.saved_tensors[0] * gradient[..., None]
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return torch.softmax(ctx.saved_tensors[0], dim=-1) * gradient[..., None]

@@ -55,9 +55,7 @@ def image_noise(
 
 
 @torch.no_grad()
-def evaluate_elbo(
-    model: VAE, images: Tensor, seed: int = 0, batch_size: int = 500, precision: str = "fp32"
-) -> dict[str, Tensor]:
+def evaluate_elbo(model: VAE, images: Tensor, seed: int = 0, batch_size: int = 500) -> dict[str, Tensor]:
     """Returns the ELBO of every image at β = 1 and its parts, from one sample each.
 
     Args:
@@ -65,7 +63,6 @@ def evaluate_elbo(
         images: uint8 levels of 0 and 255 or values in [0, 1], shape `(count, size)`.
         seed: of the noise.
         batch_size: images at a time; it does not change the answer.
-        precision: of the matrix products; see `popgen.execution.matrix_products`.
 
     Returns:
         `elbo`, `reconstruction` (log p(x|z)), `kl` (log q(z|x) - log p(z)), `log_q_z_given_x`, `log_p_z` and
@@ -82,8 +79,7 @@ def evaluate_elbo(
     parts: list[dict[str, Tensor]] = []
     for chunk, chunk_noise in zip(images.split(batch_size), noise.split(batch_size), strict=True):
         x = as_values(chunk)
-        with matrix_products(precision, x.device):
-            terms = model(x, chunk_noise[None].to(x))
+        terms = model(x, chunk_noise[None].to(x))
         bound = elbo(terms.log_p_x_given_z, terms.log_p_z, terms.log_q_z_given_x)
         parts.append(
             {

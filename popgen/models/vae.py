@@ -40,7 +40,7 @@ class GaussianEncoder(nn.Module):
     def forward(self, x: Float[Tensor, "batch input"]) -> tuple[DiagonalNormal, Float[Tensor, "batch context"]]:
         """Returns the posterior of each input, and the last hidden layer as context."""
         context = self.hidden(x)
-        mean, log_var = self.mean_and_log_var(context).to(x.dtype).chunk(2, dim=-1)
+        mean, log_var = self.mean_and_log_var(context).chunk(2, dim=-1)
         return DiagonalNormal(mean, log_var.clamp(*LOG_VAR_RANGE)), context
 
 
@@ -69,7 +69,7 @@ class BernoulliDecoder(nn.Module):
 
     def forward(self, z: Float[Tensor, "*sample batch latent"]) -> Bernoulli:
         """Returns p(x|z)."""
-        return Bernoulli(self.logits(self.hidden(z)).to(z.dtype))
+        return Bernoulli(self.logits(self.hidden(z)))
 
 
 class Encoded(NamedTuple):
@@ -148,14 +148,19 @@ class VAE(nn.Module):
         return cast(int, self.encoder.latent_dim)
 
     def encode(self, x: Float[Tensor, "batch input"]) -> Encoded:
-        """Returns posterior, flow and prior for a batch; the pseudo-inputs are encoded in one batch with `x`."""
+        """Returns posterior, flow and prior for a batch; the pseudo-inputs are encoded in one batch with `x`.
+
+        Whatever the precision of the networks' products, what they hand to densities has the dtype of `x`.
+        """
         pseudo_inputs = self.prior.pseudo_inputs()
         if pseudo_inputs is None:
             posterior, context = self.encoder(x)
+            posterior = DiagonalNormal(posterior.mean.to(x.dtype), posterior.log_var.to(x.dtype))
             prior = self.prior()
         else:
             both, context = self.encoder(torch.cat([x, pseudo_inputs]))
-            means, log_vars = (tensor.split([len(x), len(pseudo_inputs)]) for tensor in (both.mean, both.log_var))
+            sizes = [len(x), len(pseudo_inputs)]
+            means, log_vars = (tensor.to(x.dtype).split(sizes) for tensor in (both.mean, both.log_var))
             posterior, components = DiagonalNormal(means[0], log_vars[0]), DiagonalNormal(means[1], log_vars[1])
             prior = self.prior(components)
             context = None if context is None else context[: len(x)]  # an encoder without a flow may have none

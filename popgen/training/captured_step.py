@@ -1,6 +1,8 @@
 """A training step as one CUDA graph: the whole step, the draw of its batch included, is launched at once."""
 
+import contextlib
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable
 
 import torch
@@ -10,7 +12,7 @@ from popgen.datasets.images import TrainBatches
 from popgen.errors import TrainingError
 from popgen.training.objectives import Metrics
 from popgen.training.state import TrainState
-from popgen.training.step import TrainStep
+from popgen.training.step import TrainStep, settings_tensor
 
 WARM_UP_STEPS = 3  # steps before the recording: libraries are loaded, kernels chosen, optimizer state made
 
@@ -31,15 +33,15 @@ def record_cuda_graph(work: Callable[[], Metrics], generators: Iterable[torch.Ge
     Example: `CapturedStep` calls it.
     """
     graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)
     try:
+        for generator in generators:
+            graph.register_generator_state(generator)
         with torch.cuda.graph(graph):
             metrics = work()
-    except RuntimeError as error:
+    except Exception as error:  # an optimizer may refuse in its own way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrainingError(
-            f"the training step cannot be recorded as a CUDA graph ({str(error).strip().splitlines()[0]}): "
-            "set Experiment.cuda_graph = False"
+            f"the training step cannot be recorded as a CUDA graph ({reason}): set Experiment.cuda_graph = False"
         ) from error
     return graph.replay, metrics
 
@@ -73,25 +75,29 @@ class CapturedStep:
     def __init__(self, train_step: TrainStep, batches: TrainBatches, record: Recorder = record_cuda_graph) -> None:
         self.train_step, self.batches, self.record = train_step, batches, record
         self._warmed_up = 0
-        self._recorded_for: dict[str, Tensor] | None = None
+        self._recorded_for: tuple = (None,) * 5
         self._replay: Callable[[], object] | None = None
         self._metrics: Metrics = {}
 
     def __call__(self, state: TrainState, indices: Tensor) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics of the batch at these indices; the old state is consumed."""
         settings = self.train_step.settings(state)
-        if self._recorded_for is not state.parameters:  # another state has other tensors
+        tensors = (state.parameters, state.buffers, state.weight_average, state.optimizer, state.generators)
+        if not all(map(operator.is_, tensors, self._recorded_for)):
             self._prepare(state, indices, list(settings))
+            self._recorded_for = tensors
         self._indices.copy_(indices)
-        self._settings.copy_(torch.tensor(list(settings.values()), dtype=self._settings.dtype), non_blocking=True)
-        if self._warmed_up < WARM_UP_STEPS:
-            self._warmed_up += 1
-            metrics = self._work()
-        else:
-            if self._replay is None:
-                self._replay, self._metrics = self.record(self._work, state.generators.values())
-            self._replay()
-            metrics = self._metrics
+        self._settings.copy_(settings_tensor(settings, state), non_blocking=True)
+        with torch.cuda.device(indices.device) if indices.is_cuda else contextlib.nullcontext():
+            if self._warmed_up < WARM_UP_STEPS:
+                self._warmed_up += 1
+                metrics = self._work()
+            else:
+                if self._replay is None:
+                    _check_optimizer(state)
+                    self._replay, self._metrics = self.record(self._work, state.generators.values())
+                self._replay()
+                metrics = self._metrics
         values = torch.stack(list(metrics.values()))  # a copy: the next replay overwrites what it was made of
         state = dataclasses.replace(state, step=state.step + 1)
         return state, dict(zip(metrics, values.unbind(), strict=True))
@@ -102,13 +108,34 @@ class CapturedStep:
         self._indices = indices.clone()
         self._settings = torch.zeros(len(names), dtype=reference.dtype, device=reference.device)
         settings = dict(zip(names, self._settings.unbind(), strict=True))
-        for group in state.optimizer.param_groups:
-            if "capturable" in group and reference.is_cuda:  # the optimizer counts its steps on the device
-                group["capturable"] = True
+        if reference.is_cuda:
+            _count_on_device(state)
 
         def work() -> Metrics:
             batch = self.batches.gather(self._indices, state.generators["binarisation"])
             return self.train_step.update(state, batch, settings)
 
         self._work, self._replay, self._metrics = work, None, {}
-        self._warmed_up, self._recorded_for = 0, state.parameters
+        self._warmed_up = 0
+
+
+def _count_on_device(state: TrainState) -> None:
+    """Lets an optimizer that can be captured count its steps on the device, where a replay advances the count."""
+    for group in state.optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = True
+            for parameter in group["params"]:
+                kept = state.optimizer.state.get(parameter, {})
+                if isinstance(kept.get("step"), Tensor):
+                    kept["step"] = kept["step"].to(parameter.device)
+
+
+def _check_optimizer(state: TrainState) -> None:
+    """Refuses an optimizer that keeps something elsewhere than the parameters, which a replay would not advance."""
+    for parameter, kept in state.optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.device != parameter.device):
+                raise TrainingError(
+                    f"{type(state.optimizer).__name__} keeps {name!r} away from the device, beyond a CUDA graph: "
+                    "set Experiment.cuda_graph = False"
+                )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from popgen.errors import ArgumentError
 from popgen.execution import compile_or_fall_back, matrix_products
 from popgen.optim.weight_average import effective_decay, update_weight_average
 from popgen.training.objectives import Metrics, Objective, Settings
@@ -41,9 +42,8 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Tensor) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics of a batch; the old state is consumed."""
         settings = self.settings(state)
-        reference = next(iter(state.parameters.values()))
-        tensors = torch.tensor(list(settings.values()), dtype=reference.dtype, device=reference.device)
-        metrics = self.update(state, batch, dict(zip(settings, tensors.unbind(), strict=True)))
+        values = settings_tensor(settings, state).to(batch.device, non_blocking=True)
+        metrics = self.update(state, batch, dict(zip(settings, values.unbind(), strict=True)))
         return dataclasses.replace(state, step=state.step + 1), metrics
 
     def settings(self, state: TrainState) -> dict[str, float]:
@@ -90,6 +90,14 @@ class TrainStep:
         return norm
 
 
+def settings_tensor(settings: dict[str, float], state: TrainState) -> Tensor:
+    """Returns the values of settings on the CPU, in the dtype of the parameters.
+
+    Example: `TrainStep` calls it.
+    """
+    return torch.tensor(list(settings.values()), dtype=next(iter(state.parameters.values())).dtype)
+
+
 def make_train_step(
     model: nn.Module,
     objective: Objective,
@@ -111,6 +119,9 @@ def make_train_step(
         compiled: whether torch.compile fuses the loss and its gradient; see `popgen.execution`.
         precision: of the matrix products; see `popgen.execution`.
 
+    Raises:
+        ArgumentError: if the objective has a setting of a name that the step needs.
+
     Example:
         >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
         >>> from popgen.nn.priors import StandardNormalPrior
@@ -126,6 +137,15 @@ def make_train_step(
     def loss_function(parameters, buffers, batch, noise, settings):
         return objective(lambda *inputs: functional_call(model, (parameters, buffers), inputs), batch, noise, settings)
 
+    reserved = {"average_weight", "learning_rate"} & set(objective.settings(0))
+    if reserved:
+        raise ArgumentError(f"the settings of {objective!r} must have other names than {', '.join(sorted(reserved))}")
     if compiled:
-        loss_function = compile_or_fall_back(loss_function)
+        loss_function = compile_or_fall_back(loss_function, _with_settings_of_one)
     return TrainStep(model, objective, loss_function, weight_average_decay, max_gradient_norm, precision)
+
+
+def _with_settings_of_one(arguments: tuple) -> tuple:
+    """Returns the arguments of a loss function with which a mistake shows: a weight of nought hides what it weighs."""
+    *others, settings = arguments
+    return *others, {name: torch.ones_like(value) for name, value in settings.items()}

@@ -130,6 +130,13 @@ def test_log_sum_exp_equals_torch(spread: float) -> None:
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(mixture.log_density))(z.detach()), gradient)
 
 
+def test_first_and_second_derivatives() -> None:
+    mean, log_var, z = (torch.randn(count, 2, dtype=torch.float64, requires_grad=True) for count in (4, 4, 3))
+    log_density = lambda mean, log_var, z: GaussianMixture(mean, log_var).log_density(z)  # noqa: E731
+    assert torch.autograd.gradcheck(log_density, (mean, log_var, z))
+    assert torch.autograd.gradgradcheck(log_density, (mean, log_var, z))
+
+
 def test_gradients_equal_those_of_the_textbook() -> None:
     """With respect to the points, the means, the log-variances and the weights."""
     mixture = make_mixture()

@@ -14,17 +14,28 @@ import popgen
 from popgen.datasets.images import ImageData
 from popgen.errors import ArgumentError
 from popgen.evaluation.likelihood import estimate_log_likelihood, evaluate_elbo
-from popgen.experiment import Experiment, evaluate_model, write_record
+from popgen.experiment import Experiment, evaluate_model
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.priors import GaussianMixturePrior
 from popgen.summaries import Writer
+from popgen.training.records import write_record
 from popgen.training.run_directory import RunDirectory
 
 KEYS = {
     *("log_p_x", "log_p_x_standard_error", "elbo", "elbo_standard_error", "reconstruction", "kl"),
     *("log_q_z_given_x", "log_p_z", "log_det", "active_units"),
     *("num_samples", "num_images", "step", "split", "seed"),
-    *("dataset", "binarisation_protocol", "precision", "dtype", "device", "seconds", "popgen_version", "torch_version"),
+    *(
+        "dataset",
+        "binarisation_protocol",
+        "precision",
+        "training_precision",
+        "dtype",
+        "device",
+        "seconds",
+        "popgen_version",
+        "torch_version",
+    ),
 }
 
 

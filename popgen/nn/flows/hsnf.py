@@ -65,16 +65,17 @@ class HouseholderSylvesterBijection(Bijection):
         where it matters.
         """
         points = z.transpose(0, 1)
-        for v, w, upper, lower, r, r_tilde, bias in reversed(self._transformations()):
-            target = points - (points @ v.mT) @ w
-            rotated, hidden = torch.zeros_like(target), torch.zeros_like(target)
-            for i in reversed(range(target.shape[-1])):
-                shift = (rotated * lower[..., None, :, i]).sum(-1) + bias[..., i]
-                offset = (hidden * upper[..., None, i, :]).sum(-1)
-                u = solve_residual_tanh(target[..., i] - offset, r[..., i], r_tilde[..., i], shift)
-                rotated[..., i] = u
-                hidden[..., i] = torch.tanh(r_tilde[..., i] * u + shift)
-            points = rotated - (rotated @ w.mT) @ v  # Q u
+        with full_precision(z.device):
+            for v, w, upper, lower, r, r_tilde, bias in reversed(self._transformations()):
+                target = points - (points @ v.mT) @ w
+                rotated, hidden = torch.zeros_like(target), torch.zeros_like(target)
+                for i in reversed(range(target.shape[-1])):
+                    shift = (rotated * lower[..., None, :, i]).sum(-1) + bias[..., i]
+                    offset = (hidden * upper[..., None, i, :]).sum(-1)
+                    u = solve_residual_tanh(target[..., i] - offset, r[..., i], r_tilde[..., i], shift)
+                    rotated[..., i] = u
+                    hidden[..., i] = torch.tanh(r_tilde[..., i] * u + shift)
+                points = rotated - (rotated @ w.mT) @ v  # Q u
         return points.transpose(0, 1)
 
     def _transformations(self):
