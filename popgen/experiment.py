@@ -192,6 +192,7 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
         TrainingError: if the loss is no longer finite.
 
     Example:
+        >>> import pathlib
         >>> import tempfile
         >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
         >>> from popgen.nn.priors import StandardNormalPrior
