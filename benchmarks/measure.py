@@ -80,7 +80,8 @@ def bare_products(work: Work, device: torch.device) -> tuple[Work, float]:
                 keys = [(place, *f.shape, *f.stride()) for place, f in enumerate(factors)]
                 for key, f in zip(keys, factors, strict=True):
                     if key not in matrices:
-                        matrices[key] = torch.empty_strided(f.shape, f.stride(), device=device).normal_()
+                        extent = 1 + sum((size - 1) * step for size, step in zip(f.shape, f.stride(), strict=True))
+                        matrices[key] = torch.randn(extent, device=device).as_strided(f.shape, f.stride())
                 calls.append((torch.mm if len(factors) == 2 else torch.addmm, [matrices[key] for key in keys]))
                 flops += 2.0 * factors[-2].shape[0] * factors[-1].shape[0] * factors[-1].shape[1]
             return function(*args, **(kwargs or {}))
