@@ -162,9 +162,8 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.manual_seed(0)
-    processor = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}"
-    )
+    on_cpu = platform.processor() or platform.machine()
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
     print(f"torch {torch.__version__}, {processor}, {torch.get_num_threads()} threads, float32\n")
     columns = ["config", "textbook", "plain", "compiled", "products alone"]
     columns += ["textbook / plain", "textbook / compiled", "plain / products", "compiled / products"]

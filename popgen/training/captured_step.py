@@ -58,18 +58,7 @@ class CapturedStep:
         batches: the images, on the device.
         record: how work is recorded; `record_cuda_graph`, or a stand-in where there is no GPU.
 
-    Example:
-        >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
-        >>> from popgen.nn.priors import StandardNormalPrior
-        >>> from popgen.training.objectives import NegativeELBO
-        >>> from popgen.training.state import initial_state
-        >>> from popgen.training.step import make_train_step
-        >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
-        >>> batches = TrainBatches(torch.zeros(10, 16, dtype=torch.uint8), batch_size=4, seed=0)
-        >>> step = CapturedStep(make_train_step(vae, NegativeELBO()), batches)
-        >>> state, metrics = step(initial_state(vae, torch.optim.Adam, seed=0), batches.indices(0))
-        >>> state.step
-        1
+    Example: `training_functions` makes one where there is a GPU.
     """
 
     def __init__(self, train_step: TrainStep, batches: TrainBatches, record: Recorder = record_cuda_graph) -> None:
