@@ -63,7 +63,7 @@ class Bernoulli:
 class _LogDensity(torch.autograd.Function):
     """Σ_i [x_i l_i - softplus(l_i)], whose gradient in l is x - sigmoid(l).
 
-    softplus(l) is taken as relu(l) - log sigmoid(|l|): sigmoid and log are several times as fast as log1p, and with a
+    softplus(l) is taken as relu(l) - log sigmoid(|l|): sigmoid and log are faster than log1p, and with a
     sigmoid of at least one half the result is as exact.
     """
 
