@@ -17,8 +17,9 @@ from popgen import config
 from popgen.errors import ArgumentError
 from popgen.evaluation.likelihood import estimate_log_likelihood, standard_error
 from popgen.execution import PRECISIONS, check_precision
-from popgen.experiment import model_of_checkpoint, prepare
+from popgen.experiment import prepare
 from popgen.training.run_directory import RunDirectory
+from popgen.training.weights import model_of_checkpoint
 
 
 def available(device: torch.device) -> list[str]:

@@ -4,14 +4,17 @@ from absl import flags
 
 from launch import command
 from popgen.execution import PRECISIONS
-from popgen.experiment import WEIGHTS, evaluate_model, model_of_checkpoint, prepare
+from popgen.experiment import evaluate_model, prepare
 from popgen.summaries import Writer
 from popgen.training.records import write_record
+from popgen.training.weights import WEIGHTS, model_of_checkpoint
+
+STATISTICS = ("active_units", "codes_used", "perplexity", "kl_of_per_position_prior", "elbo_of_per_position_prior")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
 flags.DEFINE_string("checkpoint", "best", "best, latest, or a step that was kept.")
-flags.DEFINE_integer("num_samples", 5_000, "Importance samples for each image.")
+flags.DEFINE_integer("num_samples", None, "Importance samples for each image; default 5,000 for a VAE.")
 flags.DEFINE_integer("num_images", None, "Test images, from the first; default all.")
 flags.DEFINE_enum("precision", "fp32", PRECISIONS, "Of the networks' matrix products.")
 flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
@@ -24,20 +27,20 @@ def main() -> None:
     tensors = directory.load_checkpoint(FLAGS.checkpoint)
     data, model = prepare(experiment, experiment.torch_device())
     model = model_of_checkpoint(model, tensors, FLAGS.weights)
-    record = evaluate_model(
-        experiment, model, data, FLAGS.num_samples, FLAGS.num_images, tensors["step"], FLAGS.precision
-    )
+    num_samples = experiment.evaluator.default_num_samples if FLAGS.num_samples is None else FLAGS.num_samples
+    record = evaluate_model(experiment, model, data, num_samples, FLAGS.num_images, tensors["step"], FLAGS.precision)
     record.update(checkpoint=FLAGS.checkpoint, weights=FLAGS.weights)
     writer = Writer(directory.path)
     path = write_record(directory, writer, record)
     writer.close()
     print(
         f"log p(x)        {record['log_p_x']:9.3f} ± {record['log_p_x_standard_error']:.3f} nats "
-        f"(IWAE, {record['num_samples']} samples, {record['num_images']} test images)"
+        f"({experiment.evaluator.bound_name}, {record['num_samples']} samples, {record['num_images']} test images)"
     )
     print(f"ELBO            {record['elbo']:9.3f} ± {record['elbo_standard_error']:.3f}")
     print(f"reconstruction  {record['reconstruction']:9.3f}\nKL              {record['kl']:9.3f}")
-    print(f"active units    {record['active_units']:5d}")
+    for name in (name for name in STATISTICS if name in record):
+        print(f"{name.replace('_', ' '):<28}{record[name]:9.6g}")
     print(f"step {record['step']}, {FLAGS.weights} weights, protocol {record['binarisation_protocol']}: {path}")
 
 

@@ -7,8 +7,9 @@ from absl import flags
 
 from launch import command
 from popgen.errors import RunDirectoryError, check_integer
-from popgen.evaluation.pictures import all_pictures, save_pictures
-from popgen.experiment import WEIGHTS, model_of_checkpoint, prepare
+from popgen.evaluation.pictures import save_pictures
+from popgen.experiment import prepare
+from popgen.training.weights import WEIGHTS, model_of_checkpoint
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
@@ -20,7 +21,7 @@ flags.DEFINE_integer("seed", 0, "Of the draws.")
 
 
 def main() -> None:
-    """Writes prior samples, reconstructions, interpolations and pseudo-inputs, one below another."""
+    """Writes every picture that the model has, one below another."""
     check_integer("num_samples", FLAGS.num_samples, minimum=2)
     out = pathlib.Path(FLAGS.out)
     if not out.parent.is_dir():
@@ -31,11 +32,8 @@ def main() -> None:
     data, model = prepare(loaded.experiment, device)
     model = model_of_checkpoint(model, tensors, FLAGS.weights)
     generator = torch.Generator(device).manual_seed(FLAGS.seed)
-    save_pictures(out, all_pictures(model, data.test, data.image_shape, FLAGS.num_samples, generator))
-    print(
-        f"wrote {out}: prior samples, reconstructions beside originals, interpolations, pseudo-inputs beside what they "
-        "decode to (where the prior has them)"
-    )
+    names = save_pictures(out, loaded.experiment.evaluator.pictures(model, data, FLAGS.num_samples, generator))
+    print(f"wrote {out}: {', '.join(name.replace('_', ' ') for name in names)}, from the top")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Trains an experiment from Gin configs: python -m launch.train --gin_file=configs/vamp_hsnf.gin."""
 
-import os
 import pathlib
 
 import torch
@@ -10,7 +9,7 @@ from launch import command
 from popgen import config
 from popgen.errors import ConfigError, RunDirectoryError
 from popgen.experiment import Experiment, run
-from popgen.training.run_directory import RunDirectory
+from popgen.training.run_directory import RunDirectory, default_root
 
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("gin_file", [], "A config file; may be repeated, later files override earlier ones.")
@@ -50,7 +49,7 @@ def run_path() -> pathlib.Path:
     if FLAGS.run_dir:
         return pathlib.Path(FLAGS.run_dir)
     name = "+".join(pathlib.Path(gin_file).stem for gin_file in FLAGS.gin_file)
-    return pathlib.Path(os.environ.get("EXPERIMENT_DIR") or "experiments") / name
+    return default_root() / name
 
 
 def settle_earlier_run(directory: RunDirectory, given: str) -> None:
@@ -83,9 +82,11 @@ def describe(experiment: Experiment) -> str:
         module.register_forward_hook(
             lambda _, inputs, output, name=name: lines.extend(shape_lines(name, inputs, output))
         )
-    batch = torch.zeros(experiment.batch_size, model.input_dim)
+    batch, objective = torch.zeros(experiment.batch_size, model.input_dim), experiment.objective
+    settings = {name: torch.tensor(value) for name, value in objective.settings(0).items()}
     with torch.no_grad():
-        model(batch, experiment.objective.draw_noise(model, batch, torch.Generator()))
+        noise = objective.draw_noise(model, batch, torch.Generator())
+        objective(model, batch, noise, settings, objective.initial_state(batch))
     return "\n".join(lines)
 
 

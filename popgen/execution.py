@@ -130,7 +130,8 @@ class _Compiled:
         full = _float32_is_full() and not torch.is_autocast_enabled(found[0].device.type)
         tolerance = COMPILED_TOLERANCE if full else REDUCED_TOLERANCE
         for one, other in zip(found, expected, strict=True):
-            difference = torch.linalg.vector_norm(one - other) / torch.linalg.vector_norm(other).clamp_min(1e-12)
+            size = torch.linalg.vector_norm(other.double()).clamp_min(1e-12)
+            difference = torch.linalg.vector_norm(one.double() - other.double()) / size
             if not difference <= tolerance and bool(torch.isfinite(other).all()):
                 return f"its result differs from that of the plain code by {difference.item():.1e} of its size"
         return None

@@ -10,16 +10,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import popgen
-from popgen.datasets.images import ImageData, ImageDataset, TrainBatches, as_values
-from popgen.errors import ArgumentError, CheckpointError, TrainingError, check_choice, check_integer, check_number
-from popgen.evaluation.likelihood import count_active_units, estimate_log_likelihood, evaluate_elbo, standard_error
-from popgen.evaluation.pictures import Picture, all_pictures, save_pictures
+from popgen.datasets.images import ImageData, ImageDataset, TrainBatches
+from popgen.errors import ArgumentError, TrainingError, check_choice, check_integer, check_number
+from popgen.evaluation.evaluator import Evaluator, VAEEvaluator
+from popgen.evaluation.likelihood import evaluate_elbo, standard_error
+from popgen.evaluation.pictures import Picture, save_pictures
 from popgen.execution import PRECISIONS, check_precision
-from popgen.models.vae import VAE
+from popgen.models.image_model import ImageModel
 from popgen.streams import make_generator
 from popgen.summaries import Writer
 from popgen.training.captured_step import CapturedStep
@@ -30,18 +31,16 @@ from popgen.training.run_directory import RunDirectory
 from popgen.training.state import (
     OptimizerFactory,
     TrainState,
-    check_same_tensors,
     initial_state,
     model_with_weights,
     state_from_tensors,
     state_to_tensors,
 )
 from popgen.training.step import make_train_step
+from popgen.training.weights import initialise, model_of_checkpoint
 
-ACTIVE_UNIT_IMAGES = 1_000  # that the active_units curves look at; an evaluation looks at all
 PICTURE_COUNT = 64
 SELECTION_SPLITS = ("test", "validation")
-WEIGHTS = ("raw", "averaged")
 HPARAM_METRICS = ["best/loss", "evaluation/elbo", "evaluation/log_p_x"]
 
 
@@ -50,9 +49,12 @@ class Experiment:
     """Everything that defines a run.
 
     Args:
-        model: the model, built.
+        model: the model, built; a `popgen.models.image_model.ImageModel`.
         dataset: has a `load()` that returns a `popgen.datasets.images.ImageData`.
         objective: what a step minimises; see `popgen.training.objectives`.
+        evaluator: what an evaluation reports beside the bound; see `popgen.evaluation.evaluator`.
+        pretrained: parts of the model whose weights come from the best checkpoint of another run when training starts:
+            name of the part to the run's directory, or its name under `$EXPERIMENT_DIR`.
         optimizer: called with the parameters, for example `torch.optim.Adam` with its arguments bound.
         num_steps: steps in all.
         batch_size: images in a step.
@@ -85,9 +87,11 @@ class Experiment:
         popgen.errors.ArgumentError: Experiment.num_steps must be an integer of at least 1, got 0
     """
 
-    model: VAE
+    model: ImageModel
     dataset: ImageDataset
     objective: Objective = NegativeELBO()
+    evaluator: Evaluator = VAEEvaluator()
+    pretrained: Mapping[str, str] = dataclasses.field(default_factory=dict)
     optimizer: OptimizerFactory = torch.optim.Adam
     num_steps: int = 1_000_000
     batch_size: int = 100
@@ -124,12 +128,19 @@ class Experiment:
         if self.max_gradient_norm is not None:
             check_number("Experiment.max_gradient_norm", self.max_gradient_norm, minimum=0.0)
         for name, described, fits in (
-            ("model", "a torch.nn.Module", isinstance(self.model, nn.Module)),
+            ("model", "an ImageModel, such as @VAE()", isinstance(self.model, ImageModel)),
             ("dataset", "an object with a load() method", hasattr(self.dataset, "load")),
             (
                 "objective",
-                "an objective with draw_noise and settings, such as @NegativeELBO()",
-                hasattr(self.objective, "draw_noise") and hasattr(self.objective, "settings"),
+                "an Objective (see popgen.training.objectives), such as @NegativeELBO()",
+                isinstance(self.objective, Objective),
+            ),
+            ("evaluator", "an Evaluator, such as @VAEEvaluator()", isinstance(self.evaluator, Evaluator)),
+            (
+                "pretrained",
+                "a dictionary of parts of the model and runs, such as {'autoencoder': 'vqvae'}",
+                isinstance(self.pretrained, Mapping)
+                and all(isinstance(text, str) for item in self.pretrained.items() for text in item),
             ),
             (
                 "optimizer",
@@ -194,7 +205,7 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
     Example:
         >>> import pathlib
         >>> import tempfile
-        >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
+        >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
         >>> from popgen.nn.priors import StandardNormalPrior
         >>> class Noise:
         ...     def load(self):
@@ -212,7 +223,9 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
     check_precision("Experiment.precision", experiment.precision, device)
     data, model = prepare(experiment, device)
     _first_images(data.test, experiment.final_num_images)  # an error now rather than after the last step
-    state = initial_state(model, experiment.optimizer, experiment.seed, experiment.weight_average_decay is not None)
+    if not directory.has_checkpoint():
+        initialise(model, experiment.pretrained, data.train, experiment.seed)
+    state = first_state(experiment, model)
     if directory.has_checkpoint():
         state = state_from_tensors(directory.load_checkpoint("latest"), state)
     # Written only now that everything is built and loaded: a mistake leaves an earlier run as it was.
@@ -243,12 +256,11 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
     return state
 
 
-def prepare(experiment: Experiment, device: torch.device) -> tuple[ImageData, VAE]:
-    """Returns the data and the model on a device, checked against one another and initialised from data where asked.
+def prepare(experiment: Experiment, device: torch.device) -> tuple[ImageData, ImageModel]:
+    """Returns the data and the model on a device, checked against one another.
 
     Raises:
         DataError: if the data cannot be loaded, or does not fit the model.
-        ArgumentError: if the data is too small for the model.
 
     Example: `run` calls it.
     """
@@ -256,14 +268,20 @@ def prepare(experiment: Experiment, device: torch.device) -> tuple[ImageData, VA
     data = experiment.dataset.load().to(device, next(model.parameters()).dtype)
     for images in (data.train, data.split(experiment.selection_split), data.test):
         model.check_images(images)
-    for module in model.modules():
-        initialise = getattr(module, "initialise_from_data", None)
-        if initialise is not None:
-            initialise(as_values(data.train), make_generator(device, experiment.seed, "initialisation from data"))
     return data, model
 
 
-def training_functions(experiment: Experiment, model: VAE, data: ImageData) -> tuple[Step, DrawBatch]:
+def first_state(experiment: Experiment, model: ImageModel) -> TrainState:
+    """Returns the state before the first step.
+
+    Example: `run` calls it.
+    """
+    auxiliary = experiment.objective.initial_state(next(model.parameters()))
+    average = experiment.weight_average_decay is not None
+    return initial_state(model, experiment.optimizer, experiment.seed, average, auxiliary)
+
+
+def training_functions(experiment: Experiment, model: ImageModel, data: ImageData) -> tuple[Step, DrawBatch]:
     """Returns the training step of an experiment and what draws its batches, for `popgen.training.loop.train`.
 
     On a GPU the step is recorded as a CUDA graph, the draw included; it is then given the indices of its images.
@@ -284,26 +302,9 @@ def training_functions(experiment: Experiment, model: VAE, data: ImageData) -> t
     return step, batches.draw
 
 
-def model_of_checkpoint(model: VAE, tensors: Mapping[str, Any], weights: str = "raw") -> VAE:
-    """Returns the model with the raw or averaged weights of a loaded checkpoint.
-
-    Raises:
-        CheckpointError: if it is of another model, or has no averaged weights.
-
-    Example: `run` calls it.
-    """
-    check_choice("weights", weights, WEIGHTS)
-    parameters = tensors["parameters"] if weights == "raw" else tensors["weight_average"]
-    if parameters is None:
-        raise CheckpointError("the run kept no averaged weights (Experiment.weight_average_decay was None)")
-    check_same_tensors(parameters, dict(model.named_parameters()))
-    check_same_tensors(tensors["buffers"], dict(model.named_buffers()))
-    return model_with_weights(model, parameters, tensors["buffers"])
-
-
 def evaluate_model(
     experiment: Experiment,
-    model: VAE,
+    model: ImageModel,
     data: ImageData,
     num_samples: int,
     num_images: int | None,
@@ -312,7 +313,7 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Returns the record of an evaluation on the test images: bounds in nats, and what is needed to repeat it.
 
-    The importance-weighted bound is formed at `precision`, whatever that of training was; the ELBO always at full.
+    The evaluator's bound is formed at `precision`, whatever that of training was; the ELBO always at full.
 
     Raises:
         ArgumentError: if `num_samples`, `num_images` or `precision` is outside its domain.
@@ -324,7 +325,7 @@ def evaluate_model(
     started = time.perf_counter()
     parts = evaluate_elbo(model, images, experiment.seed)
     with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True) as bar:
-        log_p_x = estimate_log_likelihood(
+        log_p_x = experiment.evaluator.bound(
             model, images, num_samples, experiment.seed, _show_mean(bar), precision, experiment.compile
         )
     return {
@@ -332,7 +333,7 @@ def evaluate_model(
         "log_p_x_standard_error": standard_error(log_p_x),
         **{name: part.double().mean().item() for name, part in parts.items()},
         "elbo_standard_error": standard_error(parts["elbo"]),
-        "active_units": count_active_units(model, images),
+        **experiment.evaluator.statistics(model, data, images),
         "num_samples": num_samples,
         "num_images": len(images),
         "step": step,
@@ -359,9 +360,9 @@ def _first_images(images: Tensor, num_images: int | None) -> Tensor:
     return images[:num_images]
 
 
-def _pictures(experiment: Experiment, model: VAE, data: ImageData) -> dict[str, Picture]:
+def _pictures(experiment: Experiment, model: ImageModel, data: ImageData) -> dict[str, Picture]:
     generator = make_generator(data.test.device, experiment.seed, "pictures")
-    return all_pictures(model, data.test, data.image_shape, PICTURE_COUNT, generator)
+    return experiment.evaluator.pictures(model, data, PICTURE_COUNT, generator)
 
 
 def _show_mean(bar: tqdm) -> Callable[[Tensor], None]:
@@ -387,7 +388,7 @@ class _Recorder:
         directory: RunDirectory,
         writer: Writer,
         data: ImageData,
-        model: VAE,
+        model: ImageModel,
     ) -> None:
         self.experiment, self.directory, self.writer = experiment, directory, writer
         self.data, self.model = data, model
@@ -415,10 +416,9 @@ class _Recorder:
             raise TrainingError(
                 f"the {split} loss is {loss} at step {state.step}; the last checkpoints are left as they are"
             )
-        means.update(loss=loss, beta=1.0, active_units=count_active_units(model, images[:ACTIVE_UNIT_IMAGES]))
-        self.writer.scalars(split, means, state.step)
-        seen = self.data.train[:ACTIVE_UNIT_IMAGES]
-        self.writer.scalars("train", {"active_units": count_active_units(model, seen)}, state.step)
+        curves = self.experiment.evaluator.curves
+        self.writer.scalars(split, {**means, "loss": loss, "beta": 1.0, **curves(model, images)}, state.step)
+        self.writer.scalars("train", curves(model, self.data.train), state.step)
 
         improved = loss < state.best_loss
         if improved:
@@ -432,7 +432,7 @@ class _Recorder:
             self._write_pictures(model, state.step)
         return state
 
-    def _write_pictures(self, model: VAE, step: int) -> None:
+    def _write_pictures(self, model: ImageModel, step: int) -> None:
         """Writes every picture; called at ever longer intervals, so that a long run does not fill the disk."""
         pictures = _pictures(self.experiment, model, self.data)
         for name, picture in pictures.items():

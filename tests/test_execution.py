@@ -166,7 +166,7 @@ def fake_compile(monkeypatch: pytest.MonkeyPatch, replacement) -> None:
 @pytest.mark.usefixtures("as_a_user")
 def test_a_mistake_in_what_an_annealed_weight_hides_is_found(monkeypatch: pytest.MonkeyPatch, capsys):
     """At the first step β is 0 and the KL term has no weight; the comparison gives it one."""
-    fake_compile(monkeypatch, lambda function: lambda *a: (function(*a)[0] * (1.0 + a[-1]["beta"]), function(*a)[1]))
+    fake_compile(monkeypatch, lambda function: lambda *a: (function(*a)[0] * (1.0 + a[-2]["beta"]), *function(*a)[1:]))
     vae, batch = make_vae(), torch.rand(8, 16).round()
     state = initial_state(vae, torch.optim.SGD, seed=0)
     make_train_step(vae, NegativeELBO(beta=lambda step: 0.0), compiled=True)(state, batch)

@@ -15,13 +15,14 @@ from tensorboard.summary.writer import event_file_writer
 from popgen.datasets.images import ImageData, prepare_images
 from popgen.errors import ArgumentError, CheckpointError, DataError, TrainingError
 from popgen.evaluation.likelihood import evaluate_elbo
-from popgen.experiment import Configuration, Experiment, evaluate_model, model_of_checkpoint, prepare, run
+from popgen.experiment import Configuration, Experiment, evaluate_model, prepare, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow
 from popgen.nn.vamp_prior import VampPrior
 from popgen.optim.schedules import SigmoidAnnealing
 from popgen.training.objectives import NegativeELBO
 from popgen.training.run_directory import RunDirectory
+from popgen.training.weights import initialise, model_of_checkpoint
 
 CONFIGURATION = Configuration("given", "operative", {"Adam.lr": 1e-3})
 TERMS = ("loss", "elbo", "reconstruction", "kl", "log_q_z_given_x", "log_p_z", "log_det", "beta", "active_units")
@@ -162,6 +163,7 @@ def test_selection_on_held_out_images_leaves_the_test_images_alone(tmp_path):
 def test_pseudo_inputs_start_at_training_images():
     plan = experiment()
     data, model = prepare(plan, torch.device("cpu"))
+    initialise(model, {}, data.train, plan.seed)
     grey = (data.train.float() / 255).clamp(0.02, 0.98)
     for image in model.prior.pseudo_inputs():
         assert (grey - image).abs().amax(1).min() < 1e-6
@@ -216,10 +218,10 @@ def test_evaluation_arguments_and_averaged_weights(finished):
         ({"batch_size": True}, "Experiment.batch_size must be an integer"),
         ({"seed": -1}, "Experiment.seed must be an integer of at least 0, got -1"),
         ({"weight_average_decay": 1.5}, "Experiment.weight_average_decay must be between 0.0 and 1.0, got 1.5"),
-        ({"model": None}, "Experiment.model must be a torch.nn.Module, got None"),
+        ({"model": None}, "Experiment.model must be an ImageModel, .* got None"),
         ({"dataset": Bars}, "Experiment.dataset must be an object with a load"),
         ({"optimizer": 0.1}, "Experiment.optimizer must be a function of the parameters"),
-        ({"objective": 3}, "Experiment.objective must be an objective"),
+        ({"objective": 3}, "Experiment.objective must be an Objective"),
         ({"device": "gpu"}, "Experiment.device 'gpu' cannot be used here"),
     ],
 )

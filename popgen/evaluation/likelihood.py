@@ -16,6 +16,7 @@ from popgen.datasets.images import as_values
 from popgen.errors import check_integer
 from popgen.execution import compile_or_fall_back, matrix_products
 from popgen.losses import elbo, iwae
+from popgen.models.image_model import ImageModel
 from popgen.models.vae import VAE, Encoded
 from popgen.streams import make_generator, stream_seed
 
@@ -55,11 +56,11 @@ def image_noise(
 
 
 @torch.no_grad()
-def evaluate_elbo(model: VAE, images: Tensor, seed: int = 0, batch_size: int = 500) -> dict[str, Tensor]:
+def evaluate_elbo(model: ImageModel, images: Tensor, seed: int = 0, batch_size: int = 500) -> dict[str, Tensor]:
     """Returns the ELBO of every image at β = 1 and its parts, from one sample each.
 
     Args:
-        model: the VAE, on the device of the images.
+        model: on the device of the images.
         images: uint8 levels of 0 and 255 or values in [0, 1], shape `(count, size)`.
         seed: of the noise.
         batch_size: images at a time; it does not change the answer.
@@ -75,7 +76,7 @@ def evaluate_elbo(model: VAE, images: Tensor, seed: int = 0, batch_size: int = 5
         >>> evaluate_elbo(vae, torch.zeros(5, 16))["elbo"].shape
         torch.Size([5])
     """
-    noise = _elbo_noise(len(images), model.latent_dim, seed, images.device)
+    noise = _elbo_noise(len(images), model.noise_dim, seed, images.device)
     parts: list[dict[str, Tensor]] = []
     for chunk, chunk_noise in zip(images.split(batch_size), noise.split(batch_size), strict=True):
         x = as_values(chunk)
@@ -94,10 +95,10 @@ def evaluate_elbo(model: VAE, images: Tensor, seed: int = 0, batch_size: int = 5
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _elbo_noise(count: int, latent_dim: int, seed: int, device: torch.device) -> Tensor:
+def _elbo_noise(count: int, noise_dim: int, seed: int, device: torch.device) -> Tensor:
     """Returns one draw for each image; whole blocks are drawn, so that it does not depend on how many there are."""
     blocks = [
-        torch.randn(NOISE_BLOCK, latent_dim, generator=make_generator(device, seed, "ELBO", block), device=device)
+        torch.randn(NOISE_BLOCK, noise_dim, generator=make_generator(device, seed, "ELBO", block), device=device)
         for block in range(math.ceil(count / NOISE_BLOCK))
     ]
     return torch.cat(blocks)[:count]

@@ -121,13 +121,16 @@ def all_pictures(
     return {name: picture for name, picture in pictures.items() if picture is not None}
 
 
-def save_pictures(path: pathlib.Path, pictures: Mapping[str, Picture]) -> None:
-    """Writes pictures below one another into one PNG, in the order that a reader wants: prior samples first.
+def save_pictures(path: pathlib.Path, pictures: Mapping[str, Picture]) -> list[str]:
+    """Writes pictures below one another into one PNG, prior samples first, and returns their names in that order.
+
+    The originals are left out: every reconstruction stands beside its own.
 
     Example: `run` calls it.
     """
-    order = ("prior_samples", "reconstructions", "interpolations", "pseudo_inputs")
-    chosen = [pictures[name] for name in order if name in pictures]
+    names = sorted((name for name in pictures if name != "originals"), key=lambda name: name != "prior_samples")
+    chosen = [pictures[name] for name in names]
     width = max(picture.shape[1] for picture in chosen)
     rows = [torch.nn.functional.pad(picture, (0, width - picture.shape[1], 0, 6), value=0) for picture in chosen]
     write_png(path, torch.cat(rows))
+    return names

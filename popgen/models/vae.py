@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from popgen.distributions import Bernoulli, DiagonalNormal, GaussianMixture, StandardNormal
-from popgen.errors import ArgumentError, DataError, check_integer
+from popgen.errors import ArgumentError, check_integer
+from popgen.models.image_model import ImageModel, LogDensities
 from popgen.nn.flows import Bijection, PosteriorFlow
 from popgen.nn.gated_dense import GatedDense
 from popgen.nn.priors import Prior
@@ -80,21 +81,7 @@ class Encoded(NamedTuple):
     prior: StandardNormal | GaussianMixture
 
 
-class LogDensities(NamedTuple):
-    """The terms of every bound, nats, each of shape `(samples, batch)`."""
-
-    log_p_x_given_z: Float[Tensor, "samples batch"]
-    log_p_z: Float[Tensor, "samples batch"]
-    log_q_z_given_x: Float[Tensor, "samples batch"]
-    log_det: Float[Tensor, "samples batch"]
-
-    @property
-    def log_w(self) -> Float[Tensor, "samples batch"]:
-        """The log importance weights, log p(x|z) + log p(z) - log q(z|x)."""
-        return self.log_p_x_given_z + self.log_p_z - self.log_q_z_given_x
-
-
-class VAE(nn.Module):
+class VAE(ImageModel):
     """A latent-variable model p(x|z) p(z) with an amortised posterior q(z|x).
 
     The posterior is the encoder's diagonal Gaussian, moved by the flow if there is one:
@@ -146,6 +133,11 @@ class VAE(nn.Module):
     def latent_dim(self) -> int:
         """The size of the latent space."""
         return cast(int, self.encoder.latent_dim)
+
+    @property
+    def noise_dim(self) -> int:
+        """The size of the standard normal noise that a sample takes."""
+        return self.latent_dim
 
     def encode(self, x: Float[Tensor, "batch input"]) -> Encoded:
         """Returns posterior, flow and prior for a batch; the pseudo-inputs are encoded in one batch with `x`.
@@ -201,21 +193,6 @@ class VAE(nn.Module):
         """Returns p(z)."""
         pseudo_inputs = self.prior.pseudo_inputs()
         return self.prior() if pseudo_inputs is None else self.prior(self.encoder(pseudo_inputs)[0])
-
-    def check_images(self, images: Tensor) -> None:
-        """Checks that images fit the encoder and the likelihood.
-
-        Raises:
-            DataError: if their size differs from the encoder's, or their values are outside the likelihood's support.
-        """
-        if images.ndim != 2 or images.shape[1] != self.input_dim:
-            raise DataError(
-                f"the images have shape {tuple(images.shape)}, but the encoder takes (count, {self.input_dim}): set "
-                "its input_dim to the flattened size of an image"
-            )
-        likelihood = getattr(self.decoder, "likelihood", None)
-        if likelihood is not None:
-            likelihood.check_support(images)
 
     def _check_sizes(self) -> None:
         """Compares the sizes that the parts state, so that a misfit is named before any tensor is."""

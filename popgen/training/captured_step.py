@@ -64,14 +64,21 @@ class CapturedStep:
     def __init__(self, train_step: TrainStep, batches: TrainBatches, record: Recorder = record_cuda_graph) -> None:
         self.train_step, self.batches, self.record = train_step, batches, record
         self._warmed_up = 0
-        self._recorded_for: tuple = (None,) * 5
+        self._recorded_for: tuple = (None,) * 6
         self._replay: Callable[[], object] | None = None
         self._metrics: Metrics = {}
 
     def __call__(self, state: TrainState, indices: Tensor) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics of the batch at these indices; the old state is consumed."""
         settings = self.train_step.settings(state)
-        tensors = (state.parameters, state.buffers, state.weight_average, state.optimizer, state.generators)
+        tensors = (
+            state.parameters,
+            state.buffers,
+            state.auxiliary,
+            state.weight_average,
+            state.optimizer,
+            state.generators,
+        )
         if not all(map(operator.is_, tensors, self._recorded_for)):
             self._prepare(state, indices, list(settings))
             self._recorded_for = tensors

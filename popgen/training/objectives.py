@@ -1,11 +1,11 @@
 """Objectives: what a training step minimises.
 
-An objective has three methods. `settings(step)` returns the numbers that depend on the step alone, `draw_noise(model,
-batch, generator)` draws the noise that one step needs, and `__call__(forward, batch, noise, settings)` returns the
-scalar loss and a dictionary of detached scalars. `forward` calls the model with the parameters of the training state.
-The loss is formed here, and here alone the mean over the batch is taken.
+An objective is called as `objective(forward, batch, noise, settings, state)` and returns the scalar loss, a dictionary
+of detached scalars, and the new values of whatever else the step changes: its own state and buffers of the model, by
+name. `forward` calls the model with the parameters of the training state. The loss is formed here, and here alone the
+mean over the batch is taken.
 
-The step number itself does not reach `__call__`: its settings do, as tensors on the device, so that one compiled
+The step number itself does not reach it: its `settings(step)` do, as tensors on the device, so that one compiled
 function or one CUDA graph serves every step.
 """
 
@@ -16,33 +16,52 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from popgen.errors import ArgumentError, check_integer
+from popgen.errors import ArgumentError, check_choice, check_integer, check_number
 from popgen.losses import elbo
-from popgen.models.vae import VAE
+from popgen.models.image_model import LogDensities
+from popgen.models.vqvae import VQVAETerms
+from popgen.optim.geco import GECO, GECOState
 from popgen.optim.schedules import Constant, Schedule
+
+CONSTRAINTS = ("reconstruction", "kl")
 
 Metrics = dict[str, Tensor]
 Settings = Mapping[str, Tensor]
+Tensors = Mapping[str, Tensor]
+Result = tuple[Tensor, Metrics, Tensors]
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What a training step minimises."""
+    """What a training step minimises. Subclasses define `draw_noise` and `__call__`; the rest has defaults."""
 
     def settings(self, step: int) -> dict[str, float]:
         """Returns the numbers that depend on the step alone, such as an annealed weight."""
+        return {}
+
+    def initial_state(self, reference: Tensor) -> dict[str, Tensor]:
+        """Returns the objective's own state before the first step, on the device and in the dtype of a reference."""
+        return {}
 
     def draw_noise(self, model: Any, batch: Tensor, generator: torch.Generator) -> Any:
         """Returns the noise of one step."""
 
     def __call__(
-        self, forward: Callable[..., Any], batch: Tensor, noise: Any, settings: Settings
-    ) -> tuple[Tensor, Metrics]:
-        """Returns the scalar loss and detached scalar metrics; `settings` holds scalar tensors."""
+        self, forward: Callable[..., Any], batch: Tensor, noise: Any, settings: Settings, state: Tensors
+    ) -> Result:
+        """Returns the scalar loss, detached scalar metrics, and new values of its state and of buffers of the model.
+
+        Args:
+            forward: the model, with the parameters and buffers of the training state.
+            batch: what `TrainBatches` drew.
+            noise: what `draw_noise` drew.
+            settings: scalar tensors, those of `settings(step)`.
+            state: the objective's own state.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
-class NegativeELBO:
+class NegativeELBO(Objective):
     """Minimises -(log p(x|z) - β_t (log q(z|x) - log p(z))), averaged over samples and batch, nats.
 
     Metrics: `loss`, `elbo` (always at β = 1), `reconstruction` (log p(x|z)), `kl`, `log_q_z_given_x`, `log_p_z`,
@@ -74,30 +93,159 @@ class NegativeELBO:
         """Returns β at that step."""
         return {"beta": self.beta(step)}
 
-    def draw_noise(self, model: VAE, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns standard normal noise, shape `(num_samples, batch, latent_dim)`."""
-        shape = (self.num_samples, len(batch), model.latent_dim)
+    def draw_noise(self, model: Any, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns standard normal noise, shape `(num_samples, batch, noise_dim)`."""
+        shape = (self.num_samples, len(batch), model.noise_dim)
         return torch.randn(shape, generator=generator, device=batch.device, dtype=batch.dtype)
 
     def __call__(
-        self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings
-    ) -> tuple[Tensor, Metrics]:
-        """Returns the loss and the metrics of a batch."""
+        self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
+    ) -> Result:
+        """Returns the loss and the metrics of a batch; nothing else changes."""
         terms = forward(batch, noise)
         beta = settings["beta"]
-        bound = elbo(terms.log_p_x_given_z, terms.log_p_z, terms.log_q_z_given_x, beta)
-        loss = -bound.mean()
-        means = torch.stack([term.detach() for term in terms]).flatten(1).mean(1)
-        reconstruction, log_p_z, log_q_z_given_x, log_det = means.unbind()
-        kl = log_q_z_given_x - log_p_z
+        loss = -elbo(terms.log_p_x_given_z, terms.log_p_z, terms.log_q_z_given_x, beta).mean()
+        return loss, {"loss": loss.detach(), **bound_metrics(terms), "beta": beta}, {}
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstrainedELBO(Objective):
+    """Minimises one term of the negative ELBO under a constraint on the other, whose multiplier GECO finds.
+
+        constraint = "reconstruction":  minimise KL              subject to  target - log p(x|z) ≤ 0
+        constraint = "kl":              minimise -log p(x|z)     subject to  KL - target ≤ 0
+
+    Both are means over samples and batch, nats per example, and so is the target, in the sign of what it constrains.
+    The first equals a β-VAE with β = 1/λ at the λ that it ends with, the second one with β = λ; see
+    `popgen.optim.geco`.
+
+    Metrics: those of `NegativeELBO` without `beta` (`loss` is the Lagrangian), and `constraint`, `constraint_average`
+    and `multiplier`.
+
+    Args:
+        geco: the multiplier's dynamics.
+        constraint: "reconstruction" or "kl".
+        target: what it must reach, nats per example: the least log p(x|z), or the largest KL.
+        num_samples: posterior samples for each image.
+
+    Raises:
+        ArgumentError: if an argument is outside its domain.
+
+    Example:
+        >>> objective = ConstrainedELBO(GECO(rate=1e-3), constraint="reconstruction", target=-72.0)
+        >>> objective.initial_state(torch.zeros(()))["multiplier"]
+        tensor(1.)
+    """
+
+    geco: GECO
+    constraint: str
+    target: float
+    num_samples: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.geco, GECO):
+            raise ArgumentError(f"ConstrainedELBO.geco must be a GECO, such as @GECO(), got {self.geco!r}")
+        check_choice("ConstrainedELBO.constraint", self.constraint, CONSTRAINTS)
+        check_number("ConstrainedELBO.target", self.target)
+        check_integer("ConstrainedELBO.num_samples", self.num_samples, minimum=1)
+
+    def initial_state(self, reference: Tensor) -> dict[str, Tensor]:
+        """Returns GECO's state before the first step."""
+        return self.geco.initial_state(reference.device, reference.dtype)._asdict()
+
+    def draw_noise(self, model: Any, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns standard normal noise, shape `(num_samples, batch, noise_dim)`."""
+        shape = (self.num_samples, len(batch), model.noise_dim)
+        return torch.randn(shape, generator=generator, device=batch.device, dtype=batch.dtype)
+
+    def __call__(
+        self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
+    ) -> Result:
+        """Returns the Lagrangian, the metrics and GECO's next state."""
+        terms = forward(batch, noise)
+        reconstruction = terms.log_p_x_given_z.mean()
+        kl = (terms.log_q_z_given_x - terms.log_p_z).mean()
+        if self.constraint == "reconstruction":
+            minimised, constraint = kl, self.target - reconstruction
+        else:
+            minimised, constraint = -reconstruction, kl - self.target
+        before = GECOState(**state)
+        loss = self.geco.lagrangian(minimised, constraint, before)
+        after = self.geco.update(before, constraint)
         metrics = {
             "loss": loss.detach(),
-            "elbo": reconstruction - kl,
-            "reconstruction": reconstruction,
-            "kl": kl,
-            "log_q_z_given_x": log_q_z_given_x,
-            "log_p_z": log_p_z,
-            "log_det": log_det,
-            "beta": beta,
+            **bound_metrics(terms),
+            "constraint": constraint.detach(),
+            "constraint_average": after.constraint_average,
+            "multiplier": before.multiplier,
         }
-        return loss, metrics
+        return loss, metrics, after._asdict()
+
+
+@dataclasses.dataclass(frozen=True)
+class VQVAELoss(Objective):
+    """Minimises -log p(x|z) + |sg[z_e] - e|² + w · |z_e - sg[e]|², a mean over the batch, nats per example.
+
+    Eq. 3 of van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937). The second term is nought where the codebook
+    is a moving average, which moves after the vectors have been quantised.
+
+    Metrics: `loss`, those of the bound under the model's own prior (`elbo`, `reconstruction`, `kl`, ...),
+    `commitment_loss`, `codebook_loss` and `codes_revived`, the dead codes revived in a step.
+
+    Args:
+        commitment: the weight w of the commitment loss.
+
+    Raises:
+        ArgumentError: if an argument is outside its domain.
+
+    Example:
+        >>> VQVAELoss(commitment=-1.0)
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: VQVAELoss.commitment must be between 0.0 and inf, got -1.0
+    """
+
+    commitment: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_number("VQVAELoss.commitment", self.commitment, minimum=0.0)
+
+    def draw_noise(self, model: Any, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns uniform noise that chooses where dead codes go, shape `(num_codebooks, num_codes)`."""
+        shape = (model.quantiser.num_codebooks, model.quantiser.num_codes)
+        return torch.rand(shape, generator=generator, device=batch.device, dtype=batch.dtype)
+
+    def __call__(
+        self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
+    ) -> Result:
+        """Returns the loss, the metrics and the codebook's next state."""
+        terms = forward(batch, None, noise)
+        commitment, codebook = terms.commitment_loss.mean(), terms.codebook_loss.mean()
+        loss = -terms.log_p_x_given_z.mean() + codebook + self.commitment * commitment
+        metrics = {
+            "loss": loss.detach(),
+            **bound_metrics(terms),
+            "commitment_loss": commitment.detach(),
+            "codebook_loss": codebook.detach(),
+            "codes_revived": terms.num_revived.to(loss.dtype),
+        }
+        return loss, metrics, terms.changes
+
+
+def bound_metrics(terms: LogDensities | VQVAETerms) -> Metrics:
+    """Returns the means of the bound at β = 1 and of its parts, detached, nats.
+
+    Example: `NegativeELBO` calls it.
+    """
+    bound_terms = (terms.log_p_x_given_z, terms.log_p_z, terms.log_q_z_given_x, terms.log_det)
+    means = torch.stack([term.detach() for term in bound_terms]).flatten(1).mean(1)
+    reconstruction, log_p_z, log_q_z_given_x, log_det = means.unbind()
+    kl = log_q_z_given_x - log_p_z
+    return {
+        "elbo": reconstruction - kl,
+        "reconstruction": reconstruction,
+        "kl": kl,
+        "log_q_z_given_x": log_q_z_given_x,
+        "log_p_z": log_p_z,
+        "log_det": log_det,
+    }

@@ -1,6 +1,7 @@
 """A run directory: what lies where, and that only one process at a time trains in it."""
 
 import contextlib
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,18 @@ CONTENTS = (
     "evaluation_step*.json",
     "events.out.tfevents.*",
 )
+
+
+def default_root() -> pathlib.Path:
+    """Returns `$EXPERIMENT_DIR` if it is set, else `experiments`.
+
+    Example:
+        >>> from unittest import mock
+        >>> with mock.patch.dict(os.environ, EXPERIMENT_DIR="runs"):
+        ...     default_root().name
+        'runs'
+    """
+    return pathlib.Path(os.environ.get("EXPERIMENT_DIR") or "experiments")
 
 
 class RunDirectory:
@@ -112,3 +125,28 @@ class RunDirectory:
         for pattern in CONTENTS:
             for found in self.path.glob(pattern):
                 found.unlink()
+
+
+def find_run(name: str, run: str) -> RunDirectory:
+    """Returns the run in a directory, or of that name under `default_root()`.
+
+    Args:
+        name: of the argument, for the error.
+        run: a path or a name.
+
+    Raises:
+        CheckpointError: if neither holds a checkpoint.
+
+    Example:
+        >>> find_run("Experiment.pretrained", "/nowhere/vqvae")
+        Traceback (most recent call last):
+            ...
+        popgen.errors.CheckpointError: Experiment.pretrained: there is no trained run in /nowhere/vqvae; train it first
+    """
+    places = list(dict.fromkeys([pathlib.Path(run), default_root() / run]))
+    for place in places:
+        directory = RunDirectory(place)
+        if directory.checkpoint_path("best").is_file():
+            return directory
+    looked = " or ".join(map(str, places))
+    raise CheckpointError(f"{name}: there is no trained run in {looked}; train it first")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from popgen.errors import CheckpointError
+from popgen.errors import ArgumentError, CheckpointError
 from popgen.streams import make_generator
 
 STREAMS = ("binarisation", "posterior noise")
@@ -29,8 +29,9 @@ class TrainState:
 
     Attributes:
         step: steps taken.
-        parameters: name to leaf tensor.
-        buffers: name to tensor.
+        parameters: name to leaf tensor, of what is trained.
+        buffers: name to tensor; the model's buffers, and those of its parameters that do not require gradients.
+        auxiliary: name to tensor; the objective's own state.
         optimizer: holds the moments of `parameters`.
         weight_average: name to averaged parameter, or None.
         generators: purpose to generator.
@@ -41,6 +42,7 @@ class TrainState:
     step: int
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    auxiliary: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
     weight_average: dict[str, Tensor] | None
     generators: dict[str, torch.Generator]
@@ -49,7 +51,11 @@ class TrainState:
 
 
 def initial_state(
-    model: nn.Module, optimizer_factory: OptimizerFactory, seed: int, average_weights: bool = True
+    model: nn.Module,
+    optimizer_factory: OptimizerFactory,
+    seed: int,
+    average_weights: bool = True,
+    auxiliary: dict[str, Tensor] | None = None,
 ) -> TrainState:
     """Returns the state before the first step, with copies of the model's tensors, on their device.
 
@@ -58,23 +64,58 @@ def initial_state(
         optimizer_factory: called with the parameters, for example `torch.optim.Adam`.
         seed: of the random streams.
         average_weights: whether to keep an average of the parameters.
+        auxiliary: the first state of the objective, if it has one; donated.
+
+    Raises:
+        ArgumentError: if nothing in the model is trained, or its buffers and the auxiliary state share a name.
 
     Example:
         >>> state = initial_state(nn.Linear(2, 1), torch.optim.SGD, seed=0)
         >>> state.step, sorted(state.parameters)
         (0, ['bias', 'weight'])
     """
-    parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    trained, fixed = trained_and_fixed(model)
+    if not trained:
+        raise ArgumentError(f"nothing in {type(model).__name__} is trained: none of its parameters requires gradients")
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in trained.items()}
+    buffers = {name: b.detach().clone() for name, b in fixed.items()}
+    auxiliary = auxiliary or {}
+    shared = sorted(set(auxiliary) & set(buffers))
+    if shared:
+        raise ArgumentError(f"the state of the objective must not have names of the model's buffers: {shared}")
     device = next(iter(parameters.values())).device
     return TrainState(
         step=0,
         parameters=parameters,
         buffers=buffers,
+        auxiliary=auxiliary,
         optimizer=optimizer_factory(parameters.values()),
         weight_average={name: p.detach().clone() for name, p in parameters.items()} if average_weights else None,
         generators={name: make_generator(device, seed, name) for name in STREAMS},
     )
+
+
+def trained_and_fixed(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns the parameters of a model that require gradients, and all its other tensors, by name.
+
+    Example:
+        >>> linear = nn.Linear(2, 1)
+        >>> _ = linear.bias.requires_grad_(False)
+        >>> [list(tensors) for tensors in trained_and_fixed(linear)]
+        [['weight'], ['bias']]
+    """
+    trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trained, {name: tensor for name, tensor in tensors_of(model).items() if name not in trained}
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the parameters and buffers of a model by name.
+
+    Example:
+        >>> list(tensors_of(nn.Linear(2, 1)))
+        ['weight', 'bias']
+    """
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def state_to_tensors(state: TrainState) -> dict[str, Any]:
@@ -86,6 +127,7 @@ def state_to_tensors(state: TrainState) -> dict[str, Any]:
         "step": state.step,
         "parameters": {name: p.detach() for name, p in state.parameters.items()},
         "buffers": state.buffers,
+        "auxiliary": state.auxiliary,
         "optimizer": state.optimizer.state_dict(),
         "optimizer_name": type(state.optimizer).__name__,
         "optimizer_defaults": state.optimizer.defaults,
@@ -115,8 +157,14 @@ def state_from_tensors(tensors: dict[str, Any], template: TrainState) -> TrainSt
     """
     check_same_tensors(tensors["parameters"], template.parameters)
     check_same_tensors(tensors["buffers"], template.buffers)
-    _copy_by_name(tensors["parameters"], into=template.parameters)
-    _copy_by_name(tensors["buffers"], into=template.buffers)
+    auxiliary = tensors.get("auxiliary", {})
+    check_same_tensors(auxiliary, template.auxiliary, "objective")
+    for values, into in (
+        (tensors["parameters"], template.parameters),
+        (tensors["buffers"], template.buffers),
+        (auxiliary, template.auxiliary),
+    ):
+        copy_by_name(values, into)
     _load_optimizer(template.optimizer, tensors)
     device = next(iter(template.parameters.values())).device
     average = template.weight_average
@@ -157,8 +205,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Any]) -
         group.update({key: wanted[key] for key in changed})
 
 
-def check_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Compares names and shapes.
+def check_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], of: str = "model") -> None:
+    """Compares names and shapes of the tensors of a model, or of what `of` says.
 
     Raises:
         CheckpointError: naming the first tensors that differ.
@@ -168,13 +216,14 @@ def check_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> N
     """
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (found, wanted)]
     if shapes[0] != shapes[1]:
+        kind = of.split()[0]
         differing = sorted(name for name in {*found, *wanted} if shapes[0].get(name) != shapes[1].get(name))
         listed = "; ".join(
-            f"{name}: {shapes[0].get(name, 'absent')} in the checkpoint, {shapes[1].get(name, 'absent')} in the model"
+            f"{name}: {shapes[0].get(name, 'absent')} in the checkpoint, {shapes[1].get(name, 'absent')} in the {kind}"
             for name in differing[:3]
         )
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise CheckpointError(f"the checkpoint is of another model: {listed}{more}")
+        raise CheckpointError(f"the checkpoint is of another {of}: {listed}{more}")
 
 
 def model_with_weights(model: Model, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Model:
@@ -186,12 +235,15 @@ def model_with_weights(model: Model, parameters: dict[str, Tensor], buffers: dic
         1.0
     """
     loaded = copy.deepcopy(model)
-    _copy_by_name(parameters, into=dict(loaded.named_parameters()))
-    _copy_by_name(buffers, into=dict(loaded.named_buffers()))
+    copy_by_name({**parameters, **buffers}, into=tensors_of(loaded))
     return loaded.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def _copy_by_name(values: dict[str, Tensor], into: dict[str, Tensor]) -> None:
+def copy_by_name(values: dict[str, Tensor], into: dict[str, Tensor]) -> None:
+    """Copies values into the tensors of the same names.
+
+    Example: `model_with_weights` calls it.
+    """
     for name, tensor in into.items():
         tensor.copy_(values[name])

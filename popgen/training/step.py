@@ -11,10 +11,10 @@ from torch.func import functional_call
 from popgen.errors import ArgumentError
 from popgen.execution import compile_or_fall_back, matrix_products
 from popgen.optim.weight_average import effective_decay, update_weight_average
-from popgen.training.objectives import Metrics, Objective, Settings
+from popgen.training.objectives import Metrics, Objective, Result, Settings, Tensors
 from popgen.training.state import TrainState
 
-LossFunction = Callable[[dict[str, Tensor], dict[str, Tensor], Tensor, Any, Settings], tuple[Tensor, Metrics]]
+LossFunction = Callable[[Tensors, Tensors, Tensor, Any, Settings, Tensors], Result]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TrainStep:
     Attributes:
         model: the architecture.
         objective: what is minimised.
-        loss_function: the objective as a pure function of parameters, buffers, batch, noise and settings.
+        loss_function: the objective as a pure function of parameters, buffers, batch, noise, settings and its state.
         weight_average_decay: decay of the weight average.
         max_gradient_norm: gradients with a larger norm are scaled down to it.
         precision: of the matrix products.
@@ -61,12 +61,16 @@ class TrainStep:
         """
         noise = self.objective.draw_noise(self.model, batch, state.generators["posterior noise"])
         with matrix_products(self.precision, batch.device):
-            loss, metrics = self.loss_function(state.parameters, state.buffers, batch, noise, settings)
+            loss, metrics, changes = self.loss_function(
+                state.parameters, state.buffers, batch, noise, settings, state.auxiliary
+            )
             gradients = torch.autograd.grad(loss, list(state.parameters.values()), allow_unused=True)
         metrics["gradient_norm"] = self._apply(gradients, state)
         metrics["learning_rate"] = settings["learning_rate"]
         if state.weight_average is not None:
             update_weight_average(state.weight_average, state.parameters, settings["average_weight"])
+        for name, value in changes.items():
+            _changeable(state, name).copy_(value.detach())
         return metrics
 
     def _apply(self, gradients: tuple[Tensor | None, ...], state: TrainState) -> Tensor:
@@ -88,6 +92,16 @@ class TrainStep:
         for leaf in leaves:
             leaf.grad = None
         return norm
+
+
+def _changeable(state: TrainState, name: str) -> Tensor:
+    tensor = state.auxiliary.get(name, state.buffers.get(name))
+    if tensor is None:
+        raise ArgumentError(
+            f"the objective changes {name!r}, which is neither its own state ({', '.join(state.auxiliary) or 'none'}) "
+            f"nor a buffer of the model ({', '.join(state.buffers) or 'none'})"
+        )
+    return tensor
 
 
 def settings_tensor(settings: dict[str, float], state: TrainState) -> Tensor:
@@ -134,8 +148,11 @@ def make_train_step(
         (1, True)
     """
 
-    def loss_function(parameters, buffers, batch, noise, settings):
-        return objective(lambda *inputs: functional_call(model, (parameters, buffers), inputs), batch, noise, settings)
+    def loss_function(parameters, buffers, batch, noise, settings, state):
+        def forward(*inputs):
+            return functional_call(model, (parameters, buffers), inputs)
+
+        return objective(forward, batch, noise, settings, state)
 
     reserved = {"average_weight", "learning_rate"} & set(objective.settings(0))
     if reserved:
@@ -147,5 +164,5 @@ def make_train_step(
 
 def _with_settings_of_one(arguments: tuple) -> tuple:
     """Returns the arguments of a loss function with which a mistake shows: a weight of nought hides what it weighs."""
-    *others, settings = arguments
-    return *others, {name: torch.ones_like(value) for name, value in settings.items()}
+    *others, settings, state = arguments
+    return *others, {name: torch.ones_like(value) for name, value in settings.items()}, state

@@ -25,8 +25,8 @@ def forward(batch: Tensor, noise: Tensor) -> LogDensities:
 @pytest.mark.parametrize("beta, loss", [(1.0, 13.0), (0.0, 10.0), (0.5, 11.5), (4.0, 22.0)])
 def test_loss_and_metrics_by_hand(beta: float, loss: float) -> None:
     """The loss is 10 + 3 β whatever β is; the ELBO and its parts do not depend on it."""
-    found, metrics = NegativeELBO(Constant(beta), num_samples=2)(
-        forward, torch.zeros(2, 4), torch.zeros(2, 2, 3), {"beta": torch.tensor(beta)}
+    found, metrics, _ = NegativeELBO(Constant(beta), num_samples=2)(
+        forward, torch.zeros(2, 4), torch.zeros(2, 2, 3), {"beta": torch.tensor(beta)}, {}
     )
     assert found.shape == () and found.item() == pytest.approx(loss)
     expected = {"loss": loss, "elbo": -13.0, "reconstruction": -10.0, "kl": 3.0}
@@ -38,7 +38,7 @@ def test_loss_and_metrics_by_hand(beta: float, loss: float) -> None:
 def test_beta_is_that_of_the_step(step: int, beta: float) -> None:
     objective = NegativeELBO(LinearAnnealing(0.0, 1.0, num_steps=10))
     settings = {name: torch.tensor(value) for name, value in objective.settings(step).items()}
-    loss, metrics = objective(forward, torch.zeros(2, 4), torch.zeros(1, 2, 3), settings)
+    loss, metrics, _ = objective(forward, torch.zeros(2, 4), torch.zeros(1, 2, 3), settings, {})
     assert loss.item() == pytest.approx(10.0 + 3.0 * beta) and metrics["beta"].item() == pytest.approx(beta)
 
 

@@ -6,7 +6,7 @@ import itertools
 import pathlib
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,13 +18,14 @@ from torch import Tensor
 from popgen.datasets.images import ImageData, binarise_once, prepare_images
 from popgen.errors import ArgumentError, CheckpointError, TrainingError
 from popgen.evaluation.likelihood import evaluate_elbo
-from popgen.experiment import Configuration, Experiment, model_of_checkpoint, run
+from popgen.experiment import Configuration, Experiment, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import PlanarFlow
 from popgen.nn.vamp_prior import VampPrior
 from popgen.training.objectives import NegativeELBO
 from popgen.training.run_directory import RunDirectory
 from popgen.training.state import TrainState
+from popgen.training.weights import model_of_checkpoint
 
 CONFIGURATION = Configuration(given="given", operative="operative", settings={"Adam.lr": 0.01})
 
@@ -273,9 +274,9 @@ class BecomesInfinite(NegativeELBO):
     def settings(self, step: int) -> dict[str, float]:
         return {**super().settings(step), "scale": torch.inf if step >= 7 else 1.0}
 
-    def __call__(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Mapping[str, Tensor]):
-        loss, metrics = super().__call__(forward, batch, noise, settings)
-        return loss * settings["scale"], metrics | {"loss": metrics["loss"] * settings["scale"]}
+    def __call__(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings, state):
+        loss, metrics, changes = super().__call__(forward, batch, noise, settings, state)
+        return loss * settings["scale"], metrics | {"loss": metrics["loss"] * settings["scale"]}, changes
 
 
 def test_a_diverged_run_keeps_what_was_good(tmp_path: pathlib.Path) -> None:

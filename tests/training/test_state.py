@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from popgen.errors import CheckpointError
 from popgen.training import checkpoints
+from popgen.training.objectives import Objective
 from popgen.training.state import (
     TrainState,
     check_same_tensors,
@@ -38,18 +39,15 @@ class WithBuffer(nn.Module):
         return self.linear(x - self.centre) + noise
 
 
-class Squares:
+class Squares(Objective):
     """The mean square of the output, with a little noise of its own."""
-
-    def settings(self, step: int) -> dict[str, float]:
-        return {}
 
     def draw_noise(self, model: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
         return 0.1 * torch.randn(len(batch), 2, generator=generator)
 
-    def __call__(self, forward, batch: Tensor, noise: Tensor, settings) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, forward, batch: Tensor, noise: Tensor, settings, state):
         loss = forward(batch, noise).square().mean()
-        return loss, {"loss": loss.detach()}
+        return loss, {"loss": loss.detach()}, {}
 
 
 def advance(state: TrainState, num_steps: int) -> tuple[TrainState, list[float]]:

@@ -66,7 +66,8 @@ def test_objective_is_the_annealed_bound():
     batch, noise = batch_of(0), torch.randn(3, 6, 4)
     objective = NegativeELBO(beta=SigmoidAnnealing(rate=0.1), num_samples=3)
     settings = {name: torch.tensor(value) for name, value in objective.settings(step=7).items()}
-    loss, metrics = objective(vae, batch, noise, settings)
+    loss, metrics, changes = objective(vae, batch, noise, settings, {})
+    assert changes == {}
     terms = vae(batch, noise)
     beta = 2 * (1 / (1 + math.exp(-0.7)) - 0.5)
     bound = elbo(terms.log_p_x_given_z, terms.log_p_z, terms.log_q_z_given_x, beta)

@@ -1,0 +1,168 @@
+"""How VQ-VAEs are evaluated: the bound, the use of the codes, and what a prior that knows no neighbours would give."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from popgen.datasets.images import ImageData, bernoulli_thresholds, binarise, draw_bits
+from popgen.errors import ArgumentError
+from popgen.evaluation.likelihood import Progress, evaluate_elbo
+from popgen.evaluation.pictures import COLUMNS, Picture, originals
+from popgen.execution import matrix_products
+from popgen.models.vqvae import VQVAE, VQVAEWithPrior
+from popgen.nn.vqvae import CodeUsage
+from popgen.streams import make_generator
+from popgen.summaries import image_grid
+
+BATCH_SIZE = 1_000
+
+
+@torch.no_grad()
+def codes_of_images(model: VQVAE, images: Tensor, seed: int = 0) -> Int64[Tensor, "count height width ..."]:
+    """Returns the codes of all images, in order; grey levels are binarised with a seeded draw first.
+
+    Args:
+        model: on the device of the images.
+        images: uint8 levels or values in [0, 1], shape `(count, size)`.
+        seed: of the binarisation.
+
+    Example:
+        >>> from popgen.models.vqvae import ConvolutionalDecoder, ConvolutionalEncoder
+        >>> from popgen.nn.vqvae import MovingAverageQuantiser
+        >>> vqvae = VQVAE(ConvolutionalEncoder(8), MovingAverageQuantiser(16, 8), ConvolutionalDecoder(8))
+        >>> codes_of_images(vqvae, torch.zeros(5, 784)).shape
+        torch.Size([5, 7, 7])
+    """
+    generator = make_generator(images.device, seed, "codes")
+    codes = []
+    for part in images.split(BATCH_SIZE):
+        if not part.is_floating_point():
+            part = binarise(bernoulli_thresholds(part), draw_bits(tuple(part.shape), generator))
+        codes.append(model.encode(part))
+    return torch.cat(codes)
+
+
+def positionwise_log_prior(
+    codes: Int64[Tensor, "count ..."], seen: Int64[Tensor, "seen ..."], num_codes: int
+) -> Float[Tensor, " count"]:
+    """Returns log p of each map under one categorical distribution for each position, nats.
+
+    The probabilities are those of other maps, with one added to every count.
+
+    Args:
+        codes: the maps.
+        seen: the maps whose counts are taken.
+        num_codes: K.
+
+    Example:
+        >>> seen = torch.tensor([[0, 1], [0, 1]])
+        >>> positionwise_log_prior(torch.tensor([[0, 1]]), seen, num_codes=2).exp()  # (3/4)²
+        tensor([0.5625])
+    """
+    codes, seen = codes.flatten(1), seen.flatten(1)
+    num_positions = seen.shape[1]
+    places = num_codes * torch.arange(num_positions, device=seen.device)
+    counts = torch.bincount((seen + places).flatten(), minlength=num_positions * num_codes).view(num_positions, -1) + 1
+    log_probabilities = counts.double().log() - counts.sum(1, keepdim=True).double().log()
+    return log_probabilities.flatten()[codes + places].sum(1).float()
+
+
+@dataclasses.dataclass(frozen=True)
+class VQVAEEvaluator:
+    """Evaluates a VQ-VAE: its bound under a uniform prior, and how many of the codes it uses.
+
+    `codes_used` and `perplexity` are those of a whole pass over the images, whatever the batches.
+
+    Example:
+        >>> VQVAEEvaluator().default_num_samples
+        1
+    """
+
+    bound_name: ClassVar[str] = "ELBO, the posterior is a point"
+    default_num_samples: ClassVar[int] = 1
+
+    def curves(self, model: VQVAE, images: Tensor) -> dict[str, float | int]:
+        """Returns the use of the codes on all images."""
+        return _usage(model, codes_of_images(model, images))
+
+    def bound(
+        self,
+        model: VQVAE | VQVAEWithPrior,
+        images: Tensor,
+        num_samples: int,
+        seed: int,
+        progress: Progress | None = None,
+        precision: str = "fp32",
+        compiled: bool = False,
+    ) -> Tensor:
+        """Returns the evidence lower bound of every image, which one sample gives exactly.
+
+        Raises:
+            ArgumentError: if `num_samples` is not 1.
+        """
+        if num_samples != 1:
+            raise ArgumentError(
+                f"num_samples must be 1 for a VQ-VAE, got {num_samples}: its posterior is a point, and more samples "
+                "are all the same"
+            )
+        with matrix_products(precision, images.device):
+            bound = evaluate_elbo(model, images, seed)["elbo"]
+        if progress is not None:
+            progress(bound)
+        return bound
+
+    def statistics(self, model: VQVAE, data: ImageData, images: Tensor) -> dict[str, float | int]:
+        """Returns the use of the codes, and the bound under a categorical prior for each position."""
+        codes, seen = codes_of_images(model, images), codes_of_images(model, data.train)
+        kl = -positionwise_log_prior(codes, seen, model.quantiser.num_codes).double().mean().item()
+        reconstruction = evaluate_elbo(model, images)["reconstruction"].double().mean().item()
+        return {
+            **_usage(model, codes),
+            "kl_of_positionwise_prior": kl,
+            "elbo_of_positionwise_prior": reconstruction - kl,
+        }
+
+    def pictures(
+        self, model: VQVAE, data: ImageData, num_samples: int, generator: torch.Generator
+    ) -> dict[str, Picture]:
+        """Returns test images, and the same each beside what its codes decode to."""
+        some = data.test[:num_samples]
+        x = some.to(torch.get_default_dtype()) / 255.0 if some.dtype == torch.uint8 else some
+        with torch.no_grad():
+            pairs = torch.stack([x, model.decode(model.encode(x)).mean], dim=1).flatten(0, 1)
+        return {
+            "originals": originals(some, data.image_shape),
+            "reconstructions": image_grid(pairs, data.image_shape, columns=COLUMNS),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class VQVAEWithPriorEvaluator(VQVAEEvaluator):
+    """Evaluates a VQ-VAE with a learned prior over its codes.
+
+    Example:
+        >>> VQVAEWithPriorEvaluator().default_num_samples
+        1
+    """
+
+    def curves(self, model: Any, images: Tensor) -> dict[str, float | int]:
+        """Returns nothing: the codes stay as they are."""
+        return {}
+
+    def statistics(self, model: Any, data: ImageData, images: Tensor) -> dict[str, float | int]:
+        """Returns those of the autoencoder: the same codes under a categorical prior for each position."""
+        return super().statistics(model.autoencoder, data, images)
+
+    def pictures(self, model: Any, data: ImageData, num_samples: int, generator: torch.Generator) -> dict[str, Picture]:
+        """Returns draws from prior and decoder, test images, and the same beside what their codes decode to."""
+        uniform = torch.rand(num_samples, *model.autoencoder.map_shape, generator=generator, device=generator.device)
+        samples = image_grid(model.sample(uniform), data.image_shape, columns=COLUMNS)
+        return {"prior_samples": samples, **super().pictures(model.autoencoder, data, num_samples, generator)}
+
+
+def _usage(model: VQVAE, codes: Tensor) -> dict[str, float | int]:
+    usage = CodeUsage.of(codes, model.quantiser.num_codes)
+    return {"codes_used": usage.num_used, "perplexity": usage.perplexity}

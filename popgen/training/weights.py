@@ -1,0 +1,63 @@
+"""Where the weights of a model come from: other runs, the data, or a checkpoint of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from popgen.datasets.images import as_values
+from popgen.errors import ArgumentError, CheckpointError, check_choice
+from popgen.streams import make_generator
+from popgen.training.run_directory import find_run
+from popgen.training.state import Model, check_same_tensors, copy_by_name, model_with_weights, tensors_of
+
+WEIGHTS = ("raw", "averaged")
+
+
+def initialise(model: nn.Module, pretrained: Mapping[str, str], images: Tensor, seed: int) -> None:
+    """Gives a model its pretrained parts, and the others that ask for it their first values from the data, in place.
+
+    Args:
+        model: parts of it that have a method `initialise_from_data(values, generator)` are given the training images.
+        pretrained: name of a part to the run whose best checkpoint holds its weights; see `find_run`.
+        images: the training images, shape `(count, size)`.
+        seed: of the generators that the parts draw with.
+
+    Raises:
+        ArgumentError: if the model has no such part, or the data is too small for it.
+        CheckpointError: if there is no such run, or it is of another model.
+
+    Example: `run` calls it.
+    """
+    given: set[nn.Module] = set()
+    parts = dict(model.named_children())
+    for name, run_name in pretrained.items():
+        if name not in parts:
+            raise ArgumentError(
+                f"Experiment.pretrained: {type(model).__name__} has no part {name!r}; it has {', '.join(parts)}"
+            )
+        tensors = find_run(f"Experiment.pretrained[{name!r}]", run_name).load_checkpoint("best")
+        weights = {**tensors["parameters"], **tensors["buffers"]}
+        check_same_tensors(weights, tensors_of(parts[name]), f"model than Experiment.model.{name}")
+        copy_by_name(weights, into=tensors_of(parts[name]))
+        given.update(parts[name].modules())
+    for module in model.modules():
+        initialise_from_data = getattr(module, "initialise_from_data", None)
+        if initialise_from_data is not None and module not in given:
+            initialise_from_data(as_values(images), make_generator(images.device, seed, "initialisation from data"))
+
+
+def model_of_checkpoint(model: Model, tensors: Mapping[str, Any], weights: str = "raw") -> Model:
+    """Returns the model with the raw or averaged weights of a loaded checkpoint.
+
+    Raises:
+        CheckpointError: if it is of another model, or has no averaged weights.
+
+    Example: `run` calls it.
+    """
+    check_choice("weights", weights, WEIGHTS)
+    parameters = tensors["parameters"] if weights == "raw" else tensors["weight_average"]
+    if parameters is None:
+        raise CheckpointError("the run kept no averaged weights (Experiment.weight_average_decay was None)")
+    check_same_tensors({**parameters, **tensors["buffers"]}, tensors_of(model))
+    return model_with_weights(model, parameters, tensors["buffers"])
