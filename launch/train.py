@@ -10,6 +10,7 @@ from popgen import config
 from popgen.errors import ConfigError, RunDirectoryError
 from popgen.experiment import Experiment, run
 from popgen.training.run_directory import RunDirectory, default_root
+from popgen.training.state import tensors_of
 
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("gin_file", [], "A config file; may be repeated, later files override earlier ones.")
@@ -71,12 +72,12 @@ def settle_earlier_run(directory: RunDirectory, given: str) -> None:
 
 
 def describe(experiment: Experiment) -> str:
-    """Returns the parameter count of each part of the model, and the shapes of a batch on its way through."""
+    """Returns the parameter count and the tensors of each part of the model, and the shapes of a batch on its way."""
     model, lines = experiment.model, ["parameters:"]
     for name, part in [*model.named_children(), ("total", model)]:
         lines.append(f"  {name:<12}{sum(p.numel() for p in part.parameters()):>12,}")
         if part is not model:
-            lines += [f"    {key:<38}{tuple(p.shape)!s:>16}" for key, p in part.named_parameters()]
+            lines += [f"    {key:<38}{tuple(t.shape)!s:>16}{remark(t)}" for key, t in tensors_of(part).items()]
     lines.append(f"shapes, for a batch of {experiment.batch_size}:")
     for name, module in model.named_modules():
         module.register_forward_hook(
@@ -88,6 +89,13 @@ def describe(experiment: Experiment) -> str:
         noise = objective.draw_noise(model, batch, torch.Generator())
         objective(model, batch, noise, settings, objective.initial_state(batch))
     return "\n".join(lines)
+
+
+def remark(tensor: torch.Tensor) -> str:
+    """Returns what is to be said of a tensor that no optimizer moves."""
+    if not isinstance(tensor, torch.nn.Parameter):
+        return "  buffer"
+    return "" if tensor.requires_grad else "  frozen"
 
 
 def shape_lines(name: str, inputs: tuple, output: object) -> list[str]:

@@ -119,6 +119,8 @@ class _Compiled:
 
     def _reason_against(self, arguments: tuple) -> str | None:
         """Returns why the compiled function cannot be used, or None."""
+        if not _float32_is_full():
+            return "it cannot keep densities exact under precision 'tf32', whose switch holds for the whole function"
         expected = _values_and_gradients(self.plain, arguments)
         try:
             with warnings.catch_warnings():  # the compiler's own deprecations
@@ -127,7 +129,7 @@ class _Compiled:
         except Exception as error:  # the plain function has just done the same: whatever it is comes from the compiler
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
-        full = _float32_is_full() and not torch.is_autocast_enabled(found[0].device.type)
+        full = not torch.is_autocast_enabled(found[0].device.type)
         tolerance = COMPILED_TOLERANCE if full else REDUCED_TOLERANCE
         for one, other in zip(found, expected, strict=True):
             size = torch.linalg.vector_norm(other.double()).clamp_min(1e-12)

@@ -154,8 +154,6 @@ class Experiment:
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"Experiment.{name} must be True or False, got {getattr(self, name)!r}")
         check_choice("Experiment.precision", self.precision, PRECISIONS)
-        if self.compile and self.precision == "tf32":
-            raise ArgumentError("Experiment.precision 'tf32' does not go with Experiment.compile: choose one of them")
         self.torch_device()
 
     def torch_device(self) -> torch.device:

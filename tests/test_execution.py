@@ -228,3 +228,12 @@ def test_buffers_and_modules_are_left_alone():
     before = linear.weight.detach().clone()
     value = compile_or_fall_back(lambda x: linear(x).sum())(torch.ones(2, 3))
     assert torch.isfinite(value) and torch.equal(linear.weight, before) and linear.weight.grad is None
+
+
+def test_tf32_is_never_compiled_since_densities_would_not_stay_exact(capsys):
+    calls = []
+    with matrix_products("tf32", CPU):
+        square = compile_or_fall_back(lambda weight: calls.append("plain") or weight.square().sum())
+        assert square(torch.ones(3)).item() == 3.0
+    assert calls == ["plain"], "neither compared nor compiled"
+    assert capsys.readouterr().err.startswith("torch.compile is not used: it cannot keep densities exact")
