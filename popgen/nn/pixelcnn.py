@@ -141,7 +141,7 @@ class _GatedLayer(nn.Module):
         super().__init__()
         self.reach = kernel_size // 2
         self.vertical = nn.Conv2d(hidden_dim, 2 * hidden_dim, (self.reach + 1, kernel_size))
-        self.horizontal = nn.Conv2d(hidden_dim, 2 * hidden_dim, (1, self.reach + 1), bias=False)  # the next one has it
+        self.horizontal = nn.Conv2d(hidden_dim, 2 * hidden_dim, (1, self.reach + 1), bias=False)  # the sum has one
         self.vertical_to_horizontal = nn.Conv2d(2 * hidden_dim, 2 * hidden_dim, 1)
         self.output = nn.Conv2d(hidden_dim, hidden_dim, 1)
 
