@@ -26,11 +26,7 @@ def commitment_loss(
         >>> commitment_loss(torch.zeros(3, 7, 7, 2), torch.ones(3, 7, 7, 2))
         tensor([98., 98., 98.])
     """
-    if vectors.shape != codes.shape:
-        raise ArgumentError(
-            f"vectors and codes must have one shape, got {tuple(vectors.shape)} and {tuple(codes.shape)}"
-        )
-    return (vectors - codes.detach()).square().flatten(1).sum(1)
+    return _squared_distance(vectors, codes.detach())
 
 
 def codebook_loss(
@@ -52,4 +48,12 @@ def codebook_loss(
         >>> codebook_loss(torch.zeros(3, 7, 7, 2), torch.ones(3, 7, 7, 2))
         tensor([98., 98., 98.])
     """
-    return commitment_loss(codes, vectors)
+    return _squared_distance(vectors.detach(), codes)
+
+
+def _squared_distance(vectors: Tensor, codes: Tensor) -> Tensor:
+    if vectors.shape != codes.shape:
+        raise ArgumentError(
+            f"vectors and codes must have one shape, got {tuple(vectors.shape)} and {tuple(codes.shape)}"
+        )
+    return (vectors - codes).square().flatten(1).sum(1)

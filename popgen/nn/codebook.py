@@ -49,8 +49,8 @@ def empty_codebook(codes: Float[Tensor, "codes dim"]) -> Codebook:
         >>> empty_codebook(torch.randn(8, 2)).usage.sum()
         tensor(0.)
     """
-    zeros = torch.zeros_like(codes[:, 0])
-    return Codebook(codes, zeros, torch.zeros_like(codes), zeros.clone())
+    sums = torch.zeros_like(codes, dtype=torch.promote_types(codes.dtype, torch.float32))
+    return Codebook(codes, sums[:, 0].clone(), sums, sums[:, 0].clone())
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def nearest_codes(vectors: Float[Tensor, "*shape dim"], codes: Float[Tensor, "co
     rows = max(1, PAIRS_IN_FLIGHT.get(flat.device.type, PAIRS_IN_FLIGHT["cpu"]) // len(codes))
     with full_precision(flat.device):
         for start in range(0, len(flat), rows):
-            chunk = flat[start : start + rows].to(dtype) - centre
+            chunk = (flat[start : start + rows] - centre).to(dtype)
             indices[start : start + rows] = torch.addmm(half_norms, chunk, centred.T, alpha=-1).argmin(1)
     return indices.view(vectors.shape[:-1])
 
@@ -140,19 +140,22 @@ def update_codebook(
 
 @torch.no_grad()
 def revive_dead_codes(
-    codebook: Codebook, vectors: Float[Tensor, "*shape dim"], uniform: Float[Tensor, " codes"], least_usage: float = 1.0
+    codebook: Codebook,
+    vectors: Float[Tensor, "*shape dim"],
+    uniform: Float[Tensor, " codes"],
+    least_usage: float = 0.03,
 ) -> tuple[Codebook, Tensor]:
     """Returns the codebook with its dead codes put on random vectors, and how many there were.
 
-    A code is dead if an update assigns fewer than `least_usage` vectors to it on average. Count and sum of a revived
-    code are set together, to the mean count and as many times the vector, so that it neither dies again at once nor is
+    A code is dead if its average count is below `least_usage` times that of all codes. Count and sum of a revived code
+    are set together, to the mean count and as many times the vector, so that it neither dies again at once nor is
     dragged back. With several processes the vectors are those of the first.
 
     Args:
         codebook: the state before.
         vectors: what the dead codes are put on; none are revived if there are none.
         uniform: noise in [0, 1) that chooses a vector for each code.
-        least_usage: vectors.
+        least_usage: a fraction of the mean count, so that it means the same whatever the size of a batch.
 
     Example:
         >>> vectors, indices = torch.ones(4, 2), torch.zeros(4, dtype=torch.int64)
@@ -164,7 +167,8 @@ def revive_dead_codes(
     num_codes, dim = codebook.codes.shape
     rows = vectors.detach().reshape(-1, dim)
     usage = codebook.usage
-    dead = (codebook.weights > 0) & (usage < least_usage)
+    count = usage.sum() / num_codes
+    dead = (codebook.weights > 0) & (usage < least_usage * count)
     if len(rows) == 0:  # every process takes part in the exchange all the same
         chosen, present = torch.zeros_like(codebook.codes), torch.zeros_like(usage[:1])
     else:
@@ -172,11 +176,10 @@ def revive_dead_codes(
         present = torch.ones_like(usage[:1])
     chosen, present = _from_first_process(chosen), _from_first_process(present)
     dead = dead & (present > 0)
-    count = usage.sum() / num_codes
     revived = Codebook(
         codes=torch.where(dead[:, None], chosen, codebook.codes),
         counts=torch.where(dead, count, codebook.counts),
-        sums=torch.where(dead[:, None], count * chosen, codebook.sums),
+        sums=torch.where(dead[:, None], count * chosen.to(codebook.sums.dtype), codebook.sums),
         weights=torch.where(dead, 1.0, codebook.weights),
     )
     return revived, dead.sum()
@@ -192,6 +195,8 @@ def cluster(
 ) -> Codebook:
     """Returns a codebook of the k-means centres of some vectors, its counts and sums set to those of the clusters.
 
+    Each process clusters the vectors that it is given; give all of them the same ones.
+
     The centres start as k-means++ does (Arthur and Vassilvitskii 2007): each new one is drawn with a probability in
     proportion to the squared distance from those before; a cluster that runs empty keeps its centre.
 
@@ -203,7 +208,7 @@ def cluster(
         num_iterations: of Lloyd's algorithm.
 
     Raises:
-        ArgumentError: if there are fewer vectors than centres.
+        ArgumentError: if there are fewer vectors than centres, or an argument is outside its domain.
 
     Example:
         >>> vectors = torch.tensor([[0.0], [0.2], [5.0], [5.2]])
@@ -212,6 +217,10 @@ def cluster(
                 [5.1000]])
     """
     check_integer("num_codes", num_codes, minimum=1)
+    check_integer("num_updates", num_updates, minimum=1)
+    check_integer("num_iterations", num_iterations, minimum=0)
+    if uniform.shape != (num_codes,):
+        raise ArgumentError(f"uniform must have shape ({num_codes},), one for each centre, got {tuple(uniform.shape)}")
     if len(vectors) < num_codes:
         raise ArgumentError(f"num_codes must be at most the {len(vectors)} vectors that there are, got {num_codes}")
     vectors = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
@@ -232,7 +241,7 @@ def cluster(
     return Codebook(codes, totals[:, 0], totals[:, 1:].clone(), torch.ones_like(totals[:, 0]))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class CodeUsage:
     """How often each code was used: a sum over any number of batches, which does not depend on their size.
 
@@ -249,8 +258,15 @@ class CodeUsage:
 
     @classmethod
     def of(cls, indices: Int64[Tensor, "*shape"], num_codes: int) -> "CodeUsage":
-        """Returns the usage in some indices."""
-        return cls(torch.bincount(indices.reshape(-1), minlength=num_codes))
+        """Returns the usage in some indices.
+
+        Raises:
+            ArgumentError: if an index is `num_codes` or more.
+        """
+        counts = torch.bincount(indices.reshape(-1), minlength=num_codes)
+        if len(counts) > num_codes:
+            raise ArgumentError(f"indices must be below num_codes = {num_codes}, got {len(counts) - 1}")
+        return cls(counts)
 
     def __add__(self, other: "CodeUsage") -> "CodeUsage":
         """Returns the usage in both."""

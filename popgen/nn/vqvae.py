@@ -170,7 +170,7 @@ class GradientQuantiser(Quantiser):
         self, vectors: Float[Tensor, "*shape dim"], indices: Int64[Tensor, "*shape"], uniform: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Returns nothing: the optimizer moves this codebook."""
-        return {}, torch.zeros((), device=vectors.device)
+        return {}, torch.zeros((), dtype=torch.int64, device=vectors.device)
 
     @torch.no_grad()
     def initialise(self, vectors: Float[Tensor, "count dim"], uniform: Tensor, num_updates: int = 1) -> None:
@@ -186,7 +186,7 @@ class MovingAverageQuantiser(Quantiser):
         code_dim: size of a code.
         decay: γ of the averages.
         smoothing: ε of the Laplace smoothing of counts.
-        least_usage: a code to which an update assigns fewer vectors on average is revived; 0 revives none.
+        least_usage: a code whose average count is below this fraction of the mean is revived; 0 revives none.
 
     Raises:
         ArgumentError: if an argument is outside its domain.
@@ -206,16 +206,16 @@ class MovingAverageQuantiser(Quantiser):
     weights: Tensor
 
     def __init__(
-        self, num_codes: int, code_dim: int, decay: float = 0.99, smoothing: float = 1e-5, least_usage: float = 1.0
+        self, num_codes: int, code_dim: int, decay: float = 0.99, smoothing: float = 1e-5, least_usage: float = 0.03
     ) -> None:
         super().__init__()
         self.num_codes = check_integer("MovingAverageQuantiser.num_codes", num_codes, minimum=1)
         self.code_dim = check_integer("MovingAverageQuantiser.code_dim", code_dim, minimum=1)
         self.decay = check_number("MovingAverageQuantiser.decay", decay, minimum=0.0, maximum=1.0)
         if decay == 1.0:
-            raise ArgumentError("MovingAverageQuantiser.decay must be below 1, got 1.0: nothing would be learned")
+            raise ArgumentError(f"MovingAverageQuantiser.decay must be below 1, got {decay!r}")
         self.smoothing = check_number("MovingAverageQuantiser.smoothing", smoothing, minimum=0.0)
-        self.least_usage = check_number("MovingAverageQuantiser.least_usage", least_usage, minimum=0.0)
+        self.least_usage = check_number("MovingAverageQuantiser.least_usage", least_usage, minimum=0.0, maximum=1.0)
         for name, value in empty_codebook(torch.randn(num_codes, code_dim))._asdict().items():
             self.register_buffer(name, value)
 
@@ -277,11 +277,12 @@ class ResidualQuantiser(Quantiser):
         code_dim: int,
         decay: float = 0.99,
         smoothing: float = 1e-5,
-        least_usage: float = 1.0,
+        least_usage: float = 0.03,
     ) -> None:
         super().__init__()
         self.num_codebooks = check_integer("ResidualQuantiser.num_codebooks", num_codebooks, minimum=1)
-        self.num_codes, self.code_dim = num_codes, code_dim
+        self.num_codes = check_integer("ResidualQuantiser.num_codes", num_codes, minimum=1)
+        self.code_dim = check_integer("ResidualQuantiser.code_dim", code_dim, minimum=1)
         self.stages = nn.ModuleList(
             MovingAverageQuantiser(num_codes, code_dim, decay, smoothing, least_usage) for _ in range(num_codebooks)
         )
@@ -289,17 +290,30 @@ class ResidualQuantiser(Quantiser):
     def _stages(self) -> list[MovingAverageQuantiser]:
         return cast(list[MovingAverageQuantiser], list(self.stages))
 
+    def _zeros(self, vectors: Tensor) -> Tensor:
+        """Returns a sum of no codes, in their precision: residuals of bfloat16 vectors are not rounded again."""
+        return torch.zeros_like(vectors, dtype=self._stages()[0].codes.dtype)
+
     def forward(self, vectors: Float[Tensor, "*shape dim"]) -> Quantised:
         """Returns the sum of the codes that the stages choose in turn."""
-        total, indices = torch.zeros_like(vectors).detach(), []
+        total, indices = self._zeros(vectors), []
         for stage in self._stages():
             stage_indices = nearest_codes(vectors.detach() - total, stage.codes)
-            total = total + stage.look_up(stage_indices).to(total.dtype)
+            total = total + stage.look_up(stage_indices)
             indices.append(stage_indices)
-        return Quantised(straight_through(vectors, total), total, torch.stack(indices, dim=-1))
+        return Quantised(straight_through(vectors, total.to(vectors.dtype)), total, torch.stack(indices, dim=-1))
 
     def look_up(self, indices: Int64[Tensor, "*shape books"]) -> Float[Tensor, "*shape dim"]:
-        """Returns the sums of the codes at some indices; those of the first stages alone give a coarser sum."""
+        """Returns the sums of the codes at some indices; those of the first stages alone give a coarser sum.
+
+        Raises:
+            ArgumentError: if the last axis has no codebook, or more than there are.
+        """
+        if not 1 <= indices.shape[-1] <= self.num_codebooks:
+            raise ArgumentError(
+                f"indices must have 1 to {self.num_codebooks} codebooks on their last axis, got shape "
+                f"{tuple(indices.shape)}"
+            )
         codes = [stage.look_up(chosen) for stage, chosen in zip(self._stages(), indices.unbind(-1), strict=False)]
         return torch.stack(codes).sum(0)
 
@@ -308,12 +322,12 @@ class ResidualQuantiser(Quantiser):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Returns the next state of every stage, each having seen what the ones before it left."""
         changes: dict[str, Tensor] = {}
-        total, revived = torch.zeros_like(vectors).detach(), []
+        total, revived = self._zeros(vectors), []
         for i, stage in enumerate(self._stages()):
             stage_changes, num_revived = stage.transition(vectors.detach() - total, indices[..., i], uniform[i : i + 1])
             changes.update({f"stages.{i}.{name}": value for name, value in stage_changes.items()})
             revived.append(num_revived)
-            total = total + stage.look_up(indices[..., i]).to(total.dtype)
+            total = total + stage.look_up(indices[..., i])
         return changes, torch.stack(revived).sum()
 
     @torch.no_grad()
