@@ -9,7 +9,7 @@ from popgen.summaries import Writer
 from popgen.training.records import write_record
 from popgen.training.weights import WEIGHTS, model_of_checkpoint
 
-STATISTICS = ("active_units", "codes_used", "perplexity", "kl_of_per_position_prior", "elbo_of_per_position_prior")
+STATISTICS = ("active_units", "codes_used", "perplexity", "kl_of_positionwise_prior", "elbo_of_positionwise_prior")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")

@@ -150,6 +150,8 @@ class Experiment:
         ):
             if not fits or (name != "optimizer" and isinstance(getattr(self, name), type)):
                 raise ArgumentError(f"Experiment.{name} must be {described}, got {getattr(self, name)!r}")
+        if self.final_num_samples:  # an error now rather than after the last step
+            self.evaluator.check_num_samples("Experiment.final_num_samples", self.final_num_samples)
         for name in ("compile", "cuda_graph"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"Experiment.{name} must be True or False, got {getattr(self, name)!r}")

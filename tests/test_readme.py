@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -34,11 +35,13 @@ class Noise:
 def test_library_examples():
     namespace: dict = {}
     blocks = [body for language, body in BLOCKS if language == "python" and not body.startswith("# my_")]
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["log_p_z"].shape == (5, 100)
     assert namespace["state"].step == 2
+    assert namespace["usage"].num_used > 1 and namespace["changes"]["codes"].shape == (128, 64)
+    assert namespace["geco_state"].multiplier > 1.0, "the target of the example is missed"
 
 
 @pytest.mark.parametrize("name", ["my_model", "my_data", "my_loss"])
@@ -67,10 +70,18 @@ def test_commands_name_files_and_flags_that_exist():
         assert f'"{flag}"' in sources, flag
 
 
-def test_bindings_in_the_readme_are_valid():
-    bindings = re.findall(r"--gin_bindings='([^']+)'", README)
-    assert len(bindings) >= 4
-    config.load(["configs/vamp.gin"], bindings)
+def test_training_commands_in_the_readme_name_valid_configurations(tmp_path):
+    """Each with its own bindings; a lone binding is one of any configuration."""
+    commands = [shlex.split(line, comments=True) for line in re.sub(r"\\\n", " ", README).splitlines() if "gin_file=" in line]
+    commands = [command for command in commands if command[:3] == ["python", "-m", "launch.train"]]
+    assert len(commands) >= 7
+    for command in commands:
+        flags = [word.partition("=")[::2] for word in command[3:] if word.startswith("--")]
+        files, bindings = ([value for name, value in flags if name == f"--gin_{kind}"] for kind in ("file", "bindings"))
+        config.load(files, bindings)
+    alone = re.findall(r"`--gin_bindings='([^']+)'`", README)
+    assert alone
+    config.load(["configs/vamp.gin"], alone)
 
 
 def test_ci_runs_the_two_commands_of_the_readme():

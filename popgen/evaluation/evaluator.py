@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from popgen.datasets.images import ImageData
+from popgen.errors import check_integer
 from popgen.evaluation.likelihood import Progress, count_active_units, estimate_log_likelihood
 from popgen.evaluation.pictures import Picture, all_pictures
 from popgen.models.vae import VAE
@@ -20,6 +21,9 @@ class Evaluator(Protocol):
 
     bound_name: ClassVar[str]
     default_num_samples: ClassVar[int]
+
+    def check_num_samples(self, name: str, num_samples: int) -> None:
+        """Raises ArgumentError, with the name of an argument, if `bound` does not take so many samples."""
 
     def curves(self, model: Any, images: Tensor) -> dict[str, float | int]:
         """Returns numbers that say how the latent space is used on some images, cheap enough for a curve."""
@@ -54,6 +58,10 @@ class VAEEvaluator:
 
     bound_name: ClassVar[str] = "IWAE"
     default_num_samples: ClassVar[int] = 5_000
+
+    def check_num_samples(self, name: str, num_samples: int) -> None:
+        """Any positive number will do."""
+        check_integer(name, num_samples, minimum=1)
 
     def curves(self, model: VAE, images: Tensor) -> dict[str, float | int]:
         """Returns the number of active units on the first images."""

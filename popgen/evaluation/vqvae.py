@@ -84,6 +84,18 @@ class VQVAEEvaluator:
     bound_name: ClassVar[str] = "ELBO, the posterior is a point"
     default_num_samples: ClassVar[int] = 1
 
+    def check_num_samples(self, name: str, num_samples: int) -> None:
+        """One sample is the answer.
+
+        Raises:
+            ArgumentError: if there are more, or none.
+        """
+        if num_samples != 1:
+            raise ArgumentError(
+                f"{name} must be 1 for a VQ-VAE, got {num_samples}: its posterior is a point, and more samples are "
+                "all the same"
+            )
+
     def curves(self, model: VQVAE, images: Tensor) -> dict[str, float | int]:
         """Returns the use of the codes on all images."""
         return _usage(model, codes_of_images(model, images))
@@ -103,11 +115,7 @@ class VQVAEEvaluator:
         Raises:
             ArgumentError: if `num_samples` is not 1.
         """
-        if num_samples != 1:
-            raise ArgumentError(
-                f"num_samples must be 1 for a VQ-VAE, got {num_samples}: its posterior is a point, and more samples "
-                "are all the same"
-            )
+        self.check_num_samples("num_samples", num_samples)
         with matrix_products(precision, images.device):
             bound = evaluate_elbo(model, images, seed)["elbo"]
         if progress is not None:

@@ -182,12 +182,16 @@ class VQVAE(ImageModel):
         self, encoder: nn.Module, quantiser: Quantiser, decoder: nn.Module, initialisation: str = "kmeans"
     ) -> None:
         super().__init__()
-        for name, part in (("encoder", encoder), ("quantiser", quantiser), ("decoder", decoder)):
-            if not isinstance(part, Quantiser if name == "quantiser" else nn.Module):
-                kind = "popgen.nn.vqvae.Quantiser" if name == "quantiser" else "torch.nn.Module"
-                raise ArgumentError(f"VQVAE.{name} must be a {kind}, got {part!r}")
-            size = getattr(part, "code_dim", None)  # a part of one's own need not state it
-            if size is not None and size != quantiser.code_dim:
+        for name, part, kind, described in (
+            ("encoder", encoder, nn.Module, "torch.nn.Module"),
+            ("quantiser", quantiser, Quantiser, "popgen.nn.vqvae.Quantiser"),
+            ("decoder", decoder, nn.Module, "torch.nn.Module"),
+        ):
+            if not isinstance(part, kind):
+                raise ArgumentError(f"VQVAE.{name} must be a {described}, got {part!r}")
+        for name, part in (("encoder", encoder), ("decoder", decoder)):
+            size = getattr(part, "code_dim", quantiser.code_dim)  # a part of one's own need not state it
+            if size != quantiser.code_dim:
                 raise ArgumentError(f"VQVAE: {name}.code_dim is {size}, but quantiser.code_dim is {quantiser.code_dim}")
         self.encoder, self.quantiser, self.decoder = encoder, quantiser, decoder
         self.initialisation = check_choice("VQVAE.initialisation", initialisation, ("kmeans", "random"))
@@ -209,7 +213,7 @@ class VQVAE(ImageModel):
 
     def encode(self, x: Float[Tensor, "batch input"]) -> Int64[Tensor, "batch height width ..."]:
         """Returns the indices of the codes of each image."""
-        return self.quantiser(self.encoder(x)).indices
+        return self.quantiser(self.encoder(x).to(x.dtype)).indices
 
     def decode(self, indices: Int64[Tensor, "batch height width ..."]) -> Any:
         """Returns p(x|z) of maps of codes."""
@@ -232,7 +236,7 @@ class VQVAE(ImageModel):
         zeros = torch.zeros_like(log_p_x_given_z)
         by_gradient = quantised.codes.requires_grad
         changes: dict[str, Tensor] = {}
-        num_revived = torch.zeros((), device=x.device)
+        num_revived = torch.zeros((), dtype=torch.int64, device=x.device)
         if uniform is not None:
             changes, num_revived = quantiser.transition(vectors, quantised.indices, uniform)
         return VQVAETerms(
@@ -263,8 +267,8 @@ class VQVAE(ImageModel):
         chosen = torch.randperm(len(images), generator=generator, device=images.device)[:INITIAL_IMAGES]
         x = images[chosen]
         x = (torch.rand(x.shape, generator=generator, device=x.device) < x).to(x.dtype)
-        vectors = torch.cat([self.encoder(part) for part in x.split(INITIAL_IMAGES // INITIAL_BATCHES)])
-        vectors = vectors.flatten(0, -2)
+        batches = x.split(INITIAL_IMAGES // INITIAL_BATCHES)
+        vectors = torch.cat([self.encoder(batch) for batch in batches]).flatten(0, -2)
         num_codes = self.quantiser.num_codes
         if len(vectors) < num_codes:
             raise ArgumentError(
@@ -272,7 +276,7 @@ class VQVAE(ImageModel):
                 f"training images give, got {num_codes}: take fewer codes, or VQVAE.initialisation = 'random'"
             )
         uniform = torch.rand(self.quantiser.num_codebooks, num_codes, generator=generator, device=x.device)
-        self.quantiser.initialise(vectors, uniform, INITIAL_BATCHES)
+        self.quantiser.initialise(vectors, uniform, len(batches))
 
 
 class VQVAEWithPrior(ImageModel):

@@ -177,7 +177,7 @@ class ConstrainedELBO(Objective):
             **bound_metrics(terms),
             "constraint": constraint.detach(),
             "constraint_average": after.constraint_average,
-            "multiplier": before.multiplier,
+            "multiplier": before.multiplier.clone(),  # the step overwrites its state
         }
         return loss, metrics, after._asdict()
 

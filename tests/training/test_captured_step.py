@@ -8,12 +8,15 @@ import torch
 from popgen.datasets.images import TrainBatches
 from popgen.errors import TrainingError
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+from popgen.models.vqvae import VQVAE, ConvolutionalDecoder, ConvolutionalEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow
 from popgen.nn.vamp_prior import VampPrior
+from popgen.nn.vqvae import GradientQuantiser, MovingAverageQuantiser, ResidualQuantiser
+from popgen.optim.geco import GECO
 from popgen.optim.schedules import SigmoidAnnealing
 from popgen.training import captured_step
 from popgen.training.captured_step import CapturedStep, record_cuda_graph
-from popgen.training.objectives import NegativeELBO
+from popgen.training.objectives import ConstrainedELBO, NegativeELBO, VQVAELoss
 from popgen.training.state import TrainState, initial_state
 from popgen.training.step import make_train_step
 
@@ -43,15 +46,37 @@ class StandIn:
         return replay, metrics
 
 
-def setting(device: str = "cpu"):
-    torch.manual_seed(0)
-    vae = VAE(
+def make_vae() -> VAE:
+    return VAE(
         GaussianEncoder(16, 4, 12), BernoulliDecoder(4, 16, 12), VampPrior(16, 5), HouseholderSylvesterFlow(4, 12, 2, 3)
-    ).to(device)
+    )
+
+
+def make_vqvae(quantiser) -> VQVAE:
+    encoder, decoder = (part(3, (4, 4), 4, 1) for part in (ConvolutionalEncoder, ConvolutionalDecoder))
+    return VQVAE(encoder, quantiser, decoder)
+
+
+KINDS = {
+    "annealed": lambda: (make_vae(), NegativeELBO(SigmoidAnnealing(rate=0.3))),
+    "reconstruction": lambda: (make_vae(), ConstrainedELBO(GECO(rate=0.1, warm_up_steps=5), "reconstruction", -5.0)),
+    "kl": lambda: (make_vae(), ConstrainedELBO(GECO(rate=0.1), "kl", 1.0)),
+    "moving average": lambda: (make_vqvae(MovingAverageQuantiser(4, 3, decay=0.8)), VQVAELoss()),
+    "residual": lambda: (make_vqvae(ResidualQuantiser(2, 4, 3, decay=0.8)), VQVAELoss()),
+    "gradient": lambda: (make_vqvae(GradientQuantiser(4, 3)), VQVAELoss()),
+}
+
+
+def setting(kind: str = "annealed", device: str = "cpu"):
+    torch.manual_seed(0)
+    model, objective = KINDS[kind]()
+    model.to(device)
     levels = torch.randint(0, 256, (20, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    step = make_train_step(vae, NegativeELBO(SigmoidAnnealing(rate=0.3)), 0.99, max_gradient_norm=1.0)
+    step = make_train_step(model, objective, 0.99, max_gradient_norm=1.0)
     adam = functools.partial(torch.optim.Adam, lr=1e-2, fused=True)
-    return step, TrainBatches(levels.to(device), 6, seed=0), initial_state(vae, adam, seed=0)
+    auxiliary = objective.initial_state(next(model.parameters()))
+    state = initial_state(model, adam, seed=0, auxiliary=auxiliary)
+    return step, TrainBatches(levels.to(device), 6, seed=0), state
 
 
 def run(step, draw_batch, state: TrainState) -> tuple[TrainState, list[dict]]:
@@ -65,9 +90,11 @@ def run(step, draw_batch, state: TrainState) -> tuple[TrainState, list[dict]]:
 def assert_same(one: tuple[TrainState, list[dict]], other: tuple[TrainState, list[dict]], tolerance: float) -> None:
     compare = functools.partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
     assert one[0].step == other[0].step == NUM_STEPS
-    for name in one[0].parameters:
-        compare(one[0].parameters[name], other[0].parameters[name])
-        compare(one[0].weight_average[name], other[0].weight_average[name])
+    for group in ("parameters", "weight_average", "buffers", "auxiliary"):
+        first, second = (getattr(state, group) for state, _ in (one, other))
+        assert list(first) == list(second)
+        for name in first:
+            compare(first[name], second[name])
     for name, generator in one[0].generators.items():
         assert torch.equal(generator.get_state(), other[0].generators[name].get_state()), name
     for metrics, others in zip(one[1], other[1], strict=True):
@@ -76,17 +103,22 @@ def assert_same(one: tuple[TrainState, list[dict]], other: tuple[TrainState, lis
             compare(metrics[name], others[name])
 
 
-def test_replayed_steps_equal_plain_ones_bit_for_bit():
-    """Batches, noise, annealing, clipping, the weight average and every metric, kept after later steps."""
-    step, batches, state = setting()
+@pytest.mark.parametrize("kind", KINDS)
+def test_replayed_steps_equal_plain_ones_bit_for_bit(kind: str):
+    """Batches, noise, annealing, clipping, averages, GECO, the codebook and every metric, kept after later steps."""
+    step, batches, state = setting(kind)
+    first = {name: tensor.clone() for name, tensor in (state.buffers | state.auxiliary).items()}
     plain = run(step, lambda state: batches.draw(state.step, state.generators["binarisation"]), state)
-    step, batches, state = setting()
+    step, batches, state = setting(kind)
     record = StandIn()
     captured = run(CapturedStep(step, batches, record), lambda state: batches.indices(state.step), state)
     assert_same(captured, plain, tolerance=0.0)
     assert (record.recorded, record.replayed) == (1, NUM_STEPS - captured_step.WARM_UP_STEPS)
     assert record.generators == list(captured[0].generators.values())
-    assert len({metrics["beta"].item() for metrics in captured[1]}) == NUM_STEPS
+    changing = {"annealed": "beta", "kl": "multiplier", "reconstruction": "constraint_average"}
+    assert len({metrics[changing.get(kind, "loss")].item() for metrics in captured[1]}) == NUM_STEPS
+    for name, tensor in (captured[0].buffers | captured[0].auxiliary).items():
+        assert not torch.equal(tensor, first[name]), f"{name} did not move"
 
 
 def test_another_state_is_recorded_anew():
@@ -102,9 +134,9 @@ def test_another_state_is_recorded_anew():
 
 @on_gpu
 def test_a_cuda_graph_equals_plain_steps():
-    step, batches, state = setting("cuda")
+    step, batches, state = setting(device="cuda")
     plain = run(step, lambda state: batches.draw(state.step, state.generators["binarisation"]), state)
-    step, batches, state = setting("cuda")
+    step, batches, state = setting(device="cuda")
     captured = run(CapturedStep(step, batches), lambda state: batches.indices(state.step), state)
     assert_same(captured, plain, tolerance=1e-6)
 

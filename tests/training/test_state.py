@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from popgen.errors import CheckpointError
+from popgen.errors import ArgumentError, CheckpointError
 from popgen.training import checkpoints
 from popgen.training.objectives import Objective
 from popgen.training.state import (
@@ -176,3 +176,86 @@ def test_a_model_with_other_weights_is_a_copy_for_evaluation() -> None:
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert model.training and all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+# --- what is not trained by the optimizer ----------------------------------------------------------------------------
+
+
+class Frozen(WithBuffer):
+    """The same with a bias that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear.bias.requires_grad_(False)
+
+
+def test_frozen_parameters_are_kept_but_neither_trained_nor_averaged(tmp_path: pathlib.Path) -> None:
+    model = Frozen()
+    state = initial_state(model, functools.partial(torch.optim.SGD, lr=0.1, weight_decay=0.5), seed=0)
+    assert set(state.parameters) == set(state.weight_average) == {"linear.weight", "unused"}
+    assert set(state.buffers) == {"linear.bias", "centre"} and not state.buffers["linear.bias"].requires_grad
+    assert state.buffers["linear.bias"].data_ptr() != model.linear.bias.data_ptr()
+    assert [p.shape for p in state.optimizer.param_groups[0]["params"]] == [(4,), (2, 3)]
+    step = make_train_step(model, Squares())
+    for _ in range(3):
+        state, _ = step(state, torch.rand(5, 3))
+    assert torch.equal(state.buffers["linear.bias"], model.linear.bias)
+    assert not torch.equal(state.parameters["linear.weight"], model.linear.weight)
+    restored = state_from_tensors(through_a_file(state, tmp_path), initial_state(Frozen(), torch.optim.SGD, 1))
+    assert torch.equal(restored.buffers["linear.bias"], model.linear.bias)
+    loaded = model_with_weights(Frozen(), restored.parameters, restored.buffers)
+    assert torch.equal(loaded.linear.bias, model.linear.bias)
+
+
+def test_a_checkpoint_in_which_another_part_was_trained_is_refused() -> None:
+    tensors = state_to_tensors(initial_state(Frozen(), torch.optim.SGD, 0))
+    with pytest.raises(
+        CheckpointError, match=r"another model: linear.bias: absent in the checkpoint, \(2,\) in the model"
+    ):
+        state_from_tensors(tensors, initial_state(WithBuffer(), torch.optim.SGD, 0))
+
+
+def test_a_model_in_which_nothing_is_trained_is_refused() -> None:
+    for model in (WithBuffer().requires_grad_(False), nn.ReLU()):
+        with pytest.raises(ArgumentError, match=f"nothing in {type(model).__name__} is trained"):
+            initial_state(model, torch.optim.SGD, seed=0)
+
+
+def auxiliary(value: float, **others: Tensor) -> dict[str, Tensor]:
+    """Returns the state of an objective that counts and keeps an average."""
+    return {"average": torch.full((2,), value), "count": torch.tensor(int(value)), **others}
+
+
+@pytest.mark.parametrize("name", ["centre", "linear.bias"])
+def test_an_objective_may_not_have_names_of_the_models_buffers(name: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"must not have names of the model's buffers: \['{name}'\]"):
+        initial_state(Frozen(), torch.optim.SGD, 0, auxiliary=auxiliary(1.0, **{name: torch.zeros(3)}))
+
+
+def test_the_objectives_state_is_restored(tmp_path: pathlib.Path) -> None:
+    state = initial_state(WithBuffer(), torch.optim.SGD, 0, auxiliary=auxiliary(3.0))
+    template = initial_state(WithBuffer(), torch.optim.SGD, 0, auxiliary=auxiliary(8.0))
+    restored = state_from_tensors(through_a_file(state, tmp_path), template)
+    assert restored.auxiliary.keys() == {"average", "count"}
+    assert restored.auxiliary["average"].tolist() == [3.0, 3.0] and restored.auxiliary["count"] == 3
+    assert restored.auxiliary["count"].dtype == torch.int64
+    restored.auxiliary["average"].zero_()
+    assert state.auxiliary["average"].tolist() == [3.0, 3.0]
+
+
+def test_a_checkpoint_of_another_objective_is_refused_and_one_of_before_there_were_any_is_read() -> None:
+    def fresh(own: dict[str, Tensor] | None = None) -> TrainState:
+        return initial_state(WithBuffer(), torch.optim.SGD, 0, auxiliary=own)
+
+    without, with_one = (state_to_tensors(fresh(own)) for own in (None, auxiliary(3.0)))
+    earlier = {name: value for name, value in without.items() if name != "auxiliary"}
+    assert state_from_tensors(earlier, fresh()).auxiliary == {} == state_from_tensors(without, fresh()).auxiliary
+    wrong_shape = auxiliary(3.0) | {"average": torch.zeros(5)}
+    for tensors, own, message in (
+        (earlier, auxiliary(3.0), r"average: absent in the checkpoint, \(2,\) in the objective; count: absent"),
+        (without, auxiliary(3.0), r"average: absent in the checkpoint, \(2,\) in the objective; count: absent"),
+        (with_one, None, r"average: \(2,\) in the checkpoint, absent in the objective; count: "),
+        (with_one, wrong_shape, r"average: \(2,\) in the checkpoint, \(5,\) in the objective$"),
+    ):
+        with pytest.raises(CheckpointError, match=f"^the checkpoint is of another objective: {message}"):
+            state_from_tensors(tensors, fresh(own))

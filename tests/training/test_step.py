@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from popgen.errors import ArgumentError, TrainingError
 from popgen.losses import elbo
@@ -16,7 +17,7 @@ from popgen.nn.vamp_prior import VampPrior
 from popgen.optim.schedules import Constant, SigmoidAnnealing
 from popgen.training import checkpoints
 from popgen.training.loop import Hooks, train
-from popgen.training.objectives import NegativeELBO
+from popgen.training.objectives import NegativeELBO, Objective
 from popgen.training.state import initial_state, model_with_weights, state_from_tensors, state_to_tensors
 from popgen.training.step import make_train_step
 
@@ -234,3 +235,74 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(value)
     with pytest.raises(TrainingError, match="the loss became (nan|inf) at step 5"):
         train(state, step, lambda step, generator: batch_of(step), 12, calls.hooks)
     assert calls.evaluated == calls.saved == [] and list(calls.logged) == [3]
+
+
+class WithBuffers(nn.Module):
+    """A linear map of what is left of the input after two buffers and a frozen scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 1)
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
+        self.register_buffer("centre", torch.zeros(16))
+        self.register_buffer("untouched", torch.full((3,), 5.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.scale * (x - self.centre))
+
+
+class Changing(Objective):
+    """Moves the model's centre to the batch's mean and doubles its scale, and counts what it has seen."""
+
+    def __init__(self, **others: Tensor) -> None:
+        self.others = others
+
+    def draw_noise(self, model, batch, generator):
+        return None
+
+    def initial_state(self, reference: Tensor) -> dict[str, Tensor]:
+        return {"seen": torch.zeros((), dtype=torch.int64), "mean": torch.zeros(())}
+
+    def __call__(self, forward, batch, noise, settings, state):
+        loss = forward(batch).square().mean()
+        changes = {
+            "seen": state["seen"] + len(batch),
+            "mean": loss,
+            "centre": batch.mean(0),
+            "scale": 2 * batch[0, 0] + 1,
+        }
+        return loss, {"loss": loss.detach(), "seen_before": state["seen"].float()}, {**changes, **self.others}
+
+
+def test_what_an_objective_changes_is_found_by_the_next_step():
+    """Its own state, buffers of the model and what is frozen there; the gradient is that of the values before."""
+    model, objective = WithBuffers(), Changing()
+    state = initial_state(model, torch.optim.SGD, 0, auxiliary=objective.initial_state(torch.zeros(())))
+    places = {name: tensor.data_ptr() for name, tensor in (state.buffers | state.auxiliary).items()}
+    step, centre, scale = make_train_step(model, objective), torch.zeros(16), 1.0
+    for index in range(4):
+        weight, bias = (state.parameters[f"linear.{name}"].detach().clone() for name in ("weight", "bias"))
+        state, metrics = step(state, batch_of(index))
+        expected = ((scale * (batch_of(index) - centre)) @ weight[0] + bias).square().mean()
+        assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+        assert metrics["seen_before"] == 6 * index
+        centre, scale = batch_of(index).mean(0), 2 * batch_of(index)[0, 0].item() + 1
+        assert torch.equal(state.buffers["centre"], centre) and state.buffers["scale"] == scale
+        assert state.auxiliary["seen"] == 6 * (index + 1)
+        assert state.auxiliary["mean"].item() == metrics["loss"].item() and not state.auxiliary["mean"].requires_grad
+        assert state.buffers["untouched"].tolist() == [5.0] * 3
+    assert {name: tensor.data_ptr() for name, tensor in (state.buffers | state.auxiliary).items()} == places
+    assert model.centre.tolist() == [0.0] * 16 and model.scale == 1.0, "the model itself stays as it was"
+
+
+def test_a_change_of_nothing_that_there_is_is_refused():
+    model = WithBuffers()
+    for name in ("center", "linear.weight"):
+        objective = Changing(**{name: torch.zeros(16)})
+        state = initial_state(model, torch.optim.SGD, 0, auxiliary=objective.initial_state(torch.zeros(())))
+        with pytest.raises(ArgumentError) as caught:
+            make_train_step(model, objective)(state, batch_of(0))
+        assert str(caught.value) == (
+            f"the objective changes '{name}', which is neither its own state (seen, mean) nor a buffer of the model "
+            "(scale, centre, untouched)"
+        )
