@@ -150,6 +150,10 @@ class Experiment:
         ):
             if not fits or (name != "optimizer" and isinstance(getattr(self, name), type)):
                 raise ArgumentError(f"Experiment.{name} must be {described}, got {getattr(self, name)!r}")
+        self.objective.check_model(self.model)
+        if not isinstance(self.model, self.evaluator.model_type):
+            evaluated = f"{type(self.evaluator).__name__} evaluates a {self.evaluator.model_type.__name__}"
+            raise ArgumentError(f"Experiment.evaluator: {evaluated}, and the model is a {type(self.model).__name__}")
         if self.final_num_samples:  # an error now rather than after the last step
             self.evaluator.check_num_samples("Experiment.final_num_samples", self.final_num_samples)
         for name in ("compile", "cuda_graph"):

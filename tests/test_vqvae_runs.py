@@ -242,6 +242,27 @@ def test_interruption_changes_nothing(kind: str, finished: dict[str, RunDirector
     assert curves(resumed) == curves(finished[kind])
 
 
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        ("geco", {"objective": VQVAELoss()}, "VQVAELoss trains a VQVAE, got VAE"),
+        ("prior", {"objective": VQVAELoss()}, "VQVAELoss trains a VQVAE, got VQVAEWithPrior"),
+        ("vqvae", {"objective": NegativeELBO()}, "NegativeELBO trains no codebook, .* a VQVAE: use VQVAELoss"),
+        (
+            "vqvae",
+            {"objective": ConstrainedELBO(GECO(rate=0.1), "kl", 1.0)},
+            "ConstrainedELBO trains no codebook, .* a VQVAE: use VQVAELoss",
+        ),
+        ("vqvae", {"evaluator": VAEEvaluator()}, "VAEEvaluator evaluates a VAE, and the model is a VQVAE"),
+        ("geco", {"evaluator": VQVAEEvaluator()}, "VQVAEEvaluator evaluates a VQVAE, and the model is a VAE"),
+    ],
+)
+@pytest.mark.usefixtures("as_a_user")
+def test_what_does_not_go_together_is_refused_before_the_run(kind: str, changes: dict, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make_experiment(kind, pathlib.Path("codes"), **changes)
+
+
 def test_more_samples_than_the_evaluator_takes_are_refused_before_the_run() -> None:
     with pytest.raises(ArgumentError, match="^Experiment.final_num_samples must be 1 for a VQ-VAE, got 5: "):
         make_experiment("vqvae", final_num_samples=5)

@@ -19,6 +19,7 @@ CURVE_IMAGES = 1_000  # that the active_units curves look at; an evaluation look
 class Evaluator(Protocol):
     """How a kind of model is evaluated. The ELBO and its parts are the same for all; the rest is here."""
 
+    model_type: ClassVar[type]
     bound_name: ClassVar[str]
     default_num_samples: ClassVar[int]
 
@@ -56,6 +57,7 @@ class VAEEvaluator:
         5000
     """
 
+    model_type: ClassVar[type] = VAE
     bound_name: ClassVar[str] = "IWAE"
     default_num_samples: ClassVar[int] = 5_000
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from popgen.datasets.images import ImageData, bernoulli_thresholds, binarise, draw_bits
+from popgen.datasets.images import ImageData, as_values, bernoulli_thresholds, binarise, draw_bits
 from popgen.errors import ArgumentError
 from popgen.evaluation.likelihood import Progress, evaluate_elbo
 from popgen.evaluation.pictures import COLUMNS, Picture, originals
@@ -81,6 +81,7 @@ class VQVAEEvaluator:
         1
     """
 
+    model_type: ClassVar[type] = VQVAE
     bound_name: ClassVar[str] = "ELBO, the posterior is a point"
     default_num_samples: ClassVar[int] = 1
 
@@ -138,7 +139,7 @@ class VQVAEEvaluator:
     ) -> dict[str, Picture]:
         """Returns test images, and the same each beside what its codes decode to."""
         some = data.test[:num_samples]
-        x = some.to(torch.get_default_dtype()) / 255.0 if some.dtype == torch.uint8 else some
+        x = as_values(some)
         with torch.no_grad():
             pairs = torch.stack([x, model.decode(model.encode(x)).mean], dim=1).flatten(0, 1)
         return {
@@ -155,6 +156,8 @@ class VQVAEWithPriorEvaluator(VQVAEEvaluator):
         >>> VQVAEWithPriorEvaluator().default_num_samples
         1
     """
+
+    model_type: ClassVar[type] = VQVAEWithPrior
 
     def curves(self, model: Any, images: Tensor) -> dict[str, float | int]:
         """Returns nothing: the codes stay as they are."""

@@ -193,6 +193,9 @@ class VQVAE(ImageModel):
             size = getattr(part, "code_dim", quantiser.code_dim)  # a part of one's own need not state it
             if size != quantiser.code_dim:
                 raise ArgumentError(f"VQVAE: {name}.code_dim is {size}, but quantiser.code_dim is {quantiser.code_dim}")
+        sizes = getattr(encoder, "input_dim", None), getattr(decoder, "output_dim", None)
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise ArgumentError(f"VQVAE: encoder.input_dim is {sizes[0]}, but decoder.output_dim is {sizes[1]}")
         self.encoder, self.quantiser, self.decoder = encoder, quantiser, decoder
         self.initialisation = check_choice("VQVAE.initialisation", initialisation, ("kmeans", "random"))
 
@@ -272,8 +275,8 @@ class VQVAE(ImageModel):
         num_codes = self.quantiser.num_codes
         if len(vectors) < num_codes:
             raise ArgumentError(
-                f"VQVAE.quantiser: num_codes must be at most the {len(vectors):,} vectors that the first {len(x):,} "
-                f"training images give, got {num_codes}: take fewer codes, or VQVAE.initialisation = 'random'"
+                f"VQVAE.quantiser: num_codes must be at most the {len(vectors):,} vectors that {len(x):,} training "
+                f"images give, got {num_codes}: take fewer codes, or VQVAE.initialisation = 'random'"
             )
         uniform = torch.rand(self.quantiser.num_codebooks, num_codes, generator=generator, device=x.device)
         self.quantiser.initialise(vectors, uniform, len(batches))

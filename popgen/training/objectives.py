@@ -19,7 +19,7 @@ from torch import Tensor
 from popgen.errors import ArgumentError, check_choice, check_integer, check_number
 from popgen.losses import elbo
 from popgen.models.image_model import LogDensities
-from popgen.models.vqvae import VQVAETerms
+from popgen.models.vqvae import VQVAE, VQVAETerms
 from popgen.optim.geco import GECO, GECOState
 from popgen.optim.schedules import Constant, Schedule
 
@@ -34,6 +34,9 @@ Result = tuple[Tensor, Metrics, Tensors]
 @runtime_checkable
 class Objective(Protocol):
     """What a training step minimises. Subclasses define `draw_noise` and `__call__`; the rest has defaults."""
+
+    def check_model(self, model: Any) -> None:
+        """Raises ArgumentError if it cannot train a model."""
 
     def settings(self, step: int) -> dict[str, float]:
         """Returns the numbers that depend on the step alone, such as an annealed weight."""
@@ -88,6 +91,14 @@ class NegativeELBO(Objective):
         if not callable(self.beta):
             raise ArgumentError(f"NegativeELBO.beta must be a schedule (a function of the step), got {self.beta!r}")
         check_integer("NegativeELBO.num_samples", self.num_samples, minimum=1)
+
+    def check_model(self, model: Any) -> None:
+        """Any but a VQ-VAE, whose codebook would stay as it is.
+
+        Raises:
+            ArgumentError: if it is a VQ-VAE.
+        """
+        _check_not_a_vqvae("NegativeELBO", model)
 
     def settings(self, step: int) -> dict[str, float]:
         """Returns β at that step."""
@@ -148,6 +159,14 @@ class ConstrainedELBO(Objective):
         check_choice("ConstrainedELBO.constraint", self.constraint, CONSTRAINTS)
         check_number("ConstrainedELBO.target", self.target)
         check_integer("ConstrainedELBO.num_samples", self.num_samples, minimum=1)
+
+    def check_model(self, model: Any) -> None:
+        """Any but a VQ-VAE, whose codebook would stay as it is.
+
+        Raises:
+            ArgumentError: if it is a VQ-VAE.
+        """
+        _check_not_a_vqvae("ConstrainedELBO", model)
 
     def initial_state(self, reference: Tensor) -> dict[str, Tensor]:
         """Returns GECO's state before the first step."""
@@ -210,6 +229,15 @@ class VQVAELoss(Objective):
     def __post_init__(self) -> None:
         check_number("VQVAELoss.commitment", self.commitment, minimum=0.0)
 
+    def check_model(self, model: Any) -> None:
+        """A VQ-VAE it must be.
+
+        Raises:
+            ArgumentError: if it is another kind of model.
+        """
+        if not isinstance(model, VQVAE):
+            raise ArgumentError(f"VQVAELoss trains a VQVAE, got {type(model).__name__}")
+
     def draw_noise(self, model: Any, batch: Tensor, generator: torch.Generator) -> Tensor:
         """Returns uniform noise that chooses where dead codes go, shape `(num_codebooks, num_codes)`."""
         shape = (model.quantiser.num_codebooks, model.quantiser.num_codes)
@@ -249,3 +277,8 @@ def bound_metrics(terms: LogDensities | VQVAETerms) -> Metrics:
         "log_p_z": log_p_z,
         "log_det": log_det,
     }
+
+
+def _check_not_a_vqvae(name: str, model: Any) -> None:
+    if isinstance(model, VQVAE):
+        raise ArgumentError(f"{name} trains no codebook, and the model is a {type(model).__name__}: use VQVAELoss")

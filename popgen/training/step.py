@@ -65,12 +65,13 @@ class TrainStep:
                 state.parameters, state.buffers, batch, noise, settings, state.auxiliary
             )
             gradients = torch.autograd.grad(loss, list(state.parameters.values()), allow_unused=True)
+        changing = [(_changeable(state, name, value), value.detach()) for name, value in changes.items()]
         metrics["gradient_norm"] = self._apply(gradients, state)
         metrics["learning_rate"] = settings["learning_rate"]
         if state.weight_average is not None:
             update_weight_average(state.weight_average, state.parameters, settings["average_weight"])
-        for name, value in changes.items():
-            _changeable(state, name).copy_(value.detach())
+        for tensor, value in changing:
+            tensor.copy_(value)
         return metrics
 
     def _apply(self, gradients: tuple[Tensor | None, ...], state: TrainState) -> Tensor:
@@ -94,13 +95,15 @@ class TrainStep:
         return norm
 
 
-def _changeable(state: TrainState, name: str) -> Tensor:
+def _changeable(state: TrainState, name: str, value: Tensor) -> Tensor:
     tensor = state.auxiliary.get(name, state.buffers.get(name))
     if tensor is None:
         raise ArgumentError(
             f"the objective changes {name!r}, which is neither its own state ({', '.join(state.auxiliary) or 'none'}) "
             f"nor a buffer of the model ({', '.join(state.buffers) or 'none'})"
         )
+    if value.shape != tensor.shape:
+        raise ArgumentError(f"the objective changes {name!r} from shape {tuple(tensor.shape)} to {tuple(value.shape)}")
     return tensor
 
 

@@ -38,7 +38,8 @@ def initialise(model: nn.Module, pretrained: Mapping[str, str], images: Tensor, 
             )
         tensors = find_run(f"Experiment.pretrained[{name!r}]", run_name).load_checkpoint("best")
         weights = {**tensors["parameters"], **tensors["buffers"]}
-        check_same_tensors(weights, tensors_of(parts[name]), f"model than Experiment.model.{name}")
+        of = f"model than Experiment.model.{name}, in the run {run_name!r}"
+        check_same_tensors(weights, tensors_of(parts[name]), of)
         copy_by_name(weights, into=tensors_of(parts[name]))
         given.update(parts[name].modules())
     for module in model.modules():

@@ -474,7 +474,9 @@ def test_grey_images_are_binarised_before_the_first_codes_are_formed() -> None:
 def test_more_codes_than_vectors_are_refused() -> None:
     model = make_vqvae(num_codes=13)
     model.initialise_from_data(make_images(3), torch.Generator())
-    with pytest.raises(ArgumentError, match="num_codes must be at most the 12 vectors that .* 2 .*got 13: .*'random'"):
+    with pytest.raises(
+        ArgumentError, match="num_codes must be at most the 12 vectors that 2 training images give, got 13: .*'random'"
+    ):
         model.initialise_from_data(make_images(2), torch.Generator())
 
 
@@ -497,6 +499,7 @@ def parts(**changes: Any) -> dict[str, Any]:
         ({"quantiser": None}, "VQVAE.quantiser must be a popgen.nn.vqvae.Quantiser, got None"),
         ({"encoder": ConvolutionalEncoder(5, (8, 8))}, "encoder.code_dim is 5, but quantiser.code_dim is 3"),
         ({"decoder": ConvolutionalDecoder(2, (8, 8))}, "decoder.code_dim is 2, but quantiser.code_dim is 3"),
+        ({"decoder": ConvolutionalDecoder(3, (8, 12))}, "encoder.input_dim is 64, but decoder.output_dim is 96"),
         ({"quantiser": GradientQuantiser(4, 7)}, "encoder.code_dim is 3, but quantiser.code_dim is 7"),
         ({"initialisation": "k-means"}, "VQVAE.initialisation must be one of kmeans, random, got 'k-means'"),
     ],

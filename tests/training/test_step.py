@@ -295,6 +295,14 @@ def test_what_an_objective_changes_is_found_by_the_next_step():
     assert model.centre.tolist() == [0.0] * 16 and model.scale == 1.0, "the model itself stays as it was"
 
 
+def test_a_change_of_another_shape_is_refused_before_anything_moves():
+    model, objective = WithBuffers(), Changing(centre=torch.zeros(1))
+    state = initial_state(model, torch.optim.SGD, 0, auxiliary=objective.initial_state(torch.zeros(())))
+    with pytest.raises(ArgumentError, match=r"changes 'centre' from shape \(16,\) to \(1,\)"):
+        make_train_step(model, objective)(state, batch_of(0))
+    assert torch.equal(state.parameters["linear.weight"], model.linear.weight)
+
+
 def test_a_change_of_nothing_that_there_is_is_refused():
     model = WithBuffers()
     for name in ("center", "linear.weight"):

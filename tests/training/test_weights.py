@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from popgen.datasets.images import ImageData
 from popgen.errors import ArgumentError, CheckpointError, PopgenError
-from popgen.evaluation.vqvae import VQVAEWithPriorEvaluator
+from popgen.evaluation.vqvae import VQVAEEvaluator, VQVAEWithPriorEvaluator
 from popgen.experiment import Configuration, Experiment, evaluate_model, prepare, run
 from popgen.models.vqvae import VQVAE, ConvolutionalDecoder, ConvolutionalEncoder, VQVAEWithPrior
 from popgen.nn.pixelcnn import GatedPixelCNN
@@ -165,7 +165,7 @@ def test_what_cannot_be_loaded_is_one_line_before_anything_is_written(
     monkeypatch.setenv("EXPERIMENT_DIR", str(tmp_path))
     codes, part = tmp_path / "codes", "autoencoder"
     missing = f"Experiment.pretrained['autoencoder']: there is no trained run in codes or {codes}; train it first"
-    of_another = "the checkpoint is of another model than Experiment.model.autoencoder: "
+    of_another = "the checkpoint is of another model than Experiment.model.autoencoder, in the run 'codes': "
     kind: type[PopgenError] = CheckpointError
     if case == "no checkpoint":
         with RunDirectory(codes).locked():
@@ -203,6 +203,6 @@ def test_a_model_that_the_data_is_too_small_for_is_refused_before_anything_is_wr
     encoder, decoder = (part(3, (8, 8), 4, 1) for part in (ConvolutionalEncoder, ConvolutionalDecoder))
     model = VQVAE(encoder, MovingAverageQuantiser(121, 3), decoder)
     with pytest.raises(ArgumentError, match="num_codes must be at most the 120 vectors .* got 121") as caught:
-        run_in(tmp_path / "run", model=model, objective=VQVAELoss())
+        run_in(tmp_path / "run", model=model, objective=VQVAELoss(), evaluator=VQVAEEvaluator())
     assert "\n" not in str(caught.value)
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"]
