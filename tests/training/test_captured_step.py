@@ -133,10 +133,11 @@ def test_another_state_is_recorded_anew():
 
 
 @on_gpu
-def test_a_cuda_graph_equals_plain_steps():
-    step, batches, state = setting(device="cuda")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cuda_graph_equals_plain_steps(kind: str):
+    step, batches, state = setting(kind, device="cuda")
     plain = run(step, lambda state: batches.draw(state.step, state.generators["binarisation"]), state)
-    step, batches, state = setting(device="cuda")
+    step, batches, state = setting(kind, device="cuda")
     captured = run(CapturedStep(step, batches), lambda state: batches.indices(state.step), state)
     assert_same(captured, plain, tolerance=1e-6)
 
