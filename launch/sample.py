@@ -7,13 +7,13 @@ from absl import flags
 
 from launch import command
 from popgen.errors import RunDirectoryError, check_integer
-from popgen.evaluation.pictures import save_pictures
+from popgen.evaluation.shown import picture_names, save_shown
 from popgen.experiment import prepare
 from popgen.training.weights import WEIGHTS, model_of_checkpoint
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
-flags.DEFINE_string("out", None, "The PNG to write.")
+flags.DEFINE_string("out", None, "The PNG to write; sounds go beside it as WAV files.")
 flags.DEFINE_integer("num_samples", 64, "Prior samples, and at most as many pairs in the other pictures.")
 flags.DEFINE_string("checkpoint", "best", "best, latest, or a step that was kept.")
 flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
@@ -21,7 +21,7 @@ flags.DEFINE_integer("seed", 0, "Of the draws.")
 
 
 def main() -> None:
-    """Writes every picture that the model has, one below another."""
+    """Writes every picture that the model has, one below another, and every sound."""
     check_integer("num_samples", FLAGS.num_samples, minimum=2)
     out = pathlib.Path(FLAGS.out)
     if not out.parent.is_dir():
@@ -32,8 +32,12 @@ def main() -> None:
     data, model = prepare(loaded.experiment, device)
     model = model_of_checkpoint(model, tensors, FLAGS.weights)
     generator = torch.Generator(device).manual_seed(FLAGS.seed)
-    names = save_pictures(out, loaded.experiment.evaluator.pictures(model, data, FLAGS.num_samples, generator))
-    print(f"wrote {out}: {', '.join(name.replace('_', ' ') for name in names)}, from the top")
+    shown = loaded.experiment.evaluator.show(model, data, FLAGS.num_samples, generator)
+    if not shown:
+        raise RunDirectoryError(f"a {type(model).__name__} has nothing to draw samples from")
+    for path in save_shown(out, shown):
+        names = ", ".join(name.replace("_", " ") for name in picture_names(shown))
+        print(f"wrote {path}{f': {names}, from the top' if path == out else ''}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def main() -> None:
         )
         state = run(loaded.experiment, directory, loaded.configuration)
     print(f"finished at step {state.step}; the lowest loss was {state.best_loss:.3f} nats, at step {state.best_step}")
-    print(f"samples: {directory.samples_path / 'best.png'}")
+    for path in sorted(directory.samples_path.glob("best*")):
+        print(f"samples: {path}")
     print(f"evaluate: python -m launch.evaluate --run_dir={directory.path}")
 
 
@@ -83,11 +84,12 @@ def describe(experiment: Experiment) -> str:
         module.register_forward_hook(
             lambda _, inputs, output, name=name: lines.extend(shape_lines(name, inputs, output))
         )
-    batch, objective = torch.zeros(experiment.batch_size, model.input_dim), experiment.objective
+    objective = experiment.objective
+    batch = objective.blank_batch(model, experiment.batch_size)
     settings = {name: torch.tensor(value) for name, value in objective.settings(0).items()}
     with torch.no_grad():
         noise = objective.draw_noise(model, batch, torch.Generator())
-        objective(model, batch, noise, settings, objective.initial_state(batch))
+        objective(model, batch, noise, settings, objective.initial_state(next(model.parameters())))
     return "\n".join(lines)
 
 

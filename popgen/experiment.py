@@ -14,13 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import popgen
-from popgen.datasets.images import ImageData, ImageDataset, TrainBatches
+from popgen.datasets.data import Data, Dataset
 from popgen.errors import ArgumentError, TrainingError, check_choice, check_integer, check_number
 from popgen.evaluation.evaluator import Evaluator, VAEEvaluator
-from popgen.evaluation.likelihood import evaluate_elbo, standard_error
-from popgen.evaluation.pictures import Picture, save_pictures
+from popgen.evaluation.shown import Shown, save_shown, write_shown
 from popgen.execution import PRECISIONS, check_precision
-from popgen.models.image_model import ImageModel
+from popgen.models.model import Model
 from popgen.streams import make_generator
 from popgen.summaries import Writer
 from popgen.training.captured_step import CapturedStep
@@ -39,9 +38,8 @@ from popgen.training.state import (
 from popgen.training.step import make_train_step
 from popgen.training.weights import initialise, model_of_checkpoint
 
-PICTURE_COUNT = 64
+SHOWN_COUNT = 64
 SELECTION_SPLITS = ("test", "validation")
-HPARAM_METRICS = ["best/loss", "evaluation/elbo", "evaluation/log_p_x"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,25 +47,26 @@ class Experiment:
     """Everything that defines a run.
 
     Args:
-        model: the model, built; a `popgen.models.image_model.ImageModel`.
-        dataset: has a `load()` that returns a `popgen.datasets.images.ImageData`.
+        model: the model, built; a `popgen.models.model.Model`.
+        dataset: has a `load()` that returns a `popgen.datasets.data.Data`.
         objective: what a step minimises; see `popgen.training.objectives`.
-        evaluator: what an evaluation reports beside the bound; see `popgen.evaluation.evaluator`.
+        evaluator: what an evaluation reports; see `popgen.evaluation.evaluator`.
         pretrained: parts of the model whose weights come from the best checkpoint of another run when training starts:
             name of the part to the run's directory, or its name under `$EXPERIMENT_DIR`.
         optimizer: called with the parameters, for example `torch.optim.Adam` with its arguments bound.
         num_steps: steps in all.
-        batch_size: images in a step.
+        batch_size: examples in a step.
         seed: of the model's first weights, the order of the data and all noise.
         eval_every: steps between evaluations on the selection split; each also saves `latest`.
         log_every: steps between points of the training curves.
         checkpoint_every: steps between checkpoints that are kept for good.
-        selection_split: "test" or "validation": the split whose loss (-ELBO at β = 1) chooses the `best` checkpoint.
+        selection_split: "test" or "validation": the split whose loss chooses the `best` checkpoint; for a model with
+            latent variables it is -ELBO at β = 1.
         weight_average_decay: of the exponential moving average of the weights; None for no average.
         max_gradient_norm: gradients with a larger norm are scaled down to it; None for no limit.
-        final_num_samples: importance samples of an evaluation when training ends; 0 for none (`launch.evaluate` makes
-            one at any time).
-        final_num_images: test images of that evaluation; None for all.
+        final_num_samples: samples for each example of an evaluation when training ends (importance samples of a VAE);
+            0 for no evaluation (`launch.evaluate` makes one at any time).
+        final_num_examples: test examples of that evaluation; None for all.
         device: "auto" (the GPU if there is one), or a device of torch.
         precision: of the networks' matrix products in training: "fp32", "tf32" (GPU) or "bf16"; densities stay exact.
         compile: whether torch.compile fuses the loss, its gradient and the evaluation; it starts half a minute later.
@@ -87,8 +86,8 @@ class Experiment:
         popgen.errors.ArgumentError: Experiment.num_steps must be an integer of at least 1, got 0
     """
 
-    model: ImageModel
-    dataset: ImageDataset
+    model: Model
+    dataset: Dataset
     objective: Objective = NegativeELBO()
     evaluator: Evaluator = VAEEvaluator()
     pretrained: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -103,7 +102,7 @@ class Experiment:
     weight_average_decay: float | None = 0.9999
     max_gradient_norm: float | None = None
     final_num_samples: int = 0
-    final_num_images: int | None = None
+    final_num_examples: int | None = None
     device: str = "auto"
     precision: str = "fp32"
     compile: bool = False
@@ -120,15 +119,15 @@ class Experiment:
             ("final_num_samples", 0),
         ):
             check_integer(f"Experiment.{name}", getattr(self, name), minimum)
-        if self.final_num_images is not None:
-            check_integer("Experiment.final_num_images", self.final_num_images, minimum=1)
+        if self.final_num_examples is not None:
+            check_integer("Experiment.final_num_examples", self.final_num_examples, minimum=1)
         check_choice("Experiment.selection_split", self.selection_split, SELECTION_SPLITS)
         if self.weight_average_decay is not None:
             check_number("Experiment.weight_average_decay", self.weight_average_decay, minimum=0.0, maximum=1.0)
         if self.max_gradient_norm is not None:
             check_number("Experiment.max_gradient_norm", self.max_gradient_norm, minimum=0.0)
         for name, described, fits in (
-            ("model", "an ImageModel, such as @VAE()", isinstance(self.model, ImageModel)),
+            ("model", "a Model (see popgen.models.model), such as @VAE()", isinstance(self.model, Model)),
             ("dataset", "an object with a load() method", hasattr(self.dataset, "load")),
             (
                 "objective",
@@ -209,6 +208,7 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
     Example:
         >>> import pathlib
         >>> import tempfile
+        >>> from popgen.datasets.images import ImageData
         >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
         >>> from popgen.nn.priors import StandardNormalPrior
         >>> class Noise:
@@ -226,7 +226,7 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
     device = experiment.torch_device()
     check_precision("Experiment.precision", experiment.precision, device)
     data, model = prepare(experiment, device)
-    _first_images(data.test, experiment.final_num_images)  # an error now rather than after the last step
+    _first_examples(data, experiment.final_num_examples)  # an error now rather than after the last step
     if not directory.has_checkpoint():
         initialise(model, experiment.pretrained, data.train, experiment.seed)
     state = first_state(experiment, model)
@@ -240,27 +240,29 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
     try:
         writer.text("config", configuration.given, state.step)
         writer.text("operative_config", configuration.operative, state.step)
-        writer.hyper_parameters(configuration.settings, HPARAM_METRICS)
+        compared = ["best/loss", *(f"evaluation/{name}" for name in experiment.evaluator.headline)]
+        writer.hyper_parameters(configuration.settings, compared)
         recorder = _Recorder(experiment, directory, writer, data, model)
         state = train(state, *training_functions(experiment, model, data), experiment.num_steps, recorder.hooks())
         best = model_of_checkpoint(model, directory.load_checkpoint("best"))
-        save_pictures(directory.samples_path / "best.png", _pictures(experiment, best, data))
+        save_shown(directory.samples_path / "best.png", _shown(experiment, best, data))
         if experiment.final_num_samples:
             record = evaluate_model(
                 experiment,
                 best,
                 data,
                 experiment.final_num_samples,
-                experiment.final_num_images,
+                experiment.final_num_examples,
                 state.best_step,
             )
-            write_record(directory, writer, {**record, "checkpoint": "best", "weights": "raw"})
+            record |= {"checkpoint": "best", "weights": "raw"}
+            write_record(directory, writer, record, experiment.evaluator.headline)
     finally:
         writer.close()
     return state
 
 
-def prepare(experiment: Experiment, device: torch.device) -> tuple[ImageData, ImageModel]:
+def prepare(experiment: Experiment, device: torch.device) -> tuple[Data, Model]:
     """Returns the data and the model on a device, checked against one another.
 
     Raises:
@@ -270,12 +272,12 @@ def prepare(experiment: Experiment, device: torch.device) -> tuple[ImageData, Im
     """
     model = experiment.model.to(device)
     data = experiment.dataset.load().to(device, next(model.parameters()).dtype)
-    for images in (data.train, data.split(experiment.selection_split), data.test):
-        model.check_images(images)
+    for examples in (data.train, data.split(experiment.selection_split), data.test):
+        model.check_examples(examples)
     return data, model
 
 
-def first_state(experiment: Experiment, model: ImageModel) -> TrainState:
+def first_state(experiment: Experiment, model: Model) -> TrainState:
     """Returns the state before the first step.
 
     Example: `run` calls it.
@@ -285,14 +287,14 @@ def first_state(experiment: Experiment, model: ImageModel) -> TrainState:
     return initial_state(model, experiment.optimizer, experiment.seed, average, auxiliary)
 
 
-def training_functions(experiment: Experiment, model: ImageModel, data: ImageData) -> tuple[Step, DrawBatch]:
+def training_functions(experiment: Experiment, model: Model, data: Data) -> tuple[Step, DrawBatch]:
     """Returns the training step of an experiment and what draws its batches, for `popgen.training.loop.train`.
 
-    On a GPU the step is recorded as a CUDA graph, the draw included; it is then given the indices of its images.
+    On a GPU the step is recorded as a CUDA graph, the draw included; it is then given the indices of its examples.
 
     Example: `run` calls it.
     """
-    batches = TrainBatches(data.train, experiment.batch_size, experiment.seed)
+    batches = data.batches(experiment.batch_size, experiment.seed)
     step = make_train_step(
         model,
         experiment.objective,
@@ -301,98 +303,96 @@ def training_functions(experiment: Experiment, model: ImageModel, data: ImageDat
         experiment.compile,
         experiment.precision,
     )
-    if data.train.is_cuda and experiment.cuda_graph:
+    if next(model.parameters()).is_cuda and experiment.cuda_graph:
         return CapturedStep(step, batches), lambda step, generator: batches.indices(step)
     return step, batches.draw
 
 
 def evaluate_model(
     experiment: Experiment,
-    model: ImageModel,
-    data: ImageData,
+    model: Model,
+    data: Data,
     num_samples: int,
-    num_images: int | None,
+    num_examples: int | None,
     step: int,
     precision: str = "fp32",
 ) -> dict[str, Any]:
-    """Returns the record of an evaluation on the test images: bounds in nats, and what is needed to repeat it.
+    """Returns the record of an evaluation on the test examples: its results, and what is needed to repeat it.
 
-    The evaluator's bound is formed at `precision`, whatever that of training was; the ELBO always at full.
+    It is made at `precision`, whatever that of training was; the ELBO always at full.
 
     Raises:
-        ArgumentError: if `num_samples`, `num_images` or `precision` is outside its domain.
+        ArgumentError: if `num_samples`, `num_examples` or `precision` is outside its domain.
 
     Example: `run` calls it.
     """
-    images = _first_images(data.test, num_images)
-    check_precision("precision", precision, images.device)
-    started = time.perf_counter()
-    parts = evaluate_elbo(model, images, experiment.seed)
-    with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True) as bar:
-        log_p_x = experiment.evaluator.bound(
-            model, images, num_samples, experiment.seed, _show_mean(bar), precision, experiment.compile
+    examples = _first_examples(data, num_examples)
+    reference = next(model.parameters())
+    check_precision("precision", precision, reference.device)
+    evaluator, started = experiment.evaluator, time.perf_counter()
+    evaluator.check_num_samples("num_samples", num_samples)
+    with tqdm(total=len(examples), unit="example", disable=None, dynamic_ncols=True) as bar:
+        progress = _show_mean(bar, evaluator.progress_text)
+        results = evaluator.evaluate(
+            model, data, examples, num_samples, experiment.seed, progress, precision, experiment.compile
         )
     return {
-        "log_p_x": log_p_x.double().mean().item(),
-        "log_p_x_standard_error": standard_error(log_p_x),
-        **{name: part.double().mean().item() for name, part in parts.items()},
-        "elbo_standard_error": standard_error(parts["elbo"]),
-        **experiment.evaluator.statistics(model, data, images),
+        **results,
         "num_samples": num_samples,
-        "num_images": len(images),
+        "num_examples": len(examples),
         "step": step,
         "split": "test",
-        "binarisation_protocol": data.protocol,
+        **data.facts(),
         "dataset": repr(experiment.dataset),
         "seed": experiment.seed,
         "precision": precision,
         "training_precision": experiment.precision,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "device": str(images.device),
+        "dtype": str(reference.dtype).removeprefix("torch."),
+        "device": str(reference.device),
         "seconds": round(time.perf_counter() - started, 1),
         "popgen_version": popgen.__version__,
         "torch_version": torch.__version__,
     }
 
 
-def _first_images(images: Tensor, num_images: int | None) -> Tensor:
-    if num_images is None:
-        return images
-    check_integer("num_images", num_images, minimum=1)
-    if num_images > len(images):
-        raise ArgumentError(f"num_images must be at most the {len(images)} test images, got {num_images}")
-    return images[:num_images]
+def _first_examples(data: Data, num_examples: int | None) -> Any:
+    if num_examples is None:
+        return data.test
+    check_integer("num_examples", num_examples, minimum=1)
+    if num_examples > len(data.test):
+        raise ArgumentError(f"num_examples must be at most the {len(data.test)} test examples, got {num_examples}")
+    return data.test[:num_examples]
 
 
-def _pictures(experiment: Experiment, model: ImageModel, data: ImageData) -> dict[str, Picture]:
-    generator = make_generator(data.test.device, experiment.seed, "pictures")
-    return experiment.evaluator.pictures(model, data, PICTURE_COUNT, generator)
+def _shown(experiment: Experiment, model: Model, data: Data) -> dict[str, Shown]:
+    generator = make_generator(next(model.parameters()).device, experiment.seed, "pictures")
+    return experiment.evaluator.show(model, data, SHOWN_COUNT, generator)
 
 
-def _show_mean(bar: tqdm) -> Callable[[Tensor], None]:
-    """Returns a function that moves a bar on by some images and shows the mean bound of all so far."""
+def _show_mean(bar: tqdm, text: str) -> Callable[[Tensor], None]:
+    """Returns a function that moves a bar on by some examples and shows the mean of all so far."""
     total = 0.0
 
-    def show(bounds: Tensor) -> None:
+    def show(values: Tensor) -> None:
         nonlocal total
         if not bar.disable:
-            total += bounds.sum().item()
-            bar.update(len(bounds))
-            bar.set_postfix_str(f"log p(x) {total / bar.n:.2f} nats")
+            total += values.sum().item()
+            bar.update(len(values))
+            bar.set_postfix_str(text.format(total / bar.n))
 
     return show
 
 
 class _Recorder:
-    """What a run writes while it trains: curves, pictures and checkpoints."""
+    """What a run writes while it trains: curves, pictures, sounds and checkpoints."""
 
     def __init__(
         self,
         experiment: Experiment,
         directory: RunDirectory,
         writer: Writer,
-        data: ImageData,
-        model: ImageModel,
+        data: Data,
+        model: Model,
     ) -> None:
         self.experiment, self.directory, self.writer = experiment, directory, writer
         self.data, self.model = data, model
@@ -409,20 +409,18 @@ class _Recorder:
         )
 
     def evaluate(self, state: TrainState) -> TrainState:
-        """Writes the test curves and pictures, saves `latest`, and `best` if the loss is the lowest so far."""
+        """Writes the curves of the selection split, saves `latest`, and `best` if the loss is the lowest so far."""
         split = self.experiment.selection_split
         model = model_with_weights(self.model, state.parameters, state.buffers)
-        images = self.data.split(split)
-        parts = evaluate_elbo(model, images, self.experiment.seed)
-        means = {name: part.double().mean().item() for name, part in parts.items()}
-        loss = -means["elbo"]
+        examples, evaluator = self.data.split(split), self.experiment.evaluator
+        results = evaluator.validate(model, examples, self.experiment.seed)
+        loss = results["loss"]
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the {split} loss is {loss} at step {state.step}; the last checkpoints are left as they are"
             )
-        curves = self.experiment.evaluator.curves
-        self.writer.scalars(split, {**means, "loss": loss, "beta": 1.0, **curves(model, images)}, state.step)
-        self.writer.scalars("train", curves(model, self.data.train), state.step)
+        self.writer.scalars(split, {**results, **evaluator.curves(model, examples)}, state.step)
+        self.writer.scalars("train", evaluator.curves(model, self.data.train), state.step)
 
         improved = loss < state.best_loss
         if improved:
@@ -433,15 +431,14 @@ class _Recorder:
             self.directory.save_checkpoint("best", tensors)
         self.directory.save_checkpoint("latest", tensors)
         if _is_power_of_two(state.step // self.experiment.eval_every) or state.step == self.experiment.num_steps:
-            self._write_pictures(model, state.step)
+            self._write_shown(model, state.step)
         return state
 
-    def _write_pictures(self, model: ImageModel, step: int) -> None:
-        """Writes every picture; called at ever longer intervals, so that a long run does not fill the disk."""
-        pictures = _pictures(self.experiment, model, self.data)
-        for name, picture in pictures.items():
-            self.writer.image(name, picture, step)
-        save_pictures(self.directory.samples_path / f"step_{step:08d}.png", pictures)
+    def _write_shown(self, model: Model, step: int) -> None:
+        """Writes pictures and sounds; called at ever longer intervals, so that a long run does not fill the disk."""
+        shown = _shown(self.experiment, model, self.data)
+        write_shown(self.writer, shown, step)
+        save_shown(self.directory.samples_path / f"step_{step:08d}.png", shown)
 
 
 def _is_power_of_two(number: int) -> bool:

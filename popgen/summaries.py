@@ -53,8 +53,24 @@ def write_png(path: pathlib.Path, levels: UInt8[Tensor, "height width"], scale: 
     Image.fromarray(enlarged.numpy()).save(path, format="PNG")
 
 
+def write_wav(path: pathlib.Path, waveform: Float[Tensor, " time"], sample_rate: int) -> None:
+    """Writes a waveform in [-1, 1] as 16-bit PCM; what is beyond is clipped.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "silence.wav"
+        ...     write_wav(path, torch.zeros(8_000), sample_rate=8_000)
+        ...     path.stat().st_size
+        16044
+    """
+    import soundfile
+
+    soundfile.write(path, waveform.detach().cpu().float().clamp(-1.0, 1.0).numpy(), sample_rate, subtype="PCM_16")
+
+
 class Writer:
-    """Writes scalars, images, text and hyper-parameters of a run for TensorBoard.
+    """Writes scalars, images, sounds, text and hyper-parameters of a run for TensorBoard.
 
     Args:
         directory: the run directory.
@@ -83,6 +99,11 @@ class Writer:
     def image(self, name: str, levels: UInt8[Tensor, "height width"], step: int) -> None:
         """Writes a grey picture."""
         self._writer.add_image(name, levels.numpy(), step, dataformats="HW")
+
+    def sound(self, name: str, waveform: Float[Tensor, " time"], sample_rate: int, step: int) -> None:
+        """Writes a waveform in [-1, 1]."""
+        samples = waveform.detach().cpu().float().clamp(-1.0, 1.0)
+        self._writer.add_audio(name, samples[None], step, sample_rate=sample_rate)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Writes text, shown as it is (indented by four, which Markdown takes for code)."""

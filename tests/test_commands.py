@@ -109,10 +109,10 @@ def test_train_leaves_what_it_says(trained):
 
 
 def test_evaluate_prints_logs_and_writes_the_record(trained):
-    printed = trained.succeed("evaluate", "--run_dir=run", "--num_samples=20", "--num_images=30")
+    printed = trained.succeed("evaluate", "--run_dir=run", "--num_samples=20", "--num_examples=30")
     (path,) = (trained.path / "run").glob("evaluation_*20x30.json")
     record = json.loads(path.read_text())
-    assert record["num_samples"] == 20 and record["num_images"] == 30 and record["step"] in (2, 4)
+    assert record["num_samples"] == 20 and record["num_examples"] == 30 and record["step"] in (2, 4)
     assert record["elbo"] <= record["log_p_x"] < 0 < record["log_p_x_standard_error"]
     assert record["binarisation_protocol"] == "squares"
     assert f"{record['log_p_x']:.3f}" in printed
@@ -124,7 +124,7 @@ def test_evaluate_prints_logs_and_writes_the_record(trained):
 def test_evaluate_by_checkpoint_and_averaged_weights(trained):
     records = []
     for arguments in (["--checkpoint=latest"], ["--checkpoint=latest", "--weights=averaged"]):
-        trained.succeed("evaluate", "--run_dir=run", "--num_samples=5", "--num_images=8", *arguments)
+        trained.succeed("evaluate", "--run_dir=run", "--num_samples=5", "--num_examples=8", *arguments)
         name = f"evaluation_step00000004_{'averaged' if len(arguments) == 2 else 'raw'}_5x8.json"
         records.append(json.loads((trained.path / "run" / name).read_text()))
     assert [record["weights"] for record in records] == ["raw", "averaged"]

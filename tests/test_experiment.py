@@ -87,7 +87,7 @@ def seconds_pass():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> RunDirectory:
-    return run_in(tmp_path_factory.mktemp("finished") / "run", final_num_samples=30, final_num_images=20)
+    return run_in(tmp_path_factory.mktemp("finished") / "run", final_num_samples=30, final_num_examples=20)
 
 
 def test_files(finished):
@@ -128,7 +128,7 @@ def test_the_best_checkpoint_has_the_lowest_loss_at_beta_one(finished):
 def test_record_of_the_final_evaluation(finished):
     (path,) = finished.path.glob("evaluation_*.json")
     record = json.loads(path.read_text())
-    assert (record["num_samples"], record["num_images"], record["binarisation_protocol"]) == (30, 20, "dynamic")
+    assert (record["num_samples"], record["num_examples"], record["binarisation_protocol"]) == (30, 20, "dynamic")
     assert record["step"] == finished.load_checkpoint("best")["step"]
     assert record["elbo"] == pytest.approx(record["reconstruction"] - record["kl"], rel=1e-6)
     assert abs(record["elbo"] - record["log_p_x"]) < 1.0 and record["log_p_x_standard_error"] > 0
@@ -192,7 +192,7 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
 
 def test_a_test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     parts = {"elbo": torch.tensor([1.0, torch.nan])}
-    monkeypatch.setattr("popgen.experiment.evaluate_elbo", lambda *_, **__: parts)
+    monkeypatch.setattr("popgen.evaluation.evaluator.evaluate_elbo", lambda *_, **__: parts)
     with pytest.raises(TrainingError, match="the test loss is nan at step 4"):
         run_in(tmp_path / "run")
     assert not RunDirectory(tmp_path / "run").has_checkpoint()
@@ -202,7 +202,7 @@ def test_evaluation_arguments_and_averaged_weights(finished):
     plan = experiment()
     data, model = prepare(plan, torch.device("cpu"))
     best = finished.load_checkpoint("best")
-    with pytest.raises(ArgumentError, match="num_images must be at most the 40 test images, got 41"):
+    with pytest.raises(ArgumentError, match="num_examples must be at most the 40 test examples, got 41"):
         evaluate_model(plan, model, data, 5, 41, step=0)
     raw, averaged = (model_of_checkpoint(model, best, weights) for weights in ("raw", "averaged"))
     assert any(not torch.equal(a, b) for a, b in zip(raw.parameters(), averaged.parameters(), strict=True))
@@ -218,7 +218,7 @@ def test_evaluation_arguments_and_averaged_weights(finished):
         ({"batch_size": True}, "Experiment.batch_size must be an integer"),
         ({"seed": -1}, "Experiment.seed must be an integer of at least 0, got -1"),
         ({"weight_average_decay": 1.5}, "Experiment.weight_average_decay must be between 0.0 and 1.0, got 1.5"),
-        ({"model": None}, "Experiment.model must be an ImageModel, .* got None"),
+        ({"model": None}, "Experiment.model must be a Model .* got None"),
         ({"dataset": Bars}, "Experiment.dataset must be an object with a load"),
         ({"optimizer": 0.1}, "Experiment.optimizer must be a function of the parameters"),
         ({"objective": 3}, "Experiment.objective must be an Objective"),

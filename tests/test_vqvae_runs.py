@@ -323,7 +323,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.mark.parametrize("name", ["codes", "prior"])
 def test_evaluate_prints_the_bound_and_the_use_of_the_codes(name: str, trained: Workspace) -> None:
-    printed = trained.succeed("evaluate", f"--run_dir={name}", "--num_images=20")
+    printed = trained.succeed("evaluate", f"--run_dir={name}", "--num_examples=20")
     record = record_of(RunDirectory(trained.path / name))
     assert f"log p(x)        {record['log_p_x']:9.3f}" in printed and "(ELBO, the posterior is a point" in printed
     assert f"KL              {record['kl']:9.3f}" in printed and record["dataset"] == "Halves()"

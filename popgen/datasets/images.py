@@ -6,7 +6,7 @@ on the training device, and a batch is gathered and binarised there in a handful
 
 import dataclasses
 import math
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int16, UInt8
@@ -83,13 +83,17 @@ class ImageData:
             moved[name] = split
         return dataclasses.replace(self, **moved)
 
+    def batches(self, batch_size: int, seed: int) -> "TrainBatches":
+        """Returns the training batches.
 
-@runtime_checkable
-class ImageDataset(Protocol):
-    """A description of image data; any class with a `load()` that returns an `ImageData` is one."""
+        Raises:
+            ArgumentError: if a batch is larger than the data.
+        """
+        return TrainBatches(self.train, batch_size, seed)
 
-    def load(self) -> ImageData:
-        """Reads or makes the images."""
+    def facts(self) -> dict[str, Any]:
+        """Returns the binarisation protocol."""
+        return {"binarisation_protocol": self.protocol}
 
 
 def bernoulli_thresholds(levels: UInt8[Tensor, "*shape"]) -> Int16[Tensor, "*shape"]:

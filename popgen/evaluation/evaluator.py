@@ -1,6 +1,8 @@
-"""What an evaluation reports of a model beside its bound: one class for each kind of model."""
+"""What an evaluation reports of a model: one class for each kind of model."""
 
+import abc
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -8,27 +10,80 @@ from torch import Tensor
 
 from popgen.datasets.images import ImageData
 from popgen.errors import check_integer
-from popgen.evaluation.likelihood import Progress, count_active_units, estimate_log_likelihood
+from popgen.evaluation.likelihood import (
+    Progress,
+    count_active_units,
+    estimate_log_likelihood,
+    evaluate_elbo,
+    standard_error,
+)
 from popgen.evaluation.pictures import Picture, all_pictures
+from popgen.evaluation.shown import Shown
+from popgen.models.image_model import ImageModel
 from popgen.models.vae import VAE
 
 CURVE_IMAGES = 1_000  # that the active_units curves look at; an evaluation looks at all
 
+Results = dict[str, float | int]
+
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """How a kind of model is evaluated. The ELBO and its parts are the same for all; the rest is here."""
+    """How a kind of model is evaluated.
+
+    Attributes:
+        model_type: what it evaluates.
+        default_num_samples: samples of an evaluation for each example, where a command is told nothing else.
+        headline: names of the results that TensorBoard shows, and by which its HParams tab compares runs.
+        progress_text: says what the mean of the values given to `progress` is; it has one field to format.
+    """
 
     model_type: ClassVar[type]
-    bound_name: ClassVar[str]
     default_num_samples: ClassVar[int]
+    headline: ClassVar[tuple[str, ...]]
+    progress_text: ClassVar[str]
 
     def check_num_samples(self, name: str, num_samples: int) -> None:
-        """Raises ArgumentError, with the name of an argument, if `bound` does not take so many samples."""
+        """Raises ArgumentError, with the name of an argument, if `evaluate` does not take so many samples."""
 
-    def curves(self, model: Any, images: Tensor) -> dict[str, float | int]:
-        """Returns numbers that say how the latent space is used on some images, cheap enough for a curve."""
+    def validate(self, model: Any, examples: Any, seed: int) -> Results:
+        """Returns the curves of a split on which nothing is trained; the lowest `loss` is the best checkpoint."""
 
+    def curves(self, model: Any, examples: Any) -> Results:
+        """Returns further numbers for the curves of any split, cheap enough for a curve."""
+
+    def evaluate(
+        self,
+        model: Any,
+        data: Any,
+        examples: Any,
+        num_samples: int,
+        seed: int,
+        progress: Progress | None = None,
+        precision: str = "fp32",
+        compiled: bool = False,
+    ) -> Results:
+        """Returns the results of an evaluation on some of the test examples."""
+
+    def describe(self, record: Mapping[str, Any]) -> str:
+        """Returns lines that show the results in the record of an evaluation."""
+
+    def show(self, model: Any, data: Any, num_samples: int, generator: torch.Generator) -> dict[str, Shown]:
+        """Returns pictures and sounds by name; the generator is on the model's device."""
+
+
+class ImageEvaluator(Evaluator, abc.ABC):
+    """What evaluations of image models share: the ELBO in parts, and a bound on log p(x) that subclasses form.
+
+    Example: `VAEEvaluator` is one.
+    """
+
+    headline: ClassVar[tuple[str, ...]] = ("log_p_x", "log_p_x_standard_error", "elbo", "reconstruction", "kl")
+    progress_text: ClassVar[str] = "log p(x) {:.2f} nats"
+    bound_name: ClassVar[str]
+    statistic_names: ClassVar[tuple[str, ...]]
+
+    @abc.abstractmethod
     def bound(
         self,
         model: Any,
@@ -41,15 +96,57 @@ class Evaluator(Protocol):
     ) -> Tensor:
         """Returns the tightest bound on log p(x) of every image, shape `(count,)`, nats."""
 
-    def statistics(self, model: Any, data: ImageData, images: Tensor) -> dict[str, float | int]:
-        """Returns further numbers for the record of an evaluation on some of the test images."""
+    @abc.abstractmethod
+    def statistics(self, model: Any, data: ImageData, images: Tensor) -> Results:
+        """Returns the results named in `statistic_names`, on some of the test images."""
 
-    def pictures(self, model: Any, data: ImageData, num_samples: int, generator: torch.Generator) -> dict[str, Picture]:
-        """Returns pictures by name."""
+    def validate(self, model: ImageModel, examples: Tensor, seed: int) -> Results:
+        """Returns the mean ELBO at β = 1 and its parts, nats, and the loss, which is its negative."""
+        parts = evaluate_elbo(model, examples, seed)
+        means = {name: part.double().mean().item() for name, part in parts.items()}
+        return {**means, "loss": -means["elbo"], "beta": 1.0}
+
+    def evaluate(
+        self,
+        model: ImageModel,
+        data: ImageData,
+        examples: Tensor,
+        num_samples: int,
+        seed: int,
+        progress: Progress | None = None,
+        precision: str = "fp32",
+        compiled: bool = False,
+    ) -> Results:
+        """Returns the mean bound on log p(x), the ELBO and its parts, nats, and the statistics.
+
+        The bound is formed at `precision`; the ELBO always at full.
+        """
+        parts = evaluate_elbo(model, examples, seed)
+        log_p_x = self.bound(model, examples, num_samples, seed, progress, precision, compiled)
+        return {
+            "log_p_x": log_p_x.double().mean().item(),
+            "log_p_x_standard_error": standard_error(log_p_x),
+            **{name: part.double().mean().item() for name, part in parts.items()},
+            "elbo_standard_error": standard_error(parts["elbo"]),
+            **self.statistics(model, data, examples),
+        }
+
+    def describe(self, record: Mapping[str, Any]) -> str:
+        """Returns a line for the bound, the ELBO, each part of it and each statistic."""
+        return "\n".join(
+            [
+                f"log p(x)        {record['log_p_x']:9.3f} ± {record['log_p_x_standard_error']:.3f} nats "
+                f"({self.bound_name}, {record['num_samples']} samples, {record['num_examples']} test images)",
+                f"ELBO            {record['elbo']:9.3f} ± {record['elbo_standard_error']:.3f}",
+                f"reconstruction  {record['reconstruction']:9.3f}",
+                f"KL              {record['kl']:9.3f}",
+                *(f"{name.replace('_', ' '):<28}{record[name]:9.6g}" for name in self.statistic_names),
+            ]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEEvaluator:
+class VAEEvaluator(ImageEvaluator):
     """Evaluates a VAE: the importance-weighted bound, active units, and pictures of what it has learned.
 
     Example:
@@ -59,15 +156,16 @@ class VAEEvaluator:
 
     model_type: ClassVar[type] = VAE
     bound_name: ClassVar[str] = "IWAE"
+    statistic_names: ClassVar[tuple[str, ...]] = ("active_units",)
     default_num_samples: ClassVar[int] = 5_000
 
     def check_num_samples(self, name: str, num_samples: int) -> None:
         """Any positive number will do."""
         check_integer(name, num_samples, minimum=1)
 
-    def curves(self, model: VAE, images: Tensor) -> dict[str, float | int]:
+    def curves(self, model: VAE, examples: Tensor) -> Results:
         """Returns the number of active units on the first images."""
-        return {"active_units": count_active_units(model, images[:CURVE_IMAGES])}
+        return {"active_units": count_active_units(model, examples[:CURVE_IMAGES])}
 
     def bound(
         self,
@@ -82,10 +180,11 @@ class VAEEvaluator:
         """Returns the importance-weighted bound of every image."""
         return estimate_log_likelihood(model, images, num_samples, seed, progress, precision, compiled)
 
-    def statistics(self, model: VAE, data: ImageData, images: Tensor) -> dict[str, float | int]:
+    def statistics(self, model: VAE, data: ImageData, images: Tensor) -> Results:
         """Returns the number of active units."""
         return {"active_units": count_active_units(model, images)}
 
-    def pictures(self, model: VAE, data: ImageData, num_samples: int, generator: torch.Generator) -> dict[str, Picture]:
-        """Returns prior samples, reconstructions, interpolations and pseudo-inputs."""
-        return all_pictures(model, data.test, data.image_shape, num_samples, generator)
+    def show(self, model: VAE, data: ImageData, num_samples: int, generator: torch.Generator) -> dict[str, Shown]:
+        """Returns pictures of prior samples, reconstructions, interpolations and pseudo-inputs."""
+        pictures: dict[str, Picture] = all_pictures(model, data.test, data.image_shape, num_samples, generator)
+        return dict(pictures)

@@ -1,19 +1,14 @@
 """Pictures of what a VAE has learned, as grids of grey levels."""
 
-import pathlib
-from collections.abc import Mapping
-
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 
 from popgen.datasets.images import as_values
+from popgen.evaluation.shown import Picture
 from popgen.models.vae import VAE
-from popgen.summaries import image_grid, write_png
+from popgen.summaries import image_grid
 
 COLUMNS = 16  # of every grid, so that they line up below one another
-
-Picture = UInt8[Tensor, "height width"]
 
 
 @torch.no_grad()
@@ -119,18 +114,3 @@ def all_pictures(
         "pseudo_inputs": pseudo_inputs(model, image_shape, num_samples),
     }
     return {name: picture for name, picture in pictures.items() if picture is not None}
-
-
-def save_pictures(path: pathlib.Path, pictures: Mapping[str, Picture]) -> list[str]:
-    """Writes pictures below one another into one PNG, prior samples first, and returns their names in that order.
-
-    The originals are left out: every reconstruction stands beside its own.
-
-    Example: `run` calls it.
-    """
-    names = sorted((name for name in pictures if name != "originals"), key=lambda name: name != "prior_samples")
-    chosen = [pictures[name] for name in names]
-    width = max(picture.shape[1] for picture in chosen)
-    rows = [torch.nn.functional.pad(picture, (0, width - picture.shape[1], 0, 6), value=0) for picture in chosen]
-    write_png(path, torch.cat(rows))
-    return names

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from popgen.datasets.images import ImageData, as_values, bernoulli_thresholds, binarise, draw_bits
 from popgen.errors import ArgumentError
+from popgen.evaluation.evaluator import ImageEvaluator, Results
 from popgen.evaluation.likelihood import Progress, evaluate_elbo
-from popgen.evaluation.pictures import COLUMNS, Picture, originals
+from popgen.evaluation.pictures import COLUMNS, originals
+from popgen.evaluation.shown import Shown
 from popgen.execution import matrix_products
 from popgen.models.vqvae import VQVAE, VQVAEWithPrior
 from popgen.nn.vqvae import CodeUsage
@@ -71,7 +73,7 @@ def positionwise_log_prior(
 
 
 @dataclasses.dataclass(frozen=True)
-class VQVAEEvaluator:
+class VQVAEEvaluator(ImageEvaluator):
     """Evaluates a VQ-VAE: its bound under a uniform prior, and how many of the codes it uses.
 
     `codes_used` and `perplexity` are those of a whole pass over the images, whatever the batches.
@@ -83,6 +85,12 @@ class VQVAEEvaluator:
 
     model_type: ClassVar[type] = VQVAE
     bound_name: ClassVar[str] = "ELBO, the posterior is a point"
+    statistic_names: ClassVar[tuple[str, ...]] = (
+        "codes_used",
+        "perplexity",
+        "kl_of_positionwise_prior",
+        "elbo_of_positionwise_prior",
+    )
     default_num_samples: ClassVar[int] = 1
 
     def check_num_samples(self, name: str, num_samples: int) -> None:
@@ -97,9 +105,9 @@ class VQVAEEvaluator:
                 "all the same"
             )
 
-    def curves(self, model: VQVAE, images: Tensor) -> dict[str, float | int]:
+    def curves(self, model: VQVAE, examples: Tensor) -> Results:
         """Returns the use of the codes on all images."""
-        return _usage(model, codes_of_images(model, images))
+        return _usage(model, codes_of_images(model, examples))
 
     def bound(
         self,
@@ -123,7 +131,7 @@ class VQVAEEvaluator:
             progress(bound)
         return bound
 
-    def statistics(self, model: VQVAE, data: ImageData, images: Tensor) -> dict[str, float | int]:
+    def statistics(self, model: VQVAE, data: ImageData, images: Tensor) -> Results:
         """Returns the use of the codes, and the bound under a categorical prior for each position."""
         codes, seen = codes_of_images(model, images), codes_of_images(model, data.train)
         kl = -positionwise_log_prior(codes, seen, model.quantiser.num_codes).double().mean().item()
@@ -134,10 +142,8 @@ class VQVAEEvaluator:
             "elbo_of_positionwise_prior": reconstruction - kl,
         }
 
-    def pictures(
-        self, model: VQVAE, data: ImageData, num_samples: int, generator: torch.Generator
-    ) -> dict[str, Picture]:
-        """Returns test images, and the same each beside what its codes decode to."""
+    def show(self, model: VQVAE, data: ImageData, num_samples: int, generator: torch.Generator) -> dict[str, Shown]:
+        """Returns pictures of test images, and the same each beside what its codes decode to."""
         some = data.test[:num_samples]
         x = as_values(some)
         with torch.no_grad():
@@ -159,21 +165,21 @@ class VQVAEWithPriorEvaluator(VQVAEEvaluator):
 
     model_type: ClassVar[type] = VQVAEWithPrior
 
-    def curves(self, model: Any, images: Tensor) -> dict[str, float | int]:
+    def curves(self, model: Any, examples: Tensor) -> Results:
         """Returns nothing: the codes stay as they are."""
         return {}
 
-    def statistics(self, model: Any, data: ImageData, images: Tensor) -> dict[str, float | int]:
+    def statistics(self, model: Any, data: ImageData, images: Tensor) -> Results:
         """Returns those of the autoencoder: the same codes under a categorical prior for each position."""
         return super().statistics(model.autoencoder, data, images)
 
-    def pictures(self, model: Any, data: ImageData, num_samples: int, generator: torch.Generator) -> dict[str, Picture]:
-        """Returns draws from prior and decoder, test images, and the same beside what their codes decode to."""
+    def show(self, model: Any, data: ImageData, num_samples: int, generator: torch.Generator) -> dict[str, Shown]:
+        """Returns pictures of draws from prior and decoder, and those of the autoencoder."""
         uniform = torch.rand(num_samples, *model.autoencoder.map_shape, generator=generator, device=generator.device)
         samples = image_grid(model.sample(uniform), data.image_shape, columns=COLUMNS)
-        return {"prior_samples": samples, **super().pictures(model.autoencoder, data, num_samples, generator)}
+        return {"prior_samples": samples, **super().show(model.autoencoder, data, num_samples, generator)}
 
 
-def _usage(model: VQVAE, codes: Tensor) -> dict[str, float | int]:
+def _usage(model: VQVAE, codes: Tensor) -> Results:
     usage = CodeUsage.of(codes, model.quantiser.num_codes)
     return {"codes_used": usage.num_used, "perplexity": usage.perplexity}

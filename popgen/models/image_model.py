@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from popgen.errors import DataError
+from popgen.models.model import Model
 
 
 class LogDensities(NamedTuple):
@@ -23,7 +24,7 @@ class LogDensities(NamedTuple):
         return self.log_p_x_given_z + self.log_p_z - self.log_q_z_given_x
 
 
-class ImageModel(nn.Module, abc.ABC):
+class ImageModel(Model):
     """A latent-variable model of images, whose evidence lower bound is formed from the terms that `forward` returns.
 
     Example: `popgen.models.vae.VAE` is one.
@@ -50,17 +51,17 @@ class ImageModel(nn.Module, abc.ABC):
             noise: standard normal, shape `(samples, batch, noise_dim)`.
         """
 
-    def check_images(self, images: Tensor) -> None:
+    def check_examples(self, examples: Tensor) -> None:
         """Checks that images fit the encoder and the likelihood.
 
         Raises:
             DataError: if their size differs from the encoder's, or their values are outside the likelihood's support.
         """
-        if images.ndim != 2 or images.shape[1] != self.input_dim:
+        if examples.ndim != 2 or examples.shape[1] != self.input_dim:
             raise DataError(
-                f"the images have shape {tuple(images.shape)}, but the encoder takes (count, {self.input_dim}): set "
+                f"the images have shape {tuple(examples.shape)}, but the encoder takes (count, {self.input_dim}): set "
                 "its input_dim to the flattened size of an image"
             )
         likelihood = getattr(self.decoder, "likelihood", None)
         if likelihood is not None:
-            likelihood.check_support(images)
+            likelihood.check_support(examples)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from popgen.datasets.images import TrainBatches
+from popgen.datasets.data import Batches
 from popgen.errors import TrainingError
 from popgen.training.objectives import Metrics
 from popgen.training.state import TrainState
@@ -55,13 +55,13 @@ class CapturedStep:
 
     Args:
         train_step: what a step does.
-        batches: the images, on the device.
+        batches: the examples, on the device.
         record: how work is recorded; `record_cuda_graph`, or a stand-in where there is no GPU.
 
     Example: `training_functions` makes one where there is a GPU.
     """
 
-    def __init__(self, train_step: TrainStep, batches: TrainBatches, record: Recorder = record_cuda_graph) -> None:
+    def __init__(self, train_step: TrainStep, batches: Batches, record: Recorder = record_cuda_graph) -> None:
         self.train_step, self.batches, self.record = train_step, batches, record
         self._warmed_up = 0
         self._recorded_for: tuple = (None,) * 6

@@ -2,18 +2,17 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from popgen.errors import TrainingError
 from popgen.training.objectives import Metrics
 from popgen.training.state import TrainState
 
-Step = Callable[[TrainState, Tensor], tuple[TrainState, Metrics]]
-DrawBatch = Callable[[int, torch.Generator], Tensor]
+Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+DrawBatch = Callable[[int, torch.Generator], Any]
 
 
 class Hooks(NamedTuple):
@@ -85,7 +84,8 @@ def train(
             if evaluating or checkpointing or state.step % hooks.log_every == 0:
                 means = _mean_metrics(recent, state.step)
                 means["steps_per_second"] = len(recent) / (time.perf_counter() - clock)
-                bar.set_postfix_str(f"ELBO {means['elbo']:.2f} nats" if "elbo" in means else "")
+                shown = f"ELBO {means['elbo']:.2f} nats" if "elbo" in means else f"loss {means['loss']:.3f}"
+                bar.set_postfix_str(shown)
                 hooks.log(state.step, means)
                 recent = []
                 if evaluating:

@@ -46,17 +46,21 @@ class Objective(Protocol):
         """Returns the objective's own state before the first step, on the device and in the dtype of a reference."""
         return {}
 
-    def draw_noise(self, model: Any, batch: Tensor, generator: torch.Generator) -> Any:
+    def blank_batch(self, model: Any, batch_size: int) -> Any:
+        """Returns a batch of the right shapes that is nought throughout: images, unless a subclass says otherwise."""
+        return torch.zeros(batch_size, model.input_dim)
+
+    def draw_noise(self, model: Any, batch: Any, generator: torch.Generator) -> Any:
         """Returns the noise of one step."""
 
     def __call__(
-        self, forward: Callable[..., Any], batch: Tensor, noise: Any, settings: Settings, state: Tensors
+        self, forward: Callable[..., Any], batch: Any, noise: Any, settings: Settings, state: Tensors
     ) -> Result:
         """Returns the scalar loss, detached scalar metrics, and new values of its state and of buffers of the model.
 
         Args:
             forward: the model, with the parameters and buffers of the training state.
-            batch: what `TrainBatches` drew.
+            batch: what the batches of the data drew.
             noise: what `draw_noise` drew.
             settings: scalar tensors, those of `settings(step)`.
             state: the objective's own state.

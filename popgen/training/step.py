@@ -14,7 +14,7 @@ from popgen.optim.weight_average import effective_decay, update_weight_average
 from popgen.training.objectives import Metrics, Objective, Result, Settings, Tensors
 from popgen.training.state import TrainState
 
-LossFunction = Callable[[Tensors, Tensors, Tensor, Any, Settings, Tensors], Result]
+LossFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], Result]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,10 @@ class TrainStep:
     max_gradient_norm: float | None
     precision: str
 
-    def __call__(self, state: TrainState, batch: Tensor) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics of a batch; the old state is consumed."""
         settings = self.settings(state)
-        values = settings_tensor(settings, state).to(batch.device, non_blocking=True)
+        values = settings_tensor(settings, state).to(_device(state), non_blocking=True)
         metrics = self.update(state, batch, dict(zip(settings, values.unbind(), strict=True)))
         return dataclasses.replace(state, step=state.step + 1), metrics
 
@@ -54,13 +54,13 @@ class TrainStep:
             "learning_rate": float(state.optimizer.param_groups[0]["lr"]),
         }
 
-    def update(self, state: TrainState, batch: Tensor, settings: Settings) -> Metrics:
+    def update(self, state: TrainState, batch: Any, settings: Settings) -> Metrics:
         """Updates the tensors of a state in place and returns the metrics.
 
         All the work on the device is here, and nothing in it depends on the step's number or waits for the device.
         """
         noise = self.objective.draw_noise(self.model, batch, state.generators["posterior noise"])
-        with matrix_products(self.precision, batch.device):
+        with matrix_products(self.precision, _device(state)):
             loss, metrics, changes = self.loss_function(
                 state.parameters, state.buffers, batch, noise, settings, state.auxiliary
             )
@@ -93,6 +93,10 @@ class TrainStep:
         for leaf in leaves:
             leaf.grad = None
         return norm
+
+
+def _device(state: TrainState) -> torch.device:
+    return next(iter(state.parameters.values())).device
 
 
 def _changeable(state: TrainState, name: str, value: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from popgen.datasets.images import as_values
 from popgen.errors import ArgumentError, CheckpointError, check_choice
@@ -14,13 +14,13 @@ from popgen.training.state import Model, check_same_tensors, copy_by_name, model
 WEIGHTS = ("raw", "averaged")
 
 
-def initialise(model: nn.Module, pretrained: Mapping[str, str], images: Tensor, seed: int) -> None:
+def initialise(model: nn.Module, pretrained: Mapping[str, str], examples: Any, seed: int) -> None:
     """Gives a model its pretrained parts, and the others that ask for it their first values from the data, in place.
 
     Args:
         model: parts of it that have a method `initialise_from_data(values, generator)` are given the training images.
         pretrained: name of a part to the run whose best checkpoint holds its weights; see `find_run`.
-        images: the training images, shape `(count, size)`.
+        examples: the training split; images, shape `(count, size)`, where a part is initialised from the data.
         seed: of the generators that the parts draw with.
 
     Raises:
@@ -45,7 +45,7 @@ def initialise(model: nn.Module, pretrained: Mapping[str, str], images: Tensor, 
     for module in model.modules():
         initialise_from_data = getattr(module, "initialise_from_data", None)
         if initialise_from_data is not None and module not in given:
-            initialise_from_data(as_values(images), make_generator(images.device, seed, "initialisation from data"))
+            initialise_from_data(as_values(examples), make_generator(examples.device, seed, "initialisation from data"))
 
 
 def model_of_checkpoint(model: Model, tensors: Mapping[str, Any], weights: str = "raw") -> Model:

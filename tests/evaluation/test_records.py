@@ -24,7 +24,7 @@ from popgen.training.run_directory import RunDirectory
 KEYS = {
     *("log_p_x", "log_p_x_standard_error", "elbo", "elbo_standard_error", "reconstruction", "kl"),
     *("log_q_z_given_x", "log_p_z", "log_det", "active_units"),
-    *("num_samples", "num_images", "step", "split", "seed"),
+    *("num_samples", "num_examples", "step", "split", "seed"),
     *(
         "dataset",
         "binarisation_protocol",
@@ -60,12 +60,12 @@ def refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def written(experiment: Experiment, path: pathlib.Path, num_images: int | None) -> tuple[dict[str, Any], pathlib.Path]:
+def written(experiment: Experiment, path: pathlib.Path, num_examples: int | None) -> tuple[dict[str, Any], pathlib.Path]:
     """Returns the record of an evaluation with 7 samples as it was formed, and the file that holds it."""
-    record = evaluate_model(experiment, experiment.model, Noise().load(), 7, num_images, step=40)
+    record = evaluate_model(experiment, experiment.model, Noise().load(), 7, num_examples, step=40)
     record.update(checkpoint="best", weights="raw")
     writer = Writer(path)
-    file = write_record(RunDirectory(path), writer, record)
+    file = write_record(RunDirectory(path), writer, record, experiment.evaluator.headline)
     writer.close()
     return record, file
 
@@ -81,7 +81,7 @@ def test_values(experiment: Experiment) -> None:
         assert record[f"{name}_standard_error"] == pytest.approx(np.std(values, ddof=1) / np.sqrt(6), rel=1e-9)
     assert record["elbo"] == pytest.approx(record["reconstruction"] - record["kl"], rel=1e-6)
     assert record["kl"] == pytest.approx(record["log_q_z_given_x"] - record["log_p_z"], rel=1e-6)
-    expected = {"num_samples": 7, "num_images": 6, "step": 40, "split": "test", "seed": 5, "device": "cpu"}
+    expected = {"num_samples": 7, "num_examples": 6, "step": 40, "split": "test", "seed": 5, "device": "cpu"}
     expected |= {"dataset": "Noise()", "binarisation_protocol": "noise", "precision": "fp32", "log_det": 0.0}
     expected |= {"dtype": "float32"}
     expected |= {"popgen_version": popgen.__version__, "torch_version": torch.__version__}
@@ -98,13 +98,13 @@ def test_a_record_can_be_repeated(experiment: Experiment) -> None:
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
 
 
-@pytest.mark.parametrize("num_images", [None, 3, 1])
-def test_the_file_is_strict_json(experiment: Experiment, num_images: int | None, tmp_path: pathlib.Path) -> None:
-    record, file = written(experiment, tmp_path, num_images)
+@pytest.mark.parametrize("num_examples", [None, 3, 1])
+def test_the_file_is_strict_json(experiment: Experiment, num_examples: int | None, tmp_path: pathlib.Path) -> None:
+    record, file = written(experiment, tmp_path, num_examples)
     found = json.loads(file.read_text(), parse_constant=refuse)
-    assert file.name == f"evaluation_step00000040_raw_7x{num_images or 10}.json"
+    assert file.name == f"evaluation_step00000040_raw_7x{num_examples or 10}.json"
     assert set(found) == KEYS | {"checkpoint", "weights"}
-    undefined = {"log_p_x_standard_error", "elbo_standard_error"} if num_images == 1 else set()
+    undefined = {"log_p_x_standard_error", "elbo_standard_error"} if num_examples == 1 else set()
     assert {name for name, value in found.items() if value is None} == undefined
     assert {name for name, value in record.items() if isinstance(value, float) and math.isnan(value)} == undefined
     assert {name: value for name, value in found.items() if name not in undefined} == {
@@ -122,13 +122,13 @@ def test_bounds_are_also_curves(experiment: Experiment, tmp_path: pathlib.Path) 
 
 
 @pytest.mark.parametrize(
-    "num_samples, num_images, message",
+    "num_samples, num_examples, message",
     [
         (0, None, "num_samples must be an integer of at least 1, got 0"),
-        (5, 0, "num_images must be an integer of at least 1, got 0"),
-        (5, 11, "num_images must be at most the 10 test images, got 11"),
+        (5, 0, "num_examples must be an integer of at least 1, got 0"),
+        (5, 11, "num_examples must be at most the 10 test examples, got 11"),
     ],
 )
-def test_arguments(experiment: Experiment, num_samples: int, num_images: int | None, message: str) -> None:
+def test_arguments(experiment: Experiment, num_samples: int, num_examples: int | None, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        evaluate_model(experiment, experiment.model, Noise().load(), num_samples, num_images, step=0)
+        evaluate_model(experiment, experiment.model, Noise().load(), num_samples, num_examples, step=0)

@@ -204,7 +204,7 @@ def test_statistics(kind: str) -> None:
 def test_pictures(kind: str, count: int) -> None:
     """Each image stands beside what its codes decode to; the draws are those of the prior with the given noise."""
     model, data = make_model(kind), make_data()
-    found = evaluator_of(kind).pictures(model, data, count, torch.Generator().manual_seed(7))
+    found = evaluator_of(kind).show(model, data, count, torch.Generator().manual_seed(7))
     x, vqvae = data.test[:count].float() / 255, make_vqvae()
     decoded = vqvae.decoder(vqvae.quantiser.codes[vqvae.encode(x)]).mean
     pairs = [image for pair in zip(x, decoded, strict=True) for image in pair]

@@ -283,7 +283,7 @@ def test_parts_of_ones_own(make_decoder: type[nn.Module], family: Any, prior: st
         - log_normal(z, mean, torch.full_like(mean, -1.0))
     )
     torch.testing.assert_close(model(x, noise).log_w, expected, rtol=1e-6, atol=1e-6)
-    model.check_images(1e3 * x)  # no likelihood is stated, so no values are refused
+    model.check_examples(1e3 * x)  # no likelihood is stated, so no values are refused
 
 
 PARTS = {
@@ -359,7 +359,7 @@ def test_bad_arguments_are_named(make_part: Any, message: str) -> None:
 def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     """The message holds the shape that came and the one that is taken."""
     with pytest.raises(DataError, match=r"the encoder takes \(count, 12\)") as error:
-        make_vae().check_images(torch.zeros(shape))
+        make_vae().check_examples(torch.zeros(shape))
     assert str(shape) in str(error.value)
 
 
@@ -369,13 +369,13 @@ def test_images_outside_the_support_are_refused(value: float) -> None:
     images = torch.rand(4, INPUT_DIM)
     images[2, 3] = value
     with pytest.raises(DataError, match="Bernoulli"):
-        make_vae().check_images(images)
+        make_vae().check_examples(images)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
 def test_good_images_pass(dtype: torch.dtype) -> None:
     """Grey levels, and values in [0, 1] of either precision; a single image too."""
-    make_vae().check_images(make_images(1, dtype))
+    make_vae().check_examples(make_images(1, dtype))
 
 
 class Bare(nn.Module):

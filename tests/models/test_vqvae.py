@@ -550,9 +550,9 @@ def test_a_prior_that_does_not_fit() -> None:
 def test_images_that_do_not_fit(prior: bool) -> None:
     vqvae = VQVAE(**parts())
     model = VQVAEWithPrior(vqvae, GatedPixelCNN(4, (2, 2), 4, 1)) if prior else vqvae
-    model.check_images(torch.rand(5, 64))
-    model.check_images(torch.full((5, 64), 255, dtype=torch.uint8))
+    model.check_examples(torch.rand(5, 64))
+    model.check_examples(torch.full((5, 64), 255, dtype=torch.uint8))
     with pytest.raises(DataError, match=r"\(5, 60\), but the encoder takes \(count, 64\)"):
-        model.check_images(torch.rand(5, 60))
+        model.check_examples(torch.rand(5, 60))
     with pytest.raises(DataError, match=r"values from 0 to 2.*\[0, 1\]"):
-        model.check_images(torch.tensor([0.0, 2.0]).repeat(5, 32))
+        model.check_examples(torch.tensor([0.0, 2.0]).repeat(5, 32))
