@@ -197,7 +197,11 @@ BAD_BINDINGS = {
     "scope/Experiment.seed = 3": (ConfigError, "nothing uses", "scope/Experiment.seed"),
     "Experiment.optimizer = @torch.optim.SGDD": (ConfigError, "'SGDD'", "did you mean SGD"),
     "Experiment.optimizer = @nowhere.SGD": (ConfigError, "'nowhere.SGD'", "@torch.optim.SGD"),
-    "Experiment.model = @vae.VAE": (ArgumentError, "Experiment.model", "a Model (see popgen.models.model), such as @VAE()"),
+    "Experiment.model = @vae.VAE": (
+        ArgumentError,
+        "Experiment.model",
+        "a Model (see popgen.models.model), such as @VAE()",
+    ),
     "Experiment.dataset = 3": (ArgumentError, "Experiment.dataset", "load() method"),
     "Experiment.selection_split = 'train'": (ArgumentError, "Experiment.selection_split", "test, validation"),
     "Experiment.device = 'cudaa'": (ArgumentError, "Experiment.device", "'cudaa'"),
@@ -293,7 +297,12 @@ def test_every_config_takes_two_steps(name, tmp_path):
     loaded = config.load([name], bindings)
     num_samples = min(3, loaded.experiment.evaluator.default_num_samples)
     experiment = dataclasses.replace(
-        loaded.experiment, dataset=Noise(), num_steps=2, eval_every=1, final_num_samples=num_samples, final_num_examples=9
+        loaded.experiment,
+        dataset=Noise(),
+        num_steps=2,
+        eval_every=1,
+        final_num_samples=num_samples,
+        final_num_examples=9,
     )
     directory = RunDirectory(tmp_path / "run")
     with directory.locked():

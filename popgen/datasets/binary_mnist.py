@@ -15,6 +15,7 @@ from popgen.datasets.images import PROTOCOLS, ImageData, prepare_images
 from popgen.errors import DataError, check_choice, check_integer
 
 IMAGE_SHAPE = (28, 28)
+MNIST_SPLITS = ("train", "t10k")
 LAROCHELLE_FILES = {"train": (50_000, "train"), "validation": (10_000, "valid"), "test": (10_000, "test")}
 DOWNLOAD_TIMEOUT_SECONDS = 30.0
 
@@ -82,31 +83,64 @@ class BinaryMNIST:
         if self.protocol == "larochelle":
             splits = {name: _read_amat(data_dir, *file) for name, file in LAROCHELLE_FILES.items()}
             return ImageData(image_shape=IMAGE_SHAPE, protocol=self.protocol, **splits)
-        train, test = _read_mnist(data_dir, self.download)
+        train, test = read_mnist_images(data_dir, self.download, "BinaryMNIST")
         return prepare_images(train, test, IMAGE_SHAPE, self.protocol, self.binarisation_seed, self.validation_size)
 
 
-def _read_mnist(data_dir: pathlib.Path, download: bool) -> tuple[Tensor, Tensor]:
-    """Returns the grey levels of both splits, flattened, downloading them first if they are not there."""
-    raw = data_dir / "MNIST" / "raw"
-    names = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    if not all((raw / name).is_file() for name in names):
-        if not download:
-            raise DataError(_missing_message(raw, names, "downloading is off"))
-        _download(data_dir, raw, names)
-    for name in names:
-        _check_idx(raw / name)
+def read_mnist_images(data_dir: pathlib.Path, download: bool, dataset: str) -> tuple[Tensor, Tensor]:
+    """Returns the grey levels of both splits, uint8, `(count, 784)`, downloading MNIST first if it is not there.
+
+    Args:
+        data_dir: holds, or receives, `MNIST/raw/`.
+        download: fetch MNIST if it is not there.
+        dataset: the name of the class that reads, for its errors.
+
+    Raises:
+        DataError: if files are missing and cannot be downloaded, or are damaged.
+
+    Example: `BinaryMNIST` and `popgen.datasets.mnist_rows.MNISTRows` call it.
+    """
+    _provide_mnist(data_dir, download, dataset)
     train, test = (
-        torch.from_numpy(np.fromfile(raw / name, dtype=np.uint8, offset=16)).view(-1, math.prod(IMAGE_SHAPE))
-        for name in names
-        if "images" in name
+        torch.from_numpy(np.fromfile(_raw(data_dir) / f"{split}-images-idx3-ubyte", dtype=np.uint8, offset=16))
+        for split in MNIST_SPLITS
+    )
+    return train.view(-1, math.prod(IMAGE_SHAPE)), test.view(-1, math.prod(IMAGE_SHAPE))
+
+
+def read_mnist_labels(data_dir: pathlib.Path, download: bool, dataset: str) -> tuple[Tensor, Tensor]:
+    """Returns the digits of both splits, uint8, `(count,)`; as `read_mnist_images`.
+
+    Example: `MNISTRows` calls it.
+    """
+    _provide_mnist(data_dir, download, dataset)
+    train, test = (
+        torch.from_numpy(np.fromfile(_raw(data_dir) / f"{split}-labels-idx1-ubyte", dtype=np.uint8, offset=8))
+        for split in MNIST_SPLITS
     )
     return train, test
 
 
-def _download(data_dir: pathlib.Path, raw: pathlib.Path, names: list[str]) -> None:
+def _raw(data_dir: pathlib.Path) -> pathlib.Path:
+    return data_dir / "MNIST" / "raw"
+
+
+def _provide_mnist(data_dir: pathlib.Path, download: bool, dataset: str) -> None:
+    """Sees to it that the four files are there and whole."""
+    raw = _raw(data_dir)
+    names = [f"{split}-{kind}-ubyte" for split in MNIST_SPLITS for kind in ("images-idx3", "labels-idx1")]
+    if not all((raw / name).is_file() for name in names):
+        if not download:
+            raise DataError(_missing_message(raw, names, "downloading is off", dataset))
+        _download(data_dir, names, dataset)
+    for name in names:
+        _check_idx(raw / name)
+
+
+def _download(data_dir: pathlib.Path, names: list[str], dataset: str) -> None:
     from torchvision.datasets import MNIST  # takes a second to import, and only a download needs it
 
+    raw = _raw(data_dir)
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:
@@ -115,15 +149,15 @@ def _download(data_dir: pathlib.Path, raw: pathlib.Path, names: list[str]) -> No
             raise RuntimeError("torchvision makes do with the older MNIST/processed that it found")
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(":")
-        raise DataError(_missing_message(raw, names, f"the download failed ({reason})")) from error
+        raise DataError(_missing_message(raw, names, f"the download failed ({reason})", dataset)) from error
     finally:
         socket.setdefaulttimeout(previous_timeout)
 
 
-def _missing_message(raw: pathlib.Path, names: list[str], why: str) -> str:
+def _missing_message(raw: pathlib.Path, names: list[str], why: str, dataset: str) -> str:
     return (
         f"MNIST is not in {raw} and {why}. Put the four decompressed files {', '.join(names)} there, or set "
-        "BinaryMNIST.data_dir (or $POPGEN_DATA) to a folder that holds MNIST/raw; or use the embedded dataset, which "
+        f"{dataset}.data_dir (or $POPGEN_DATA) to a folder that holds MNIST/raw; or use the embedded dataset, which "
         "needs no network: --gin_file=configs/quickstart.gin"
     )
 

@@ -60,7 +60,9 @@ def refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def written(experiment: Experiment, path: pathlib.Path, num_examples: int | None) -> tuple[dict[str, Any], pathlib.Path]:
+def written(
+    experiment: Experiment, path: pathlib.Path, num_examples: int | None
+) -> tuple[dict[str, Any], pathlib.Path]:
     """Returns the record of an evaluation with 7 samples as it was formed, and the file that holds it."""
     record = evaluate_model(experiment, experiment.model, Noise().load(), 7, num_examples, step=40)
     record.update(checkpoint="best", weights="raw")

@@ -16,7 +16,17 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} & set(sys.argv[2:
 
 
 @pytest.mark.parametrize(
-    "module", ["popgen.nn.flows.hsnf", "popgen.nn.vamp_prior", "popgen.models.vae", "popgen.datasets.binary_mnist"]
+    "module",
+    [
+        "popgen.nn.causal_conv",
+        "popgen.nn.cpc",
+        "popgen.nn.flows.hsnf",
+        "popgen.nn.vamp_prior",
+        "popgen.nn.vqvae",
+        "popgen.optim.geco",
+        "popgen.models.vae",
+        "popgen.datasets.binary_mnist",
+    ],
 )
 def test_module_imports_alone(module: str) -> None:
     """In a fresh interpreter it imports, silently, and brings none of the runner's packages with it."""

@@ -291,7 +291,10 @@ def test_a_diverged_run_keeps_what_was_good(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"final_num_samples": 5, "final_num_examples": 13}, "num_examples must be at most the 12 test examples, got 13"),
+        (
+            {"final_num_samples": 5, "final_num_examples": 13},
+            "num_examples must be at most the 12 test examples, got 13",
+        ),
         ({"batch_size": 25}, "batch_size must be at most the 24 training images, got 25"),
     ],
 )

@@ -1,0 +1,276 @@
+"""Contrastive predictive coding (van den Oord et al. 2018, https://arxiv.org/abs/1807.03748).
+
+    z_t = encoder(x)_t    c_t = context(z_1, ..., z_t)    log f_k(x_{t+k}, c_t) = z_{t+k} · prediction_k(c_1, ..., c_t)
+
+The loss asks, from the context after each frame, which of several encodings is the one k frames ahead.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from popgen.errors import ArgumentError, DataError, check_choice, check_integer
+from popgen.losses import contrastive_accuracy, info_nce, mutual_information_bound
+from popgen.models.model import Model
+from popgen.nn.cpc import NEGATIVE_KINDS, Context, FrameEncoder, Negatives, Predictors, negative_indices
+
+
+class CPCTerms(NamedTuple):
+    """The losses of a batch, each a mean over pairs of an anchor and the frame k ahead of it.
+
+    A pair counts if both frames are real and there are negatives. What has no pair has weight nought and loss nought,
+    so means weighted by the number of pairs are exact, over any number of batches.
+
+    Attributes:
+        loss: of each sequence, nats, the mean over all of its pairs.
+        weight: how many pairs those are.
+        step_losses: of each sequence and step.
+        step_accuracies: how often the positive has the highest score; ties are broken at random, and draws of the
+            positive itself are left out.
+        step_weights: how many pairs there are of each sequence and step.
+    """
+
+    loss: Float[Tensor, " batch"]
+    weight: Int64[Tensor, " batch"]
+    step_losses: Float[Tensor, "batch steps"]
+    step_accuracies: Float[Tensor, "batch steps"]
+    step_weights: Int64[Tensor, "batch steps"]
+
+    @property
+    def mean_loss(self) -> Float[Tensor, ""]:
+        """The loss of the batch, nats: the mean over all pairs, each of the same weight; nought if there are none."""
+        return _mean(self.loss, self.weight, dim=0)
+
+    @property
+    def loss_of_steps(self) -> Float[Tensor, " steps"]:
+        """The mean over the pairs of each step, nats."""
+        return _mean(self.step_losses, self.step_weights, dim=0)
+
+    @property
+    def accuracy_of_steps(self) -> Float[Tensor, " steps"]:
+        """The mean over the pairs of each step."""
+        return _mean(self.step_accuracies, self.step_weights, dim=0)
+
+
+class CPC(Model):
+    """Encoder, context and predictors, and the loss that trains them.
+
+    All sequences of a batch have the same number of steps, and real ones come before padding. Padding is never an
+    anchor, a positive or a negative, and no frame that counts sees it.
+
+    Args:
+        encoder: of sequences to frames.
+        context: of frames.
+        predictors: of the encodings 1, ..., K frames ahead.
+        negatives: which frames are the wrong answers: "batch", "sequence" or "speaker" (`negative_indices`).
+        num_negatives: draws for each sequence; all of its anchors share them.
+        label: name of the label that sequences of one speaker share, for "speaker".
+
+    Attributes:
+        num_steps: K.
+        num_candidates: the positive and the negatives; guessing has a loss of its logarithm.
+        bound_is_valid: whether log N minus the loss of a step bounds mutual information: the negatives have to have the
+            distribution of the positives, as those of "batch" do.
+
+    Raises:
+        ArgumentError: if an argument is outside its domain, or the parts do not fit.
+
+    Example:
+        >>> from popgen.nn.cpc import GRUContext, LinearPredictors, StridedConvEncoder
+        >>> encoder = StridedConvEncoder(hidden_dim=64, kernel_sizes=(10, 8, 4, 4), strides=(5, 4, 2, 2))
+        >>> model = CPC(encoder, GRUContext(64, 32), LinearPredictors(32, 64, num_steps=12))
+        >>> values, lengths = torch.randn(3, 8_000), torch.tensor([8_000, 4_000, 100])
+        >>> terms = model(values, lengths, torch.rand(model.noise_shape(batch=3, window=8_000)))
+        >>> terms.weight  # pairs; the last sequence has no frame
+        tensor([1098,  498,    0])
+        >>> model.represent(values, lengths).shape
+        torch.Size([3, 98, 32])
+    """
+
+    def __init__(
+        self,
+        encoder: FrameEncoder,
+        context: Context,
+        predictors: Predictors,
+        negatives: str = "batch",
+        num_negatives: int = 64,
+        label: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("CPC.negatives", negatives, NEGATIVE_KINDS)
+        check_integer("CPC.num_negatives", num_negatives, minimum=1)
+        if (negatives == "speaker") != (label is not None):
+            raise ArgumentError(
+                f"CPC.label must name a label if and only if negatives is 'speaker', got {label!r} with {negatives!r}"
+            )
+        sizes = (
+            ("context.input_dim", context.input_dim, "encoder.encoding_dim", encoder.encoding_dim),
+            ("predictors.context_dim", predictors.context_dim, "context.context_dim", context.context_dim),
+            ("predictors.encoding_dim", predictors.encoding_dim, "encoder.encoding_dim", encoder.encoding_dim),
+        )
+        for name, size, other, expected in sizes:
+            if size != expected:
+                raise ArgumentError(f"CPC.{name} must be {other} = {expected}, got {size}")
+        self.encoder, self.context, self.predictors = encoder, context, predictors
+        self.negatives, self.num_negatives, self.label = negatives, num_negatives, label
+        self.num_steps = predictors.num_steps
+        self.num_candidates = num_negatives + 1
+        self.bound_is_valid = negatives == "batch"
+
+    def noise_shape(self, batch: int, window: int) -> tuple[int, int]:
+        """Returns the shape of the uniform noise of `forward`, for any window."""
+        return batch, self.num_negatives
+
+    def num_frames(self, lengths: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
+        """Returns how many frames lie wholly within the first `lengths` steps."""
+        return self.encoder.num_frames(lengths)
+
+    def encode(self, values: Float[Tensor, "batch window ..."]) -> Float[Tensor, "batch frames encoding"]:
+        """Returns the encodings z_t of all frames, those that see padding included.
+
+        Raises:
+            ArgumentError: if the sequences do not fit the encoder.
+        """
+        return self.encoder(values)
+
+    def represent(
+        self, values: Float[Tensor, "batch window ..."], lengths: Int64[Tensor, " batch"]
+    ) -> Float[Tensor, "batch frames context"]:
+        """Returns the contexts c_t; nought from frame number `num_frames(lengths)` on.
+
+        Raises:
+            ArgumentError: if the sequences do not fit the encoder.
+        """
+        contexts = self.context(self.encoder(values))
+        places = torch.arange(contexts.shape[1], device=contexts.device)
+        return contexts * (places < self.num_frames(lengths)[:, None])[..., None]
+
+    def forward(
+        self,
+        values: Float[Tensor, "batch window ..."],
+        lengths: Int64[Tensor, " batch"],
+        uniform: Float[Tensor, "batch negatives"],
+        labels: Mapping[str, Tensor] | None = None,
+    ) -> CPCTerms:
+        """Returns the losses.
+
+        Args:
+            values: waveforms, shape `(batch, window)`, or rows, shape `(batch, window, features)`.
+            lengths: how many steps of each are real.
+            uniform: uniform on [0, 1), of `noise_shape`; it chooses the negatives.
+            labels: each of shape `(batch,)`, by name; needed where `label` is set.
+
+        Raises:
+            ArgumentError: if the shapes do not fit, the window has no two frames, or the label is missing.
+        """
+        if (
+            lengths.ndim != 1
+            or len(lengths) != len(values)
+            or tuple(uniform.shape) != (len(values), self.num_negatives)
+        ):
+            raise ArgumentError(
+                f"lengths must have shape {(len(values),)} and uniform {(len(values), self.num_negatives)}, got "
+                f"{tuple(lengths.shape)} and {tuple(uniform.shape)}"
+            )
+        frames = self.encoder(values)
+        if frames.shape[1] < 2:
+            needed = self.encoder.receptive_field + self.encoder.hop
+            raise ArgumentError(f"values must have at least {needed} steps, two frames, got {values.shape[1]}")
+        predictions = self.predictors(self.context(frames))
+        num_frames, max_frames = self.num_frames(lengths), frames.shape[1]
+        speakers = None if self.label is None else _label(labels, self.label)
+        negatives = negative_indices(self.negatives, uniform, num_frames, max_frames, self.num_steps, speakers)
+
+        scores, collisions = self._scores(frames, predictions, negatives)
+        mask = ~collisions if self.negatives == "sequence" else None
+        places = torch.arange(max_frames, device=frames.device)
+        steps = torch.arange(1, self.num_steps + 1, device=frames.device)
+        counts = (places + steps[:, None] < num_frames[:, None, None]) & negatives.exist[..., None]
+        if mask is not None:
+            counts = counts & mask.any(-1)
+        step_weights = counts.sum(-1)
+        step_losses = (info_nce(scores, mask) * counts).sum(-1) / step_weights.clamp_min(1)
+        step_accuracies = (contrastive_accuracy(scores, ~collisions) * counts).sum(-1) / step_weights.clamp_min(1)
+        return CPCTerms(
+            loss=_mean(step_losses, step_weights, dim=1),
+            weight=step_weights.sum(1),
+            step_losses=step_losses,
+            step_accuracies=step_accuracies,
+            step_weights=step_weights,
+        )
+
+    def mutual_information(self, terms: CPCTerms) -> Float[Tensor, " steps"]:
+        """Returns log N - L_k for each step k, nats: a lower bound on I(x_{t+k}; c_t), at most log N.
+
+        The information is that in the batch, whose frames are the negatives: they are the more like draws from the
+        distribution of the data the more sequences there are.
+
+        Raises:
+            ArgumentError: if the negatives are not of the kind for which it is a bound.
+        """
+        if not self.bound_is_valid:
+            raise ArgumentError(
+                f"CPC.negatives must be 'batch' for a bound on mutual information, got {self.negatives!r}: others do "
+                "not have the distribution of the positives"
+            )
+        return mutual_information_bound(terms.loss_of_steps, self.num_candidates)
+
+    def check_examples(self, examples: Any) -> None:
+        """Checks that the sequences of a split fit the encoder and have what the loss needs.
+
+        Args:
+            examples: has `values` of shape `(total, ...)`, `lengths` and `labels`, as those of a split do.
+
+        Raises:
+            DataError: if a step has another shape, no sequence has two frames, or the label is missing.
+        """
+        shape = tuple(examples.values.shape[1:])
+        if shape != self.encoder.value_shape:
+            raise DataError(
+                f"the steps of the sequences have shape {shape}, but the encoder takes {self.encoder.value_shape}"
+            )
+        if len(examples.lengths) == 0 or int(self.num_frames(examples.lengths).max()) < 2:
+            longest = int(examples.lengths.max()) if len(examples.lengths) else 0
+            raise DataError(
+                f"the longest sequence has {longest} steps, but two frames take "
+                f"{self.encoder.receptive_field + self.encoder.hop}: use longer ones, or an encoder that sees less"
+            )
+        if self.label is not None and self.label not in examples.labels:
+            raise DataError(
+                f"the sequences have no label {self.label!r}, only {', '.join(examples.labels) or 'none'}: set "
+                "CPC.label to one of them"
+            )
+
+    def _scores(self, frames: Tensor, predictions: Tensor, negatives: Negatives) -> tuple[Tensor, Tensor]:
+        """Returns log f of positives and negatives, and which of the negatives are the positive itself.
+
+        The shapes are `(batch, steps, frames, 1 + negatives)` and `(batch, steps, frames, negatives)`.
+        """
+        batch, max_frames, _ = frames.shape
+        vectors = F.embedding(negatives.indices, frames.flatten(0, 1))
+        to_negatives = predictions @ vectors.transpose(-1, -2)
+        # A step at a time: views of the frames, where all steps at once would gather and scatter them.
+        to_positives = [
+            F.pad((predictions[:, k - 1, : max(0, max_frames - k)] * frames[:, k:]).sum(-1), (0, min(k, max_frames)))
+            for k in range(1, self.num_steps + 1)
+        ]
+        scores = torch.cat([torch.stack(to_positives, dim=1)[..., None], to_negatives], dim=-1)
+        steps = torch.arange(1, self.num_steps + 1, device=frames.device)
+        places = torch.arange(max_frames, device=frames.device) + steps[:, None]
+        positives = places + max_frames * torch.arange(batch, device=frames.device)[:, None, None]
+        return scores, positives[..., None] == negatives.indices[:, :, None]
+
+
+def _mean(values: Tensor, weights: Tensor, dim: int) -> Tensor:
+    """Returns a weighted mean, nought if there is no weight."""
+    return (values * weights).sum(dim) / weights.sum(dim).clamp_min(1)
+
+
+def _label(labels: Mapping[str, Tensor] | None, name: str) -> Tensor:
+    if labels is None or name not in labels:
+        raise ArgumentError(f"labels must have {name!r}, got {', '.join(labels or {}) or 'none'}")
+    return labels[name]

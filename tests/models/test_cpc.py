@@ -1,0 +1,371 @@
+"""Contrastive predictive coding: the loss by loops, what it may see, and what it learns of sequences made for it."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from popgen.errors import ArgumentError, DataError
+from popgen.models.cpc import CPC, CPCTerms
+from popgen.nn.cpc import (
+    CausalConvContext,
+    GRUContext,
+    LinearPredictors,
+    RowEncoder,
+    StridedConvEncoder,
+    TransformerPredictors,
+    negative_indices,
+)
+
+KINDS = ["batch", "sequence", "speaker"]
+LENGTHS = [40, 29, 8, 4, 40]  # 18, 13, 2, 0 and 18 frames
+WINDOW = 40
+
+
+def make_model(
+    negatives: str = "batch", num_negatives: int = 7, num_steps: int = 3, context: str = "gru", scale: float = 3.0
+) -> CPC:
+    """Returns a model in float64 of frames that see six steps, two apart, whose scores are far from equal."""
+    encoder = StridedConvEncoder(6, kernel_sizes=(4, 2), strides=(2, 1))
+    parts = {
+        "gru": lambda: (GRUContext(6, 8), LinearPredictors(8, 6, num_steps)),
+        "convolutions": lambda: (CausalConvContext(6, 8, 2, 3), TransformerPredictors(8, 6, num_steps, 2, 10)),
+    }
+    label = "speaker" if negatives == "speaker" else None
+    model = CPC(encoder, *parts[context](), negatives, num_negatives, label).double()
+    with torch.no_grad():
+        for parameter in model.predictors.parameters():
+            parameter.mul_(scale)
+    return model
+
+
+def make_batch(model: CPC, lengths: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Returns padded sequences, lengths, uniform noise and labels."""
+    lengths = LENGTHS if lengths is None else lengths
+    values = torch.randn(len(lengths), WINDOW, dtype=torch.float64)
+    for row, length in enumerate(lengths):
+        values[row, length:] = 0.0
+    uniform = torch.rand(model.noise_shape(len(lengths), WINDOW), dtype=torch.float64)
+    return values, torch.tensor(lengths), uniform, {"speaker": torch.arange(len(lengths)) % 2}
+
+
+@pytest.mark.parametrize("negatives", KINDS)
+@pytest.mark.parametrize("context", ["gru", "convolutions"])
+def test_terms_are_what_the_documentation_says(negatives: str, context: str) -> None:
+    """One anchor and step after another, by loops over the negatives drawn for it."""
+    model = make_model(negatives, context=context)
+    values, lengths, uniform, labels = make_batch(model)
+    terms = model(values, lengths, uniform, labels)
+    frames, counts = model.encode(values), model.num_frames(lengths)
+    predictions = model.predictors(model.context(frames))
+    drawn = negative_indices(negatives, uniform, counts, frames.shape[1], 3, labels["speaker"])
+    vectors, total, total_weight = frames.flatten(0, 1), 0.0, 0
+    for i in range(len(values)):
+        pairs = []
+        for k in (1, 2, 3):
+            losses, hits = [], []
+            for t in range(int(counts[i]) - k):
+                positive = i * frames.shape[1] + t + k
+                chosen = drawn.indices[i, k - 1].tolist() if drawn.exist[i, k - 1] else []
+                others = [j for j in chosen if j != positive]
+                candidates = others if negatives == "sequence" else chosen
+                if candidates:
+                    score = [(predictions[i, k - 1, t] @ vectors[j]).item() for j in (positive, *candidates)]
+                    losses.append(math.log(sum(math.exp(s - score[0]) for s in score)))
+                    other_scores = [(predictions[i, k - 1, t] @ vectors[j]).item() for j in others]
+                    hits.append(float(all(score[0] > s for s in other_scores)))
+            assert terms.step_weights[i, k - 1] == len(losses)
+            assert terms.step_losses[i, k - 1].item() == pytest.approx(sum(losses) / max(1, len(losses)))
+            assert terms.step_accuracies[i, k - 1].item() == pytest.approx(sum(hits) / max(1, len(hits)))
+            pairs += losses
+        assert terms.weight[i] == len(pairs)
+        assert terms.loss[i].item() == pytest.approx(sum(pairs) / max(1, len(pairs)))
+        total, total_weight = total + sum(pairs), total_weight + len(pairs)
+    assert total_weight > 30
+    assert terms.mean_loss.item() == pytest.approx(total / total_weight)
+    weights = terms.step_weights.double()
+    steps = (terms.step_losses * weights).sum(0) / weights.sum(0)
+    torch.testing.assert_close(terms.loss_of_steps, steps)
+    accuracies = (terms.step_accuracies * weights).sum(0) / weights.sum(0)
+    torch.testing.assert_close(terms.accuracy_of_steps, accuracies)
+    assert terms.accuracy_of_steps.min() > 0.0 and terms.accuracy_of_steps.max() < 1.0
+
+
+@pytest.mark.parametrize("negatives", KINDS)
+def test_padding_never_matters(negatives: str) -> None:
+    """Neither what stands beyond the lengths nor how much: values, gradients and representations stay as they are."""
+    model = make_model(negatives)
+    values, lengths, uniform, labels = make_batch(model)
+    changed = values.clone()
+    for row, length in enumerate(LENGTHS):
+        changed[row, length:] = 50.0 * torch.randn(WINDOW - length)
+    longer = torch.nn.functional.pad(values, (0, 9))
+    results = []
+    for x in (values, changed, longer):
+        model.zero_grad()
+        terms = model(x, lengths, uniform, labels)
+        terms.mean_loss.backward()
+        contexts = model.represent(x, lengths)[:, : model.encode(values).shape[1]]
+        results.append([*terms, contexts, *(parameter.grad.clone() for parameter in model.parameters())])
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(found, expected)
+    contexts = model.represent(values, lengths)
+    for i, count in enumerate(model.num_frames(lengths).tolist()):
+        assert (contexts[i, count:] == 0.0).all() and (contexts[i, :count] != 0.0).any(-1).all()
+
+
+@pytest.mark.parametrize("context", ["gru", "convolutions"])
+def test_contexts_see_no_future(context: str) -> None:
+    """No gradient of a context reaches steps after the stretch of its frame."""
+    model = make_model(context=context)
+    values, lengths, _, _ = make_batch(model, [WINDOW])
+    values.requires_grad_()
+    contexts = model.represent(values, lengths)
+    for t in range(contexts.shape[1]):
+        (gradient,) = torch.autograd.grad(contexts[0, t].sum(), values, retain_graph=True)
+        end = t * model.encoder.hop + model.encoder.receptive_field
+        assert (gradient[0, end:] == 0.0).all()
+        assert gradient[0, end - 1] != 0.0
+
+
+def test_sequences_with_their_own_negatives_are_independent() -> None:
+    """The terms of a sequence are the same whatever else is in the batch; with "batch" they are not."""
+    for negatives, same in (("sequence", True), ("batch", False)):
+        model = make_model(negatives)
+        values, lengths, uniform, _ = make_batch(model)
+        together = model(values, lengths, uniform)
+        alone = [model(values[i : i + 1], lengths[i : i + 1], uniform[i : i + 1]) for i in range(5)]
+        found = torch.cat([terms.loss for terms in alone])
+        assert torch.allclose(found, together.loss) == same
+
+
+def test_means_over_batches_are_exact() -> None:
+    """The weighted mean over single sequences is that of the batch, though one has no pair."""
+    model = make_model("sequence")
+    values, lengths, uniform, _ = make_batch(model)
+    terms = model(values, lengths, uniform)
+    parts = [model(values[i : i + 1], lengths[i : i + 1], uniform[i : i + 1]) for i in range(5)]
+    weight = sum(int(part.weight.sum()) for part in parts)
+    total = sum(part.mean_loss * part.weight.sum() for part in parts)
+    torch.testing.assert_close(total / weight, terms.mean_loss)
+
+
+@pytest.mark.parametrize("negatives", KINDS)
+def test_sequences_too_short_have_no_weight(negatives: str) -> None:
+    """A batch of nothing else has loss nought and gradients nought, nothing undefined."""
+    model = make_model(negatives)
+    values, lengths, uniform, labels = make_batch(model, [4, 6, 1])
+    terms = model(values, lengths, uniform, labels)
+    terms.mean_loss.backward()
+    for value in (terms.loss, terms.weight, terms.step_losses, terms.step_weights, terms.mean_loss, *terms[2:]):
+        assert (value == 0).all()
+    assert all((parameter.grad == 0.0).all() for parameter in model.parameters())
+
+
+def test_speakers_without_another_sequence_have_no_weight() -> None:
+    """And the others learn of their own speaker's frames alone."""
+    model = make_model("speaker")
+    values, lengths, uniform, _ = make_batch(model, [40, 40, 40])
+    labels = {"speaker": torch.tensor([3, 5, 3])}
+    terms = model(values, lengths, uniform, labels)
+    assert terms.weight.tolist() == [48, 0, 48]
+    changed = values.clone()
+    changed[1] = 0.5
+    torch.testing.assert_close(model(changed, lengths, uniform, labels).loss, terms.loss)
+
+
+def test_steps_beyond_the_window_have_no_weight() -> None:
+    """More steps than frames do no harm."""
+    model = make_model(num_steps=25)
+    values, lengths, uniform, _ = make_batch(model)
+    terms = model(values, lengths, uniform)
+    assert terms.step_weights[0].tolist() == [max(0, 18 - k) for k in range(1, 26)]
+    assert (terms.step_losses[:, 17:] == 0.0).all() and terms.mean_loss.isfinite()
+
+
+@pytest.mark.parametrize("negatives", KINDS)
+def test_identical_scores_cost_a_guess(negatives: str) -> None:
+    """Without predictions the loss is the logarithm of the number of candidates, and accuracy that of guessing."""
+    model = make_model(negatives, scale=0.0)
+    values, lengths, uniform, labels = make_batch(model, [40, 40, 40, 40])
+    terms = model(values, lengths, uniform, labels)
+    if negatives == "sequence":  # draws of the positive are left out
+        assert (terms.loss < math.log(8)).all() and (terms.loss > math.log(7)).all()
+    else:
+        torch.testing.assert_close(terms.loss, torch.full((4,), math.log(8), dtype=torch.float64))
+        assert model.num_candidates == 8
+    assert (terms.accuracy_of_steps >= 1.0 / 8.0).all() and (terms.accuracy_of_steps < 0.2).all()
+
+
+def test_the_bound_is_that_of_negatives_from_the_batch() -> None:
+    """Log N minus the loss of each step; other kinds of negatives have none."""
+    model = make_model("batch")
+    terms = model(*make_batch(model))
+    assert model.bound_is_valid
+    torch.testing.assert_close(model.mutual_information(terms), math.log(8) - terms.loss_of_steps)
+    for negatives in ("sequence", "speaker"):
+        model = make_model(negatives)
+        assert not model.bound_is_valid
+        with pytest.raises(ArgumentError, match=f"CPC.negatives must be 'batch' for a bound .* got '{negatives}'"):
+            model.mutual_information(model(*make_batch(model)))
+
+
+def make_chain(count: int, length: int = 12) -> Tensor:
+    """Returns sequences of eight symbols in circular order from a random start, one-hot: the next one is certain."""
+    places = (torch.randint(8, (count, 1)) + torch.arange(length)) % 8
+    return torch.nn.functional.one_hot(places, 8).float()
+
+
+def test_training_finds_the_information_in_a_circle() -> None:
+    """The bound comes near log 8, which is all there is, from below; with 31 negatives, 32 candidates do not limit it.
+
+    The steps ahead are all equally certain, and the context of a single frame tells them all.
+    """
+    torch.manual_seed(0)
+    model = CPC(RowEncoder(8, 16), GRUContext(16, 16), LinearPredictors(16, 16, num_steps=2), "batch", 31)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    lengths, bounds = torch.full((16,), 12), []
+    for _ in range(150):
+        optimizer.zero_grad()
+        terms = model(make_chain(16), lengths, torch.rand(model.noise_shape(16, 12)))
+        terms.mean_loss.backward()
+        optimizer.step()
+        bounds.append(model.mutual_information(terms).detach())
+    assert bounds[0].abs().max() < 1.0
+    final = torch.stack(bounds[-20:]).mean(0)
+    assert (final < math.log(8)).all()
+    assert (final > math.log(8) - 0.25).all()
+
+
+def test_negatives_of_the_same_sequence_ignore_what_it_has_in_common() -> None:
+    """Sequences that are constant in time teach nothing with "sequence", and nearly all with "batch"."""
+    torch.manual_seed(0)
+    losses = {}
+    for negatives in ("sequence", "batch"):
+        model = CPC(RowEncoder(8, 16), GRUContext(16, 16), LinearPredictors(16, 16, num_steps=1), negatives, 15)
+        optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+        for _ in range(60):
+            optimizer.zero_grad()
+            values = torch.randn(16, 1, 8).expand(16, 12, 8)
+            terms = model(values, torch.full((16,), 12), torch.rand(16, 15))
+            terms.mean_loss.backward()
+            optimizer.step()
+        losses[negatives] = terms.mean_loss.item()
+    assert losses["sequence"] > math.log(13)  # some draws are the positive, so fewer than 16 candidates
+    assert losses["batch"] < math.log(16) - 1.0
+
+
+@pytest.mark.parametrize("negatives", KINDS)
+def test_every_parameter_gets_a_gradient(negatives: str) -> None:
+    """Finite, and not zero."""
+    model = make_model(negatives)
+    model(*make_batch(model)).mean_loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert (parameter.grad != 0.0).any(), name
+
+
+@pytest.mark.parametrize("negatives", KINDS)
+@pytest.mark.parametrize("context", ["gru", "convolutions"])
+def test_one_graph_is_compiled(as_a_user, negatives: str, context: str) -> None:
+    """torch.compile finds nothing that it cannot trace or must wait for, with weights given from outside."""
+    model = make_model(negatives, context=context)
+    batch = make_batch(model)
+
+    def call(weights: dict[str, Tensor], *arguments) -> Tensor:
+        terms: CPCTerms = torch.func.functional_call(model, weights, arguments)
+        return torch.cat([terms.loss, terms.step_losses.flatten(), terms.step_accuracies.flatten()])
+
+    weights = {name: weight.detach() * 1.1 for name, weight in model.named_parameters()}
+    compiled = torch.compile(call, dynamic=False, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(weights, *batch), call(weights, *batch))
+
+
+def test_nothing_random_is_used_and_nothing_mutated() -> None:
+    """The same noise gives the same terms."""
+    model = make_model()
+    batch = make_batch(model)
+    before, state = [tensor.clone() for tensor in batch[:3]], torch.get_rng_state()
+    first, second = model(*batch), model(*batch)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(one, other) for one, other in zip(before, batch, strict=False))
+
+
+def test_losses_are_formed_in_float32_under_autocast() -> None:
+    """Near those of full precision."""
+    model = make_model(scale=1.0).float()
+    values, lengths, uniform, _ = make_batch(model)
+    exact = model(values.float(), lengths, uniform.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(values.float(), lengths, uniform.float())
+    assert rounded.loss.dtype == torch.float32
+    torch.testing.assert_close(rounded.loss, exact.loss, rtol=0.0, atol=0.05)
+    assert torch.equal(rounded.weight, exact.weight)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"negatives": "hard"}, "CPC.negatives must be one of batch, sequence, speaker, got 'hard'"),
+        ({"num_negatives": 0}, "CPC.num_negatives must be an integer of at least 1, got 0"),
+        ({"negatives": "speaker"}, "CPC.label must name a label .*, got None with 'speaker'"),
+        ({"label": "speaker"}, "CPC.label must name a label .*, got 'speaker' with 'batch'"),
+        ({"context": GRUContext(5, 8)}, "CPC.context.input_dim must be encoder.encoding_dim = 6, got 5"),
+        ({"predictors": LinearPredictors(7, 6, 1)}, "CPC.predictors.context_dim must be context.context_dim = 8, got"),
+        ({"predictors": LinearPredictors(8, 7, 1)}, "CPC.predictors.encoding_dim must be encoder.encoding_dim = 6"),
+    ],
+)
+def test_bad_arguments_are_named(as_a_user, arguments: dict, message: str) -> None:
+    """The message names the argument and its value."""
+    usual = {"encoder": RowEncoder(4, 6), "context": GRUContext(6, 8), "predictors": LinearPredictors(8, 6, 2)}
+    with pytest.raises(ArgumentError, match=message):
+        CPC(**{**usual, **arguments})
+
+
+def test_bad_batches_are_refused(as_a_user) -> None:
+    """Shapes that do not fit, windows without two frames, and missing labels."""
+    model = make_model("speaker")
+    values, lengths, uniform, labels = make_batch(model)
+    with pytest.raises(ArgumentError, match=r"lengths must have shape \(5,\) and uniform \(5, 7\), got \(4,\) and"):
+        model(values, lengths[:4], uniform, labels)
+    with pytest.raises(ArgumentError, match=r"uniform \(5, 7\), got \(5,\) and \(5, 6\)"):
+        model(values, lengths, uniform[:, :6], labels)
+    with pytest.raises(ArgumentError, match=r"values must have shape \(batch, time\) .*, got \(5,\)"):
+        model(values[:, 0], lengths, uniform, labels)
+    with pytest.raises(ArgumentError, match="values must have at least 8 steps, two frames, got 7"):
+        model(values[:, :7], lengths.clamp_max(7), uniform, labels)
+    with pytest.raises(ArgumentError, match="labels must have 'speaker', got none"):
+        model(values, lengths, uniform)
+    with pytest.raises(ArgumentError, match="labels must have 'speaker', got digit"):
+        model(values, lengths, uniform, {"digit": lengths})
+
+
+def test_data_that_does_not_fit_is_refused() -> None:
+    """Before a run: steps of another shape, sequences too short for two frames, a missing label."""
+    labels = {"digit": torch.tensor([1, 2])}
+    good = SimpleNamespace(values=torch.zeros(20), lengths=torch.tensor([7, 13]), labels=labels)
+    make_model().check_examples(good)
+    short = SimpleNamespace(values=torch.zeros(14), lengths=torch.tensor([7, 7]), labels=labels)
+    with pytest.raises(DataError, match="the longest sequence has 7 steps, but two frames take 8"):
+        make_model().check_examples(short)
+    none = SimpleNamespace(values=torch.zeros(0), lengths=torch.zeros(0, dtype=torch.int64), labels={})
+    with pytest.raises(DataError, match="the longest sequence has 0 steps"):
+        make_model().check_examples(none)
+    rows = SimpleNamespace(values=torch.zeros(20, 28), lengths=torch.tensor([7, 13]), labels=labels)
+    with pytest.raises(DataError, match=r"steps of the sequences have shape \(28,\), but the encoder takes \(\)"):
+        make_model().check_examples(rows)
+    with pytest.raises(DataError, match="no label 'speaker', only digit: set CPC.label"):
+        make_model("speaker").check_examples(good)
+
+
+def test_state_dict_round_trip() -> None:
+    """A model that loads another's state has its losses."""
+    model, loaded = make_model(), make_model()
+    batch = make_batch(model)
+    assert not torch.equal(loaded(*batch).loss, model(*batch).loss)
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(loaded(*batch).loss, model(*batch).loss)
