@@ -14,7 +14,7 @@ from popgen.training.weights import WEIGHTS, model_of_checkpoint
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
 flags.DEFINE_string("out", None, "The PNG to write; sounds go beside it as WAV files.")
-flags.DEFINE_integer("num_samples", 64, "Prior samples, and at most as many pairs in the other pictures.")
+flags.DEFINE_integer("num_samples", None, "Samples, and at most as many of others; default 64 images or 8 sounds.")
 flags.DEFINE_string("checkpoint", "best", "best, latest, or a step that was kept.")
 flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
 flags.DEFINE_integer("seed", 0, "Of the draws.")
@@ -22,7 +22,8 @@ flags.DEFINE_integer("seed", 0, "Of the draws.")
 
 def main() -> None:
     """Writes every picture that the model has, one below another, and every sound."""
-    check_integer("num_samples", FLAGS.num_samples, minimum=2)
+    if FLAGS.num_samples is not None:
+        check_integer("num_samples", FLAGS.num_samples, minimum=2)
     out = pathlib.Path(FLAGS.out)
     if not out.parent.is_dir():
         raise RunDirectoryError(f"there is no folder {str(out.parent)!r} to write {out.name} in")
@@ -32,7 +33,9 @@ def main() -> None:
     data, model = prepare(loaded.experiment, device)
     model = model_of_checkpoint(model, tensors, FLAGS.weights)
     generator = torch.Generator(device).manual_seed(FLAGS.seed)
-    shown = loaded.experiment.evaluator.show(model, data, FLAGS.num_samples, generator)
+    evaluator = loaded.experiment.evaluator
+    num_samples = evaluator.num_shown if FLAGS.num_samples is None else FLAGS.num_samples
+    shown = evaluator.show(model, data, num_samples, generator)
     if not shown:
         raise RunDirectoryError(f"a {type(model).__name__} has nothing to draw samples from")
     for path in save_shown(out, shown):

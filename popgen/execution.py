@@ -147,3 +147,19 @@ def _values_and_gradients(function: Callable[..., Any], arguments: tuple) -> lis
     if leaves and values[0].requires_grad:
         gradients = torch.autograd.grad(values[0].sum(), leaves, allow_unused=True)
     return [*(value.detach() for value in values), *(gradient for gradient in gradients if gradient is not None)]
+
+
+def record_or_fall_back(work: Callable[[], object]) -> Callable[[], object]:
+    """Returns what replays the work from a CUDA graph, or the work itself where it cannot be recorded.
+
+    Example: `WaveNet` records a step of its generation.
+    """
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+    except Exception as error:  # whatever it is, the plain work has been done before
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        print(f"the CUDA graph of a step is not used: {reason}", file=sys.stderr, flush=True)
+        return work
+    return graph.replay

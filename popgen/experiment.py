@@ -38,7 +38,6 @@ from popgen.training.state import (
 from popgen.training.step import make_train_step
 from popgen.training.weights import initialise, model_of_checkpoint
 
-SHOWN_COUNT = 64
 SELECTION_SPLITS = ("test", "validation")
 
 
@@ -366,7 +365,7 @@ def _first_examples(data: Data, num_examples: int | None) -> Any:
 
 def _shown(experiment: Experiment, model: Model, data: Data) -> dict[str, Shown]:
     generator = make_generator(next(model.parameters()).device, experiment.seed, "pictures")
-    return experiment.evaluator.show(model, data, SHOWN_COUNT, generator)
+    return experiment.evaluator.show(model, data, experiment.evaluator.num_shown, generator)
 
 
 def _show_mean(bar: tqdm, text: str) -> Callable[[Tensor], None]:

@@ -9,9 +9,11 @@ import torch
 
 from popgen import config
 from popgen.datasets.images import ImageData, prepare_images
+from popgen.datasets.sequences import SequenceData, Sequences
 from popgen.datasets.stroke_digits import StrokeDigits
 from popgen.errors import ArgumentError, ConfigError, PopgenError
 from popgen.experiment import run
+from popgen.models.image_model import ImageModel
 from popgen.nn.vamp_prior import VampPrior
 from popgen.training.run_directory import RunDirectory
 from popgen.training.state import initial_state, state_to_tensors
@@ -45,7 +47,7 @@ def gin_file(tmp_path):
 def test_every_config_builds_and_leaves_nothing_unused_but_what_it_replaces(name):
     loaded = config.load([name])
     assert loaded.orphans == REPLACED.get(name, [])
-    assert loaded.experiment.batch_size == 100
+    assert loaded.experiment.batch_size == (100 if isinstance(loaded.experiment.model, ImageModel) else 8)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -295,10 +297,11 @@ def test_every_config_takes_two_steps(name, tmp_path):
         write_best_checkpoint(tmp_path / "codes", config.load(["configs/vqvae.gin"]).experiment.model)
         bindings = [f"CODES_RUN = '{tmp_path}/codes'"]
     loaded = config.load([name], bindings)
+    model = loaded.experiment.model
     num_samples = min(3, loaded.experiment.evaluator.default_num_samples)
     experiment = dataclasses.replace(
         loaded.experiment,
-        dataset=Noise(),
+        dataset=Noise() if isinstance(model, ImageModel) else SequenceNoise(model.classes),
         num_steps=2,
         eval_every=1,
         final_num_samples=num_samples,
@@ -324,3 +327,16 @@ class Noise:
     def load(self) -> ImageData:
         images = torch.randint(0, 256, (600, 784), dtype=torch.uint8)
         return prepare_images(images, images[:64], (28, 28), "dynamic", binarisation_seed=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceNoise:
+    """Random waveforms with the labels of a model."""
+
+    classes: dict
+
+    def load(self) -> SequenceData:
+        labels = {name: torch.arange(12) % count for name, count in self.classes.items()}
+        split = Sequences(torch.rand(12 * 300) - 0.5, torch.full((12,), 300), labels)
+        names = {name: tuple(map(str, range(count))) for name, count in self.classes.items()}
+        return SequenceData(split, split, None, window=200, classes=names, sample_rate=8_000)

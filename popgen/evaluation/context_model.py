@@ -14,7 +14,7 @@ MAX_COUNTS = 2**27
 
 
 def count_contexts(
-    seen: Sequence[Int64[Tensor, " length"]], order: int, num_codes: int = 256, start: int = 128
+    seen: Sequence[Int64[Tensor, "_"]], order: int, num_codes: int = 256, start: int = 128
 ) -> Int64[Tensor, "contexts codes"]:
     """Returns how often each code follows each context of `order` codes.
 
@@ -67,9 +67,7 @@ def context_model_log_density(
     return found.log() - following.log()
 
 
-def choose_smoothing(
-    codes: Sequence[Int64[Tensor, " time"]], order: int, num_codes: int = 256, start: int = 128
-) -> float:
+def choose_smoothing(codes: Sequence[Int64[Tensor, "_"]], order: int, num_codes: int = 256, start: int = 128) -> float:
     """Returns the one of `SMOOTHING` that scores every tenth sequence best when the others are counted.
 
     Example:

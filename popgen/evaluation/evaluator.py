@@ -34,12 +34,14 @@ class Evaluator(Protocol):
     Attributes:
         model_type: what it evaluates.
         default_num_samples: samples of an evaluation for each example, where a command is told nothing else.
+        num_shown: samples that are drawn to be seen or heard, where a command is told nothing else.
         headline: names of the results that TensorBoard shows, and by which its HParams tab compares runs.
         progress_text: says what the mean of the values given to `progress` is; it has one field to format.
     """
 
     model_type: ClassVar[type]
     default_num_samples: ClassVar[int]
+    num_shown: ClassVar[int]
     headline: ClassVar[tuple[str, ...]]
     progress_text: ClassVar[str]
 
@@ -78,6 +80,7 @@ class ImageEvaluator(Evaluator, abc.ABC):
     Example: `VAEEvaluator` is one.
     """
 
+    num_shown: ClassVar[int] = 64
     headline: ClassVar[tuple[str, ...]] = ("log_p_x", "log_p_x_standard_error", "elbo", "reconstruction", "kl")
     progress_text: ClassVar[str] = "log p(x) {:.2f} nats"
     bound_name: ClassVar[str]

@@ -5,7 +5,6 @@ cost for each sample: Fast Wavenet Generation Algorithm (Le Paine et al. 2016), 
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 
 from popgen.distributions.codes import CategoricalOutput, CodeDensity, LogisticMixtureOutput
 from popgen.distributions.mu_law import NUM_CODES
-from popgen.errors import ArgumentError, check_integer
-from popgen.execution import compile_or_fall_back
+from popgen.errors import ArgumentError, DataError, check_integer
+from popgen.execution import compile_or_fall_back, record_or_fall_back
+from popgen.models.model import Model
 from popgen.nn.causal_conv import CausalConv1d, PastInputs, no_past_inputs
 
 START = NUM_CODES  # what stands before the first code
@@ -47,7 +47,7 @@ class StepWeights(NamedTuple):
     head: tuple[Tensor, ...]
 
 
-class WaveNet(nn.Module):
+class WaveNet(Model):
     """An autoregressive density of the codes of a waveform, conditioned on labels and on local features if wanted.
 
         p(c | h, y) = Π_t p(c_t | c_1, …, c_{t-1}, h, y_t)                                  (eq. 1 to 3 of the paper)
@@ -136,7 +136,7 @@ class WaveNet(nn.Module):
 
         Args:
             codes: from 0 to 255.
-            labels: a value for each sequence, under each name in `classes`.
+            labels: a value for each sequence, under each name in `classes`; others are not looked at.
             local: features of each position, if `local_dim` is not 0.
 
         Raises:
@@ -179,6 +179,24 @@ class WaveNet(nn.Module):
                 if lowest < 0 or highest >= count:
                     found = lowest if lowest < 0 else highest
                     raise ArgumentError(f"{name} must be at least 0 and at most {count - 1}, got {found}")
+
+    def check_examples(self, examples: Any) -> None:
+        """Checks that sequences are waveforms with the labels that the model is conditioned on.
+
+        Raises:
+            DataError: if they are not.
+        """
+        if examples.values.ndim != 1:
+            raise DataError(f"a WaveNet takes waveforms, got steps of shape {tuple(examples.values.shape[1:])}")
+        for name, count in self.classes.items():
+            if name not in examples.labels:
+                has = ", ".join(examples.labels) or "none"
+                raise DataError(f"WaveNet.classes has {name!r}, but the sequences have the labels {has}")
+            if int(examples.labels[name].max()) >= count:
+                raise DataError(
+                    f"WaveNet.classes[{name!r}] must be at least {int(examples.labels[name].max()) + 1} for these "
+                    f"sequences, got {count}"
+                )
 
     def initial_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -303,7 +321,7 @@ class WaveNet(nn.Module):
                 if local is not None:
                     cast(Tensor, local_now).copy_(local[:, :, t])
                 if uniform.is_cuda and t == WARM_UP_STEPS:
-                    work = _recorded(advance)
+                    work = record_or_fall_back(advance)
                 work()
                 if t < given:
                     previous.copy_(codes[:, t])
@@ -317,7 +335,7 @@ class WaveNet(nn.Module):
 
     def _conditions(self, labels: Labels | None) -> Float[Tensor, "layers batch double"] | None:
         """Returns V h of each layer, or None without labels."""
-        if not labels:
+        if labels is None or not self.classes:
             return None
         rows, first = [], 0
         for name, count in self.classes.items():
@@ -326,10 +344,10 @@ class WaveNet(nn.Module):
         return sum(rows).unflatten(1, (len(self.layers), -1)).transpose(0, 1)  # type: ignore[union-attr]
 
     def _check_labels(self, labels: Labels | None, batch: int) -> None:
-        names = sorted(labels or {})
-        if names != sorted(self.classes):
-            raise ArgumentError(f"labels must have the names {sorted(self.classes)}, got {names}")
-        for name, values in (labels or {}).items():
+        if not set(self.classes) <= set(labels or {}):
+            raise ArgumentError(f"labels must have the names {sorted(self.classes)}, got {sorted(labels or {})}")
+        for name in self.classes:
+            values = cast(Labels, labels)[name]
             if values.shape != (batch,):
                 raise ArgumentError(f"labels[{name!r}] must have shape ({batch},), got {tuple(values.shape)}")
 
@@ -428,16 +446,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _recorded(work: Callable[[], object]) -> Callable[[], object]:
-    """Returns what replays the work from a CUDA graph, or the work itself where it cannot be recorded."""
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-    except Exception as error:  # whatever it is, the plain work has been done before
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        print(f"the CUDA graph of a step is not used: {reason}", file=sys.stderr, flush=True)
-        return work
-    return graph.replay

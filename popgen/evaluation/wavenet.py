@@ -1,0 +1,169 @@
+"""How a WaveNet is evaluated: bits per sample on whole recordings beside two baselines, and what it sounds like."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from popgen.datasets.sequences import SequenceData, Sequences
+from popgen.distributions.mu_law import mu_law_decode, mu_law_encode
+from popgen.errors import ArgumentError, check_number
+from popgen.evaluation.context_model import choose_smoothing, context_model_log_density, count_contexts
+from popgen.evaluation.evaluator import Evaluator, Results
+from popgen.evaluation.likelihood import Progress
+from popgen.evaluation.shown import Shown, Sound
+from popgen.evaluation.spectrogram import spectrogram
+from popgen.execution import matrix_products
+from popgen.models.wavenet import WaveNet
+
+SAMPLES_AT_ONCE = 32_768  # of all recordings that pass through the network together
+CONTEXT_ORDERS = {"unigram_bits": 0, "context_model_bits": 2}
+
+
+@torch.no_grad()
+def log_densities(model: WaveNet, sequences: Sequences, progress: Progress | None = None) -> Tensor:
+    """Returns log p of each recording, whole, nats, shape `(count,)`, float64.
+
+    Args:
+        model: on the device of the recordings.
+        sequences: waveforms.
+        progress: called with the bits per sample of the recordings that have been finished since the last call.
+
+    Example:
+        >>> from popgen.distributions.codes import CategoricalOutput
+        >>> model = WaveNet(CategoricalOutput(), 8, 8, num_layers=3, dilation_cycle=3)
+        >>> log_densities(model, Sequences(torch.zeros(50), torch.tensor([20, 30]))).shape
+        torch.Size([2])
+    """
+    found = torch.empty(len(sequences), dtype=torch.float64, device=sequences.lengths.device)
+    order = sequences.lengths.argsort()  # those of a batch are about as long as each other
+    first = 0
+    while first < len(order):
+        count = max(1, SAMPLES_AT_ONCE // int(sequences.lengths[order[first]]))
+        chosen = order[first : first + count]
+        batch = sequences.padded(chosen)
+        codes = mu_law_encode(batch.values)
+        log_p = model(codes, batch.labels).log_density(codes).double()
+        real = torch.arange(codes.shape[1], device=codes.device) < batch.lengths[:, None]
+        found[chosen] = torch.where(real, log_p, 0.0).sum(1)
+        if progress is not None:
+            progress(-found[chosen] / batch.lengths / math.log(2.0))
+        first += count
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class WaveNetEvaluator(Evaluator):
+    """Evaluates a WaveNet: bits per sample over whole recordings, beside two baselines on the same codes, and sounds.
+
+    The baselines are the frequencies of the codes in the training recordings, and an order-2 context model with
+    additive smoothing that is chosen on training recordings.
+
+    Args:
+        seconds: of each sound that is drawn.
+
+    Example:
+        >>> WaveNetEvaluator(seconds=0.5).headline
+        ('bits_per_sample',)
+    """
+
+    seconds: float = 0.5
+
+    model_type: ClassVar[type] = WaveNet
+    default_num_samples: ClassVar[int] = 1
+    num_shown: ClassVar[int] = 8
+    headline: ClassVar[tuple[str, ...]] = ("bits_per_sample",)
+    progress_text: ClassVar[str] = "{:.3f} bits per sample"
+
+    def __post_init__(self) -> None:
+        check_number("WaveNetEvaluator.seconds", self.seconds, minimum=0.01)
+
+    def check_num_samples(self, name: str, num_samples: int) -> None:
+        """One is all there is to do: the likelihood is exact.
+
+        Raises:
+            ArgumentError: if it is another number.
+        """
+        if num_samples != 1:
+            raise ArgumentError(f"{name} must be 1 for a WaveNet, got {num_samples}: its likelihood is exact")
+
+    def validate(self, model: WaveNet, examples: Sequences, seed: int) -> Results:
+        """Returns the loss, nats per sample, and the same in bits, over whole recordings."""
+        loss = -(log_densities(model, examples).sum() / examples.lengths.sum()).item()
+        return {"loss": loss, "bits_per_sample": loss / math.log(2.0)}
+
+    def curves(self, model: WaveNet, examples: Sequences) -> Results:
+        """Returns nothing."""
+        return {}
+
+    def evaluate(
+        self,
+        model: WaveNet,
+        data: SequenceData,
+        examples: Sequences,
+        num_samples: int,
+        seed: int,
+        progress: Progress | None = None,
+        precision: str = "fp32",
+        compiled: bool = False,
+    ) -> Results:
+        """Returns bits per sample, with the standard error over recordings, and those of the baselines."""
+        with matrix_products(precision, examples.lengths.device):
+            log_p = log_densities(model, examples, progress)
+        bits = -log_p / math.log(2.0)
+        total = examples.lengths.sum()
+        mean = (bits.sum() / total).item()
+        # The error of a ratio of sums, to first order.
+        residuals = bits - mean * examples.lengths
+        count = len(residuals)
+        error = (
+            math.sqrt(count / (count - 1) * residuals.square().sum().item()) / total.item() if count > 1 else math.nan
+        )
+        seen, scored = _codes(data.train), _codes(examples)
+        baselines: Results = {}
+        for name, order in CONTEXT_ORDERS.items():
+            smoothing = choose_smoothing(seen, order)
+            counts = count_contexts(seen, order)
+            nats = -sum(context_model_log_density(codes, counts, smoothing).sum().item() for codes in scored)
+            baselines |= {name: nats / total.item() / math.log(2.0), f"{name}_smoothing": smoothing}
+        return {"bits_per_sample": mean, "bits_per_sample_standard_error": error, **baselines}
+
+    def describe(self, record: Mapping[str, Any]) -> str:
+        """Returns a line for the model and for each baseline."""
+        return (
+            f"bits per sample          {record['bits_per_sample']:7.3f} ± "
+            f"{record['bits_per_sample_standard_error']:.3f} ({record['num_examples']} whole recordings)\n"
+            f"frequencies of the codes {record['unigram_bits']:7.3f}\n"
+            f"order-2 context model    {record['context_model_bits']:7.3f} "
+            f"(smoothing {record['context_model_bits_smoothing']:g})"
+        )
+
+    def show(
+        self, model: WaveNet, data: SequenceData, num_samples: int, generator: torch.Generator
+    ) -> dict[str, Shown]:
+        """Returns sounds, their labels going round through all classes, and spectrograms of these and of recordings."""
+        rate, device = data.sample_rate, generator.device
+        if rate is None:
+            raise ArgumentError("a WaveNet's sounds need data with a sample_rate")
+        labels = {name: torch.arange(num_samples, device=device) % len(data.classes[name]) for name in model.classes}
+        uniform = torch.rand(num_samples, round(self.seconds * rate), generator=generator, device=device)
+        waveforms = mu_law_decode(model.generate(uniform, labels))
+        recordings = data.test.padded(torch.arange(min(num_samples, len(data.test)), device=device)).values
+        shown: dict[str, Shown] = {
+            "samples": torch.cat([spectrogram(waveform) for waveform in waveforms], dim=1),
+            "recordings": torch.cat([spectrogram(waveform) for waveform in recordings], dim=1),
+        }
+        for index, waveform in enumerate(waveforms):
+            names = [data.classes[name][label[index]] for name, label in labels.items()]
+            shown["_".join([f"sample_{index}", *names])] = Sound(waveform.float(), rate)
+        return shown
+
+
+def _codes(sequences: Sequences) -> list[Tensor]:
+    """Returns the mu-law codes of each recording."""
+    everything = sequences.padded(torch.arange(len(sequences), device=sequences.lengths.device))
+    codes = mu_law_encode(everything.values).cpu()
+    return [row[:length] for row, length in zip(codes, everything.lengths.tolist(), strict=True)]
