@@ -1,9 +1,13 @@
 """What a dataset is to a run: a description that loads splits, and splits that give batches."""
 
+import abc
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from popgen.errors import ArgumentError, check_integer
+from popgen.streams import make_generator
 
 
 @runtime_checkable
@@ -18,6 +22,48 @@ class Batches(Protocol):
 
     def draw(self, step: int, generator: torch.Generator) -> Any:
         """Returns the batch of a step."""
+
+
+class ShuffledBatches(Batches, abc.ABC):
+    """Batches that visit the examples in a new random order every epoch; the last ones, too few for one, are left out.
+
+    Args:
+        count: how many examples there are.
+        batch_size: examples in a batch.
+        seed: of the order.
+        device: where the indices go.
+        examples: what they are, for the error message.
+
+    Raises:
+        ArgumentError: if a batch is larger than the data.
+
+    Example: `popgen.datasets.images.TrainBatches` is one.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, device: torch.device, examples: str) -> None:
+        check_integer("batch_size", batch_size, minimum=1)
+        if batch_size > count:
+            raise ArgumentError(f"batch_size must be at most the {count} training {examples}, got {batch_size}")
+        self.batch_size = batch_size
+        self.steps_per_epoch = count // batch_size
+        self._count, self._seed, self._device = count, seed, device
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def indices(self, step: int) -> Tensor:
+        """Returns the indices of the examples of a step, int64, shape `(batch_size,)`."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            generator = make_generator("cpu", self._seed, "data order", epoch)
+            self._epoch, self._order = epoch, torch.randperm(self._count, generator=generator).to(self._device)
+        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
+
+    @abc.abstractmethod
+    def gather(self, indices: Tensor, generator: torch.Generator) -> Any:
+        """Returns the batch of some examples, on their device, without waiting for it."""
+
+    def draw(self, step: int, generator: torch.Generator) -> Any:
+        """Returns the batch of a step; what is random in it is drawn from `generator`."""
+        return self.gather(self.indices(step), generator)
 
 
 @runtime_checkable

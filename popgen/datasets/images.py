@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int16, UInt8
 from torch import Tensor
 
-from popgen.errors import ArgumentError, DataError, check_choice
+from popgen.datasets.data import ShuffledBatches
+from popgen.errors import DataError, check_choice
 from popgen.streams import make_generator
 
 PROTOCOLS = ("dynamic", "fixed", "threshold")
@@ -230,10 +231,8 @@ def hold_out(train: Tensor, validation_size: int, seed: int) -> tuple[Tensor, Te
     return train[order[validation_size:]], train[order[:validation_size]]
 
 
-class TrainBatches:
-    """The training batches of a run: which images belong to a step is a function of the seed and the step alone.
-
-    Every epoch visits the images in a new random order and leaves out the last ones that do not fill a batch.
+class TrainBatches(ShuffledBatches):
+    """The training batches of a run, images in random order.
 
     Args:
         images: uint8 levels or floating point, shape `(count, size)`.
@@ -250,25 +249,8 @@ class TrainBatches:
     """
 
     def __init__(self, images: Tensor, batch_size: int, seed: int) -> None:
-        if batch_size > len(images):
-            raise ArgumentError(f"batch_size must be at most the {len(images)} training images, got {batch_size}")
+        super().__init__(len(images), batch_size, seed, images.device, "images")
         self.images = bernoulli_thresholds(images) if images.dtype == torch.uint8 else images
-        self.batch_size, self.seed = batch_size, seed
-        self.steps_per_epoch = len(images) // batch_size
-        self._epoch, self._order = -1, torch.empty(0)
-
-    def indices(self, step: int) -> Tensor:
-        """Returns the indices of the images of a step, shape `(batch_size,)`."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            generator = make_generator("cpu", self.seed, "data order", epoch)
-            order = torch.randperm(len(self.images), generator=generator)
-            self._epoch, self._order = epoch, order.to(self.images.device)
-        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
-
-    def draw(self, step: int, generator: torch.Generator) -> Float[Tensor, "batch size"]:
-        """Returns the batch of a step; grey levels are binarised with noise from `generator`."""
-        return self.gather(self.indices(step), generator)
 
     def gather(self, indices: Tensor, generator: torch.Generator) -> Float[Tensor, "batch size"]:
         """Returns the images at some indices; grey levels are binarised with noise from `generator`."""

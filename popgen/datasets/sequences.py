@@ -7,15 +7,16 @@ change and which never wait for the device, so that a CUDA graph can record them
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from popgen.errors import ArgumentError, DataError, check_integer
-from popgen.streams import make_generator
+from popgen.datasets.data import ShuffledBatches
+from popgen.errors import ArgumentError, DataError, check_integer, check_number
 
 SPLITS = ("train", "test", "validation")
 SCALES = {torch.int16: 32_768.0, torch.uint8: 255.0}  # what integers are divided by: PCM samples and grey levels
@@ -44,6 +45,11 @@ class SequenceBatch(NamedTuple):
     def device(self) -> torch.device:
         """Where the batch is."""
         return self.values.device
+
+    @property
+    def real(self) -> Bool[Tensor, "batch time"]:
+        """Which steps are no padding."""
+        return torch.arange(self.values.shape[1], device=self.device) < self.lengths[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +132,11 @@ class Sequences:
         """The type of the values of a batch."""
         return self.dtype or (self.values.dtype if self.values.is_floating_point() else torch.float32)
 
+    def as_values(self, values: Tensor) -> Tensor:
+        """Returns stored values as those of a batch: of its type, integers divided by their scale."""
+        scale = 1.0 if values.is_floating_point() else SCALES[values.dtype]
+        return values.to(self.batch_dtype) / scale
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Sequences":
         """Returns the same sequences on a device; batches hold values of `dtype` if it is given.
 
@@ -186,9 +197,7 @@ class Sequences:
         first = self.offsets.index_select(0, indices) + starts
         real = steps < lengths[:, None]
         positions = (first[:, None] + steps).masked_fill(~real, 0)
-        values = self.values.index_select(0, positions.flatten()).unflatten(0, positions.shape).to(self.batch_dtype)
-        if not self.values.is_floating_point():
-            values = values / SCALES[self.values.dtype]
+        values = self.as_values(self.values.index_select(0, positions.flatten()).unflatten(0, positions.shape))
         values = values.masked_fill(~real.view(*real.shape, *[1] * (values.ndim - 2)), 0.0)
         labels = {name: label.index_select(0, indices) for name, label in self.labels.items()}
         return SequenceBatch(values, lengths, labels)
@@ -221,9 +230,10 @@ class SequenceData:
         window: steps of a training window.
         classes: for each label the names of its values, in the order of the integers.
         sample_rate: of audio, Hz; None for what is no audio.
+        max_speed: at which training windows are played; see `WindowBatches`.
 
     Raises:
-        ArgumentError: if `window` or `sample_rate` is not a positive integer.
+        ArgumentError: if `window` or `sample_rate` is not a positive integer, or `max_speed` is below 1.
         DataError: if a split is empty, or the splits do not fit together or do not fit `classes`.
 
     Example:
@@ -239,9 +249,11 @@ class SequenceData:
     window: int
     classes: Mapping[str, tuple[str, ...]]
     sample_rate: int | None = None
+    max_speed: float = 1.0
 
     def __post_init__(self) -> None:
         check_integer("window", self.window, minimum=1)
+        check_number("max_speed", self.max_speed, minimum=1.0)
         if self.sample_rate is not None:
             check_integer("sample_rate", self.sample_rate, minimum=1)
         for name, split in self._splits().items():
@@ -292,7 +304,7 @@ class SequenceData:
         Raises:
             ArgumentError: if a batch is larger than the data.
         """
-        return WindowBatches(self.train, self.window, batch_size, seed)
+        return WindowBatches(self.train, self.window, batch_size, seed, self.max_speed)
 
     def facts(self) -> dict[str, Any]:
         """Returns the sample rate of audio, the window and the numbers of sequences."""
@@ -301,21 +313,25 @@ class SequenceData:
         return {**rate, "window": self.window, "num_recordings": sum(sizes.values()), **sizes}
 
 
-class WindowBatches:
-    """The training batches of a run, a window of each sequence.
+class WindowBatches(ShuffledBatches):
+    """The training batches of a run, a window of each of some sequences, in random order.
 
-    Which sequences belong to a step is a function of the seed and the step alone. Every epoch visits the sequences in a
-    new random order and leaves out the last ones that do not fill a batch. A window begins at a uniformly random step
-    of those at which it fits into its sequence; a shorter sequence is taken whole, and padded.
+    A window begins at a uniformly random step of those at which it fits into its sequence; a shorter sequence is taken
+    whole, and padded.
+
+    With a `max_speed` s above 1 each window is played at a speed of its own, its logarithm uniform between -log s and
+    log s, by linear interpolation (speed perturbation, Ko et al. 2015): a voice sounds higher or lower, and no longer
+    gives away who speaks.
 
     Args:
         sequences: the training split.
         window: steps of a window.
         batch_size: sequences in a batch.
         seed: of the order.
+        max_speed: of playing, and one over the lowest; 1 leaves sequences as they are.
 
     Raises:
-        ArgumentError: if a batch is larger than the data.
+        ArgumentError: if a batch is larger than the data, or another argument is outside its domain.
 
     Example:
         >>> sequences = Sequences(torch.rand(30), torch.tensor([20, 3, 7]))
@@ -324,34 +340,48 @@ class WindowBatches:
         (torch.Size([3, 5]), [3, 5, 5])
     """
 
-    def __init__(self, sequences: Sequences, window: int, batch_size: int, seed: int) -> None:
+    def __init__(self, sequences: Sequences, window: int, batch_size: int, seed: int, max_speed: float = 1.0) -> None:
         check_integer("window", window, minimum=1)
-        check_integer("batch_size", batch_size, minimum=1)
-        if batch_size > len(sequences):
-            raise ArgumentError(f"batch_size must be at most the {len(sequences)} training sequences, got {batch_size}")
-        self.sequences, self.window, self.batch_size, self.seed = sequences, window, batch_size, seed
-        self.steps_per_epoch = len(sequences) // batch_size
+        check_number("max_speed", max_speed, minimum=1.0)
+        super().__init__(len(sequences), batch_size, seed, sequences.values.device, "sequences")
+        self.sequences, self.window, self.max_speed = sequences, window, max_speed
         sequences.offsets  # noqa: B018 formed now, not inside a recording
-        self._steps = torch.arange(window, device=sequences.values.device)
-        self._num_starts = (sequences.lengths - window).clamp_min(0) + 1
-        self._epoch, self._order = -1, torch.empty(0)
-
-    def indices(self, step: int) -> Tensor:
-        """Returns the indices of the sequences of a step, int64, shape `(batch_size,)`."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            generator = make_generator("cpu", self.seed, "data order", epoch)
-            order = torch.randperm(len(self.sequences), generator=generator)
-            self._epoch, self._order = epoch, order.to(self.sequences.values.device)
-        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
-
-    def draw(self, step: int, generator: torch.Generator) -> SequenceBatch:
-        """Returns the batch of a step; `generator` draws where the windows begin."""
-        return self.gather(self.indices(step), generator)
+        self._steps = torch.arange(math.ceil((window - 1) * max_speed) + 1, device=sequences.values.device)
 
     def gather(self, indices: Int64[Tensor, " batch"], generator: torch.Generator) -> SequenceBatch:
-        """Returns a window of each of some sequences; `generator` draws where they begin."""
+        """Returns a window of each of some sequences; `generator` draws where they begin, and their speeds."""
         noise = torch.empty(indices.shape, dtype=torch.int64, device=indices.device).random_(generator=generator)
+        lengths = self.sequences.lengths.index_select(0, indices)
         # The remainder of 63 random bits is uniform to within 2^-63 times the number of starts.
-        starts = noise % self._num_starts.index_select(0, indices)
-        return self.sequences.windows(indices, starts, self._steps)
+        if self.max_speed == 1.0:
+            return self.sequences.windows(indices, noise % ((lengths - self.window).clamp_min(0) + 1), self._steps)
+        uniform = torch.rand(indices.shape, generator=generator, device=indices.device, dtype=torch.float64)
+        speeds = self.max_speed ** (2.0 * uniform - 1.0)
+        spans = ((self.window - 1) * speeds).ceil().long() + 1
+        starts = noise % ((lengths - spans).clamp_min(0) + 1)
+        return play(self.sequences.windows(indices, starts, self._steps), speeds, self._steps[: self.window])
+
+
+def play(batch: SequenceBatch, speeds: Float64[Tensor, " batch"], steps: Int64[Tensor, " window"]) -> SequenceBatch:
+    """Returns sequences played at other speeds: step t is what was at t · speed, between two steps their interpolation.
+
+    Args:
+        batch: long enough for every speed; padded where a sequence ends.
+        speeds: above nought.
+        steps: 0, 1, ... up to the size of the new window.
+
+    Example:
+        >>> batch = SequenceBatch(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.tensor([4]), {})
+        >>> play(batch, torch.tensor([1.5], dtype=torch.float64), torch.arange(3))
+        SequenceBatch(values=tensor([[0.0000, 1.5000, 3.0000]]), lengths=tensor([3]), labels={})
+    """
+    lengths = ((batch.lengths - 1) / speeds).long().clamp_max(len(steps) - 1) + 1
+    real = steps < lengths[:, None]
+    positions = torch.where(real, steps * speeds[:, None], 0.0)
+    below = positions.long()
+    above = torch.minimum(below + 1, batch.lengths[:, None] - 1)
+    rows = torch.arange(len(speeds), device=speeds.device)[:, None]
+    each = (*real.shape, *[1] * (batch.values.ndim - 2))  # for every feature of a step
+    fractions = (positions - below).to(batch.values.dtype).view(each)
+    values = torch.lerp(batch.values[rows, below], batch.values[rows, above], fractions)
+    return SequenceBatch(values.masked_fill(~real.view(each), 0.0), lengths, batch.labels)

@@ -21,7 +21,7 @@ import torch
 from popgen.datasets.audio import SHORT, read_recordings
 from popgen.datasets.binary_mnist import DOWNLOAD_TIMEOUT_SECONDS, default_data_dir
 from popgen.datasets.sequences import SequenceData, Sequences
-from popgen.errors import ArgumentError, DataError, check_choice, check_integer
+from popgen.errors import ArgumentError, DataError, check_choice, check_integer, check_number
 
 SAMPLE_RATE = 8_000
 NUM_TEST_TAKES = 5  # the test split that the dataset's authors chose
@@ -76,6 +76,8 @@ class SpokenDigits:
         validation_takes: of every digit by every speaker to hold out, those after the test takes.
         held_out_speaker: a speaker to leave out of the training and validation splits. The test split and the labels
             stay as they are.
+        max_speed: training windows are played at random speeds between one over it and it, by log-uniform draws: 1.25
+            makes voices up to 1.25 times as high or as low. 1 leaves them as they are.
         download: fetch the recordings into `data_dir` if they are not there, about 16 MB from github.com.
 
     Raises:
@@ -92,6 +94,7 @@ class SpokenDigits:
     short: str = "pad"
     validation_takes: int = 0
     held_out_speaker: str | None = None
+    max_speed: float = 1.0
     download: bool = True
 
     def __post_init__(self) -> None:
@@ -100,6 +103,7 @@ class SpokenDigits:
         check_integer("SpokenDigits.window", self.window, minimum=1)
         check_choice("SpokenDigits.short", self.short, SHORT)
         check_integer("SpokenDigits.validation_takes", self.validation_takes, minimum=0)
+        check_number("SpokenDigits.max_speed", self.max_speed, minimum=1.0)
         if not isinstance(self.held_out_speaker, str | None):
             raise ArgumentError(
                 f"SpokenDigits.held_out_speaker must be the name of a speaker, got {self.held_out_speaker!r}"
@@ -153,6 +157,7 @@ class SpokenDigits:
             window=self.window,
             classes={"speaker": speakers, "digit": DIGITS},
             sample_rate=SAMPLE_RATE,
+            max_speed=self.max_speed,
         )
 
 

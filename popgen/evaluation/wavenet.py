@@ -13,7 +13,7 @@ from popgen.distributions.mu_law import mu_law_decode, mu_law_encode
 from popgen.errors import ArgumentError, check_number
 from popgen.evaluation.context_model import choose_smoothing, context_model_log_density, count_contexts
 from popgen.evaluation.evaluator import Evaluator, Results
-from popgen.evaluation.likelihood import Progress
+from popgen.evaluation.likelihood import Progress, standard_error_of_ratio
 from popgen.evaluation.shown import Shown, Sound
 from popgen.evaluation.spectrogram import spectrogram
 from popgen.execution import matrix_products
@@ -47,8 +47,7 @@ def log_densities(model: WaveNet, sequences: Sequences, progress: Progress | Non
         batch = sequences.padded(chosen)
         codes = mu_law_encode(batch.values)
         log_p = model(codes, batch.labels).log_density(codes).double()
-        real = torch.arange(codes.shape[1], device=codes.device) < batch.lengths[:, None]
-        found[chosen] = torch.where(real, log_p, 0.0).sum(1)
+        found[chosen] = torch.where(batch.real, log_p, 0.0).sum(1)
         if progress is not None:
             progress(-found[chosen] / batch.lengths / math.log(2.0))
         first += count
@@ -115,13 +114,7 @@ class WaveNetEvaluator(Evaluator):
             log_p = log_densities(model, examples, progress)
         bits = -log_p / math.log(2.0)
         total = examples.lengths.sum()
-        mean = (bits.sum() / total).item()
-        # The error of a ratio of sums, to first order.
-        residuals = bits - mean * examples.lengths
-        count = len(residuals)
-        error = (
-            math.sqrt(count / (count - 1) * residuals.square().sum().item()) / total.item() if count > 1 else math.nan
-        )
+        mean, error = (bits.sum() / total).item(), standard_error_of_ratio(bits, examples.lengths)
         seen, scored = _codes(data.train), _codes(examples)
         baselines: Results = {}
         for name, order in CONTEXT_ORDERS.items():
@@ -164,6 +157,5 @@ class WaveNetEvaluator(Evaluator):
 
 def _codes(sequences: Sequences) -> list[Tensor]:
     """Returns the mu-law codes of each recording."""
-    everything = sequences.padded(torch.arange(len(sequences), device=sequences.lengths.device))
-    codes = mu_law_encode(everything.values).cpu()
-    return [row[:length] for row, length in zip(codes, everything.lengths.tolist(), strict=True)]
+    codes = mu_law_encode(sequences.as_values(sequences.values)).cpu()
+    return list(codes.split(sequences.lengths.tolist()))

@@ -40,6 +40,14 @@ class CPCTerms(NamedTuple):
     step_accuracies: Float[Tensor, "batch steps"]
     step_weights: Int64[Tensor, "batch steps"]
 
+    def means(self) -> dict[str, Float[Tensor, ""]]:
+        """Returns the loss, nats, and the accuracy: means over all pairs and over those of each step k ahead."""
+        accuracies = self.accuracy_of_steps
+        named = {"loss": self.mean_loss, "accuracy": _mean(accuracies, self.step_weights.sum(0), dim=0)}
+        for name, values in (("loss", self.loss_of_steps), ("accuracy", accuracies)):
+            named |= {f"{name}_ahead_{k}": value for k, value in enumerate(values.unbind(), start=1)}
+        return named
+
     @property
     def mean_loss(self) -> Float[Tensor, ""]:
         """The loss of the batch, nats: the mean over all pairs, each of the same weight; nought if there are none."""

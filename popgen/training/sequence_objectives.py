@@ -11,6 +11,7 @@ from torch import Tensor
 from popgen.datasets.sequences import SequenceBatch
 from popgen.distributions.mu_law import mu_law_encode
 from popgen.errors import ArgumentError
+from popgen.models.cpc import CPC
 from popgen.models.wavenet import WaveNet
 from popgen.training.objectives import Objective, Result, Settings, Tensors
 
@@ -54,20 +55,55 @@ class NegativeLogLikelihood(Objective):
         """Returns the loss and the metrics of a batch; nothing else changes."""
         codes = mu_law_encode(batch.values)
         log_p = forward(codes, batch.labels).log_density(codes)
-        loss = -mean_of_real(log_p, batch.lengths)
+        loss = -torch.where(batch.real, log_p, 0.0).sum() / batch.lengths.sum()
         return loss, {"loss": loss.detach(), "bits_per_sample": loss.detach() / math.log(2.0)}, {}
 
 
-def mean_of_real(values: Tensor, lengths: Tensor) -> Tensor:
-    """Returns the mean over what is no padding.
+@dataclasses.dataclass(frozen=True)
+class ContrastiveLoss(Objective):
+    """Minimises the loss of contrastive predictive coding, a mean over all pairs of a batch and all steps ahead, nats.
 
-    Args:
-        values: shape `(batch, time)`.
-        lengths: how many of each are real, shape `(batch,)`.
+    Eq. 4 of van den Oord et al. 2018 (https://arxiv.org/abs/1807.03748). What it asks, and of which negatives, is the
+    model's: see `popgen.models.cpc`.
+
+    Metrics: `loss`, `accuracy` (of picking the positive), and both for each number k of frames ahead, `loss_ahead_k`
+    and `accuracy_ahead_k`.
 
     Example:
-        >>> mean_of_real(torch.tensor([[1.0, 2.0], [6.0, 99.0]]), torch.tensor([2, 1]))
-        tensor(3.)
+        >>> from popgen.nn.cpc import GRUContext, LinearPredictors, RowEncoder
+        >>> model = CPC(RowEncoder(28, 16), GRUContext(16, 8), LinearPredictors(8, 16, num_steps=2))
+        >>> batch = SequenceBatch(torch.rand(3, 28, 28), torch.full((3,), 28), {})
+        >>> objective = ContrastiveLoss()
+        >>> loss, metrics, _ = objective(model, batch, objective.draw_noise(model, batch, torch.Generator()), {}, {})
+        >>> sorted(metrics)
+        ['accuracy', 'accuracy_ahead_1', 'accuracy_ahead_2', 'loss', 'loss_ahead_1', 'loss_ahead_2']
     """
-    real = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
-    return torch.where(real, values, 0.0).sum() / lengths.sum()
+
+    def check_model(self, model: Any) -> None:
+        """A CPC it must be.
+
+        Raises:
+            ArgumentError: if it is another kind of model.
+        """
+        if not isinstance(model, CPC):
+            raise ArgumentError(f"ContrastiveLoss trains a CPC, got {type(model).__name__}")
+
+    def blank_batch(self, model: CPC, batch_size: int) -> SequenceBatch:
+        """Returns silence that is just long enough for every step ahead."""
+        encoder = model.encoder
+        window = encoder.receptive_field + encoder.hop * model.num_steps
+        labels = {} if model.label is None else {model.label: torch.zeros(batch_size, dtype=torch.int64)}
+        values = torch.zeros(batch_size, window, *encoder.value_shape)
+        return SequenceBatch(values, torch.full((batch_size,), window), labels)
+
+    def draw_noise(self, model: CPC, batch: SequenceBatch, generator: torch.Generator) -> Tensor:
+        """Returns uniform noise that chooses the negatives, shape `(batch, negatives)`."""
+        shape = model.noise_shape(*batch.values.shape[:2])
+        return torch.rand(shape, generator=generator, device=batch.device, dtype=batch.values.dtype)
+
+    def __call__(
+        self, forward: Callable[..., Any], batch: SequenceBatch, noise: Tensor, settings: Settings, state: Tensors
+    ) -> Result:
+        """Returns the loss and the metrics of a batch; nothing else changes."""
+        means = forward(batch.values, batch.lengths, noise, batch.labels).means()
+        return means["loss"], {name: mean.detach() for name, mean in means.items()}, {}

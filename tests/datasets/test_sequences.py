@@ -2,13 +2,15 @@
 
 import dataclasses
 import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from popgen.datasets.data import Batches, Data
-from popgen.datasets.sequences import SequenceBatch, SequenceData, Sequences, WindowBatches
+from popgen.datasets.sequences import SequenceBatch, SequenceData, Sequences, WindowBatches, play
 from popgen.errors import ArgumentError, DataError
 
 LENGTHS = [7, 1, 12, 5, 30, 6]
@@ -132,6 +134,53 @@ def test_every_start_that_fits_is_equally_likely() -> None:
         assert deviation.abs().max() < 4.5
 
 
+# --- speeds ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_played_sequence_is_that_of_numpy() -> None:
+    speeds, steps = torch.tensor([0.8, 1.0, 1.25, 1.7], dtype=torch.float64), torch.arange(12)
+    lengths = torch.tensor([21, 9, 21, 16])
+    values = torch.randn(4, 21, dtype=torch.float64, generator=generator()) * (torch.arange(21) < lengths[:, None])
+    played = play(SequenceBatch(values, lengths, {}), speeds, steps)
+    for row, (speed, length) in enumerate(zip(speeds.tolist(), lengths.tolist(), strict=True)):
+        positions = np.array([t * speed for t in range(12) if t * speed <= length - 1])
+        expected = np.interp(positions, np.arange(length), values[row, :length].numpy())
+        assert int(played.lengths[row]) == len(expected)
+        np.testing.assert_allclose(played.values[row, : len(expected)].numpy(), expected, atol=1e-12)
+        assert not played.values[row, len(expected) :].any()
+
+
+@pytest.mark.parametrize("features", [None, 3])
+def test_speeds_are_log_uniform_and_windows_stay_inside_their_sequence(features: int | None) -> None:
+    """A line tells the speed by its slope and the start by its first value."""
+    window, length, draws = 11, 40, 4_000
+    line = torch.arange(length, dtype=torch.float64)
+    values = line if features is None else line[:, None].expand(-1, features).contiguous()
+    sequences = Sequences(values.repeat(2, *[1] * (values.ndim - 1)), torch.tensor([length, length]))
+    batches = WindowBatches(sequences, window, batch_size=2, seed=0, max_speed=1.5)
+    batch = batches.gather(torch.zeros(draws, dtype=torch.int64), generator(1))
+    assert batch.values.shape == (draws, window, *values.shape[1:]) and bool((batch.lengths == window).all())
+    seen = batch.values if features is None else batch.values[..., 0]
+    slopes = (seen[:, -1] - seen[:, 0]) / (window - 1)
+    torch.testing.assert_close(seen, seen[:, :1] + slopes[:, None] * torch.arange(window))
+    assert seen.min() == 0.0 and seen.max() <= length - 1
+    places = 0.5 + slopes.log() / math.log(1.5) / 2.0  # uniform on [0, 1)
+    assert places.min() >= 0.0 and places.max() < 1.0
+    deviations = (places.mul(10).long().bincount() - draws / 10) / (draws / 10 * 0.9) ** 0.5
+    assert deviations.abs().max() < 4.5
+    short = WindowBatches(numbered([7, 7]), window, batch_size=2, seed=0, max_speed=1.5).draw(0, generator())
+    assert bool(((short.lengths >= 5) & (short.lengths <= 10)).all())
+
+
+def test_a_speed_of_one_changes_nothing() -> None:
+    plain, played = (
+        WindowBatches(numbered(), 5, batch_size=4, seed=0, **keywords) for keywords in ({}, {"max_speed": 1.0})
+    )
+    assert torch.equal(plain.draw(0, generator()).values, played.draw(0, generator()).values)
+    with pytest.raises(ArgumentError, match="max_speed must be between 1.0 and inf, got 0.9"):
+        WindowBatches(numbered(), 5, batch_size=4, seed=0, max_speed=0.9)
+
+
 def test_windows_are_drawn_with_the_generator_alone() -> None:
     batches = WindowBatches(numbered([1_000] * 4), window=10, batch_size=4, seed=0)
     before = torch.get_rng_state()
@@ -155,10 +204,11 @@ class Operations(TorchDispatchMode):
 WAITING = {"aten._local_scalar_dense", "aten.nonzero", "aten.repeat_interleave", "aten.masked_select"}
 
 
+@pytest.mark.parametrize("max_speed", [1.0, 1.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
-def test_a_batch_waits_for_nothing(dtype: torch.dtype) -> None:
+def test_a_batch_waits_for_nothing(dtype: torch.dtype, max_speed: float) -> None:
     """No operation reads a value from the device, on which a recording would fail."""
-    batches = WindowBatches(numbered(dtype=dtype), window=5, batch_size=4, seed=0)
+    batches = WindowBatches(numbered(dtype=dtype), window=5, batch_size=4, seed=0, max_speed=max_speed)
     indices = batches.indices(0)
     with Operations() as operations:
         batches.gather(indices, generator())
@@ -169,10 +219,11 @@ def test_a_batch_waits_for_nothing(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("max_speed", [1.0, 1.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
-def test_a_recorded_batch_on_a_gpu(dtype: torch.dtype) -> None:
+def test_a_recorded_batch_on_a_gpu(dtype: torch.dtype, max_speed: float) -> None:
     sequences = numbered([5_000, 20, 300] * 10, dtype=dtype).to("cuda")
-    batches = WindowBatches(sequences, window=100, batch_size=30, seed=0)
+    batches = WindowBatches(sequences, window=100, batch_size=30, seed=0, max_speed=max_speed)
     noise, indices = torch.Generator("cuda").manual_seed(1), batches.indices(0).clone()
     batches.gather(indices, noise)
     graph = torch.cuda.CUDAGraph()
