@@ -20,6 +20,7 @@ from popgen.evaluation.evaluator import Evaluator, VAEEvaluator
 from popgen.evaluation.shown import Shown, save_shown, write_shown
 from popgen.execution import PRECISIONS, check_precision
 from popgen.models.model import Model
+from popgen.optim.schedules import Schedule
 from popgen.streams import make_generator
 from popgen.summaries import Writer
 from popgen.training.captured_step import CapturedStep
@@ -53,6 +54,7 @@ class Experiment:
         pretrained: parts of the model whose weights come from the best checkpoint of another run when training starts:
             name of the part to the run's directory, or its name under `$EXPERIMENT_DIR`.
         optimizer: called with the parameters, for example `torch.optim.Adam` with its arguments bound.
+        learning_rate: as a function of the steps taken, see `popgen.optim.schedules`; None for that of the optimizer.
         num_steps: steps in all.
         batch_size: examples in a step.
         seed: of the model's first weights, the order of the data and all noise.
@@ -91,6 +93,7 @@ class Experiment:
     evaluator: Evaluator = VAEEvaluator()
     pretrained: Mapping[str, str] = dataclasses.field(default_factory=dict)
     optimizer: OptimizerFactory = torch.optim.Adam
+    learning_rate: Schedule | None = None
     num_steps: int = 1_000_000
     batch_size: int = 100
     seed: int = 0
@@ -144,6 +147,11 @@ class Experiment:
                 "optimizer",
                 "a function of the parameters, such as @torch.optim.Adam",
                 callable(self.optimizer),
+            ),
+            (
+                "learning_rate",
+                "None or a function of the step, such as @CosineAnnealing()",
+                self.learning_rate is None or callable(self.learning_rate),
             ),
         ):
             if not fits or (name != "optimizer" and isinstance(getattr(self, name), type)):
@@ -301,6 +309,7 @@ def training_functions(experiment: Experiment, model: Model, data: Data) -> tupl
         experiment.max_gradient_norm,
         experiment.compile,
         experiment.precision,
+        experiment.learning_rate,
     )
     if next(model.parameters()).is_cuda and experiment.cuda_graph:
         return CapturedStep(step, batches), lambda step, generator: batches.indices(step)

@@ -13,6 +13,7 @@ from popgen.datasets.sequences import SequenceData, Sequences
 from popgen.datasets.stroke_digits import StrokeDigits
 from popgen.errors import ArgumentError, ConfigError, PopgenError
 from popgen.experiment import run
+from popgen.models.cpc import CPC
 from popgen.models.image_model import ImageModel
 from popgen.nn.vamp_prior import VampPrior
 from popgen.training.run_directory import RunDirectory
@@ -47,7 +48,8 @@ def gin_file(tmp_path):
 def test_every_config_builds_and_leaves_nothing_unused_but_what_it_replaces(name):
     loaded = config.load([name])
     assert loaded.orphans == REPLACED.get(name, [])
-    assert loaded.experiment.batch_size == (100 if isinstance(loaded.experiment.model, ImageModel) else 8)
+    sizes = {"cpc_mnist": 64, "cpc_speech": 16, "wavenet_quickstart": 8, "wavenet_speech": 8}
+    assert loaded.experiment.batch_size == sizes.get(pathlib.Path(name).stem, 100)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -301,8 +303,9 @@ def test_every_config_takes_two_steps(name, tmp_path):
     num_samples = min(3, loaded.experiment.evaluator.default_num_samples)
     experiment = dataclasses.replace(
         loaded.experiment,
-        dataset=Noise() if isinstance(model, ImageModel) else SequenceNoise(model.classes),
+        dataset=noise_for(model),
         num_steps=2,
+        batch_size=min(8, loaded.experiment.batch_size),
         eval_every=1,
         final_num_samples=num_samples,
         final_num_examples=9,
@@ -312,6 +315,14 @@ def test_every_config_takes_two_steps(name, tmp_path):
         state = run(experiment, directory, loaded.configuration)
     assert state.step == 2 and state.best_loss < 1_000
     assert len(list(directory.path.glob("evaluation_*.json"))) == 1
+
+
+def noise_for(model):
+    if isinstance(model, ImageModel):
+        return Noise()
+    if isinstance(model, CPC):
+        return SequenceNoise({"speaker": 6}, steps=900, features=model.encoder.value_shape)
+    return SequenceNoise(model.classes)
 
 
 def write_best_checkpoint(path, model):
@@ -331,12 +342,15 @@ class Noise:
 
 @dataclasses.dataclass(frozen=True)
 class SequenceNoise:
-    """Random waveforms with the labels of a model."""
+    """Random waveforms, or rows of features, with labels of these classes."""
 
     classes: dict
+    steps: int = 300
+    features: tuple[int, ...] = ()
 
     def load(self) -> SequenceData:
         labels = {name: torch.arange(12) % count for name, count in self.classes.items()}
-        split = Sequences(torch.rand(12 * 300) - 0.5, torch.full((12,), 300), labels)
+        values = torch.rand(12 * self.steps, *self.features) - 0.5
+        split = Sequences(values, torch.full((12,), self.steps), labels)
         names = {name: tuple(map(str, range(count))) for name, count in self.classes.items()}
-        return SequenceData(split, split, None, window=200, classes=names, sample_rate=8_000)
+        return SequenceData(split, split, None, window=self.steps - 100, classes=names, sample_rate=8_000)

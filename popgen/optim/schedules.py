@@ -1,4 +1,4 @@
-"""Annealing schedules: functions of the number of steps taken, as small frozen dataclasses."""
+"""Schedules of weights and learning rates: functions of the number of steps taken, as small frozen dataclasses."""
 
 import dataclasses
 import math
@@ -130,3 +130,25 @@ class CyclicalAnnealing:
         """Returns the value at `step`."""
         position = (step % self.period) / self.period
         return self.maximum * min(position / self.ramp_fraction, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmUp:
+    """Another schedule, multiplied by what rises linearly from 1 / num_steps at step 0 to 1 at step num_steps - 1.
+
+    Example:
+        >>> [WarmUp(Constant(2e-3), num_steps=4)(step) for step in (0, 1, 3, 10)]
+        [0.0005, 0.001, 0.002, 0.002]
+    """
+
+    schedule: Schedule
+    num_steps: int = 200
+
+    def __post_init__(self) -> None:
+        if not callable(self.schedule):
+            raise ArgumentError(f"WarmUp.schedule must be a schedule (a function of the step), got {self.schedule!r}")
+        check_integer("WarmUp.num_steps", self.num_steps, minimum=1)
+
+    def __call__(self, step: int) -> float:
+        """Returns the value at `step`."""
+        return self.schedule(step) * min((step + 1) / self.num_steps, 1.0)

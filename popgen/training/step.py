@@ -1,7 +1,8 @@
 """One training step: noise, gradients, update, average."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.func import functional_call
 
 from popgen.errors import ArgumentError
 from popgen.execution import compile_or_fall_back, matrix_products
+from popgen.optim.schedules import Schedule
 from popgen.optim.weight_average import effective_decay, update_weight_average
 from popgen.training.objectives import Metrics, Objective, Result, Settings, Tensors
 from popgen.training.state import TrainState
@@ -28,6 +30,7 @@ class TrainStep:
         weight_average_decay: decay of the weight average.
         max_gradient_norm: gradients with a larger norm are scaled down to it.
         precision: of the matrix products.
+        learning_rate: as a function of the steps taken; None for that of the optimizer.
 
     Example: `make_train_step` shows one.
     """
@@ -38,6 +41,7 @@ class TrainStep:
     weight_average_decay: float
     max_gradient_norm: float | None
     precision: str
+    learning_rate: Schedule | None = None
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics of a batch; the old state is consumed."""
@@ -48,10 +52,11 @@ class TrainStep:
 
     def settings(self, state: TrainState) -> dict[str, float]:
         """Returns every number that depends on the step alone."""
+        own_rate = float(state.optimizer.param_groups[0]["lr"])
         return {
             **self.objective.settings(state.step),
             "average_weight": 1.0 - effective_decay(self.weight_average_decay, state.step),
-            "learning_rate": float(state.optimizer.param_groups[0]["lr"]),
+            "learning_rate": own_rate if self.learning_rate is None else float(self.learning_rate(state.step)),
         }
 
     def update(self, state: TrainState, batch: Any, settings: Settings) -> Metrics:
@@ -66,7 +71,8 @@ class TrainStep:
             )
             gradients = torch.autograd.grad(loss, list(state.parameters.values()), allow_unused=True)
         changing = [(_changeable(state, name, value), value.detach()) for name, value in changes.items()]
-        metrics["gradient_norm"] = self._apply(gradients, state)
+        with _learning_rate(state.optimizer, None if self.learning_rate is None else settings["learning_rate"]):
+            metrics["gradient_norm"] = self._apply(gradients, state)
         metrics["learning_rate"] = settings["learning_rate"]
         if state.weight_average is not None:
             update_weight_average(state.weight_average, state.parameters, settings["average_weight"])
@@ -93,6 +99,22 @@ class TrainStep:
         for leaf in leaves:
             leaf.grad = None
         return norm
+
+
+@contextlib.contextmanager
+def _learning_rate(optimizer: torch.optim.Optimizer, rate: Tensor | None) -> Iterator[None]:
+    """Lends an optimizer a learning rate; on a GPU as a tensor there, from which a recorded step reads it anew."""
+    if rate is None:
+        yield
+        return
+    own_rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            group["lr"] = rate if rate.is_cuda else rate.item()
+        yield
+    finally:
+        for group, own_rate in zip(optimizer.param_groups, own_rates, strict=True):
+            group["lr"] = own_rate
 
 
 def _device(state: TrainState) -> torch.device:
@@ -126,6 +148,7 @@ def make_train_step(
     max_gradient_norm: float | None = None,
     compiled: bool = False,
     precision: str = "fp32",
+    learning_rate: Schedule | None = None,
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`.
 
@@ -139,6 +162,7 @@ def make_train_step(
         max_gradient_norm: gradients with a larger norm are scaled down to it; None for no limit.
         compiled: whether torch.compile fuses the loss and its gradient; see `popgen.execution`.
         precision: of the matrix products; see `popgen.execution`.
+        learning_rate: as a function of the steps taken; None for that of the optimizer.
 
     Raises:
         ArgumentError: if the objective has a setting of a name that the step needs.
@@ -166,7 +190,7 @@ def make_train_step(
         raise ArgumentError(f"the settings of {objective!r} must have other names than {', '.join(sorted(reserved))}")
     if compiled:
         loss_function = compile_or_fall_back(loss_function, _with_settings_of_one)
-    return TrainStep(model, objective, loss_function, weight_average_decay, max_gradient_norm, precision)
+    return TrainStep(model, objective, loss_function, weight_average_decay, max_gradient_norm, precision, learning_rate)
 
 
 def _with_settings_of_one(arguments: tuple) -> tuple:

@@ -14,6 +14,7 @@ from popgen.optim.schedules import (
     LinearAnnealing,
     Schedule,
     SigmoidAnnealing,
+    WarmUp,
 )
 
 
@@ -129,3 +130,16 @@ def test_bad_arguments_are_named(kind: Callable[..., Schedule], arguments: dict[
     """The message names the argument and its value, when the schedule is built."""
     with pytest.raises(ArgumentError, match=message):
         kind(**arguments)
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_warm_up_multiplies_a_schedule() -> None:
+    """A line from the first step on, and nothing once it is over."""
+    schedule = CosineAnnealing(start=2.0, end=0.0, num_steps=100)
+    for step in (0, 1, 8, 9, 10, 55, 100, 1_000):
+        assert WarmUp(schedule, num_steps=10)(step) == pytest.approx(min(1.0, (step + 1) / 10) * schedule(step))
+    assert WarmUp(schedule, num_steps=1)(0) == 2.0
+    with pytest.raises(ArgumentError, match="WarmUp.num_steps must be an integer of at least 1, got 0"):
+        WarmUp(schedule, num_steps=0)
+    with pytest.raises(ArgumentError, match="WarmUp.schedule must be a schedule"):
+        WarmUp(0.1)

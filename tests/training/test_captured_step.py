@@ -13,7 +13,7 @@ from popgen.nn.flows import HouseholderSylvesterFlow
 from popgen.nn.vamp_prior import VampPrior
 from popgen.nn.vqvae import GradientQuantiser, MovingAverageQuantiser, ResidualQuantiser
 from popgen.optim.geco import GECO
-from popgen.optim.schedules import SigmoidAnnealing
+from popgen.optim.schedules import CosineAnnealing, SigmoidAnnealing
 from popgen.training import captured_step
 from popgen.training.captured_step import CapturedStep, record_cuda_graph
 from popgen.training.objectives import ConstrainedELBO, NegativeELBO, VQVAELoss
@@ -72,7 +72,8 @@ def setting(kind: str = "annealed", device: str = "cpu"):
     model, objective = KINDS[kind]()
     model.to(device)
     levels = torch.randint(0, 256, (20, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    step = make_train_step(model, objective, 0.99, max_gradient_norm=1.0)
+    learning_rate = CosineAnnealing(1e-2, 0.0, NUM_STEPS + 1) if kind == "annealed" else None
+    step = make_train_step(model, objective, 0.99, max_gradient_norm=1.0, learning_rate=learning_rate)
     adam = functools.partial(torch.optim.Adam, lr=1e-2, fused=True)
     auxiliary = objective.initial_state(next(model.parameters()))
     state = initial_state(model, adam, seed=0, auxiliary=auxiliary)

@@ -1,6 +1,7 @@
 """Objective, training step, resumption and loop."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -14,7 +15,7 @@ from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow, PlanarFlow
 from popgen.nn.priors import GaussianMixturePrior, StandardNormalPrior
 from popgen.nn.vamp_prior import VampPrior
-from popgen.optim.schedules import Constant, SigmoidAnnealing
+from popgen.optim.schedules import Constant, CosineAnnealing, SigmoidAnnealing, WarmUp
 from popgen.training import checkpoints
 from popgen.training.loop import Hooks, train
 from popgen.training.objectives import NegativeELBO, Objective
@@ -314,3 +315,26 @@ def test_a_change_of_nothing_that_there_is_is_refused():
             f"the objective changes '{name}', which is neither its own state (seen, mean) nor a buffer of the model "
             "(scale, centre, untouched)"
         )
+
+
+@pytest.mark.parametrize(
+    "factory", [torch.optim.SGD, torch.optim.Adam, functools.partial(torch.optim.Adam, fused=True)]
+)
+def test_a_scheduled_learning_rate_is_that_of_torchs_scheduler(factory) -> None:
+    """The rates of every step, the parameters they lead to, and an optimizer whose own rate stays what it was."""
+    schedule = WarmUp(CosineAnnealing(0.1, 0.0, num_steps=6), num_steps=3)
+    objective, batches = NegativeELBO(), [batch_of(seed) for seed in range(8)]
+    vae = tiny_vae()
+    state = initial_state(vae, functools.partial(factory, lr=5.0), seed=0)
+    step = make_train_step(vae, objective, learning_rate=schedule)
+    other = initial_state(vae, functools.partial(factory, lr=1.0), seed=0)
+    plain = make_train_step(vae, objective)
+    rates = torch.optim.lr_scheduler.LambdaLR(other.optimizer, schedule)
+    for batch in batches:
+        state, metrics = step(state, batch)
+        other, _ = plain(other, batch)
+        assert metrics["learning_rate"].item() == pytest.approx(schedule(state.step - 1), rel=1e-6)
+        assert state.optimizer.param_groups[0]["lr"] == 5.0
+        rates.step()
+    for name, parameter in state.parameters.items():
+        torch.testing.assert_close(parameter, other.parameters[name], rtol=1e-5, atol=1e-6)

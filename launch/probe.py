@@ -1,0 +1,87 @@
+"""Probes what a CPC has learned: python -m launch.probe --run_dir=experiments/cpc_speech --target=speaker."""
+
+import copy
+import dataclasses
+import json
+
+from absl import flags
+
+from launch import command
+from popgen.errors import ArgumentError, check_integer
+from popgen.evaluation.representations import (
+    check_can_be_probed,
+    describe_row,
+    probe_rows,
+    representations,
+    unseen_labels,
+)
+from popgen.experiment import prepare
+from popgen.summaries import Writer
+from popgen.training.weights import WEIGHTS, model_of_checkpoint
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
+flags.DEFINE_string("target", None, "The label that is told from single frames, such as speaker or digit.")
+flags.DEFINE_string("checkpoint", "latest", "best, latest, or a step that was kept; best was chosen on test data.")
+flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
+flags.DEFINE_integer("frames_per_recording", 20, "At most so many, chosen at random, in training and test.")
+flags.DEFINE_list("stacked", ["12", "24"], "Numbers of frames that are put together as plain features.")
+flags.DEFINE_integer("seed", 0, "Of the choice of frames.")
+
+
+def main() -> None:
+    """Fits a probe to each representation, prints their table and writes it as JSON and as scalars."""
+    check_integer("frames_per_recording", FLAGS.frames_per_recording, minimum=1)
+    if not all(text.strip().isdigit() and int(text) > 0 for text in FLAGS.stacked):
+        raise ArgumentError(f"stacked must be numbers such as 12,24, got {','.join(FLAGS.stacked)!r}")
+    stacked = tuple(int(text) for text in FLAGS.stacked)
+    directory, loaded = command.existing_run(FLAGS.run_dir)
+    untrained = copy.deepcopy(check_can_be_probed(loaded.experiment.model)).eval()
+    tensors = directory.load_checkpoint(FLAGS.checkpoint)
+    device = loaded.experiment.torch_device()
+    data, model = prepare(loaded.experiment, device)
+    model = model_of_checkpoint(model, tensors, FLAGS.weights)
+    chosen = representations(model, untrained.to(device), data, stacked)
+
+    target, unseen = FLAGS.target, unseen_labels(data)
+    names = sorted(
+        data.classes[label][value]
+        for label, mask in unseen.items()
+        if label != target
+        for value in data.test.labels[label][mask].unique().tolist()
+    )
+    rows = []
+    for row in probe_rows(chosen, data, target, FLAGS.frames_per_recording, FLAGS.seed):
+        if not rows:
+            print(f"{target} of single frames, {len(data.classes[target])} classes; means over recordings")
+            heading = f"{'features':<22}{'number':>6}   {'held-out takes':<16}"
+            print(f"{heading} {', '.join(names)}, never heard" if names else heading.rstrip())
+        print(describe_row(row), flush=True)
+        rows.append(row)
+
+    record = {
+        "target": target,
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "unseen": names,
+        "step": tensors["step"],
+        "checkpoint": FLAGS.checkpoint,
+        "weights": FLAGS.weights,
+        "frames_per_recording": FLAGS.frames_per_recording,
+        "probe_seed": FLAGS.seed,
+        "seed": loaded.experiment.seed,
+        "dataset": repr(loaded.experiment.dataset),
+        **data.facts(),
+    }
+    writer = Writer(directory.path)
+    for row in rows:
+        accuracies = {"accuracy": row.accuracy, "unseen_accuracy": row.unseen_accuracy}
+        curves = {name: value for name, value in accuracies.items() if value is not None}
+        writer.scalars(f"probe_{target}/{row.representation}", curves, tensors["step"])
+    writer.close()
+    path = directory.path / f"probe_{target}_step{tensors['step']:08d}_{FLAGS.weights}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"step {tensors['step']}, {FLAGS.weights} weights: {path}")
+
+
+if __name__ == "__main__":
+    command.start(main, required=("run_dir", "target"))
