@@ -6,37 +6,38 @@ are left as they are, so that a call that was cut off goes on, and several may s
 About eight minutes a run on one core.
 """
 
+import argparse
 import json
 import math
 import pathlib
 import subprocess
 import sys
 
-from absl import app, flags
+from benchmarks.measure import table as markdown
 
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 EVERYONE = "everyone"
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("runs", None, "Where the runs are kept.", required=True)
-flags.DEFINE_integer("seeds", 3, "How many.")
-flags.DEFINE_string("part", "0/1", "Which runs: i/n takes every n-th, beginning with the i-th.")
-flags.DEFINE_multi_string("gin_bindings", [], "Changes of the config, the same for all runs.")
 
-
-def main(arguments: list[str]) -> None:
-    """Trains and probes what is missing, then prints the table of what is there."""
-    runs = pathlib.Path(FLAGS.runs)
-    part, parts = map(int, FLAGS.part.split("/"))
-    wanted = [(seed, speaker) for seed in range(FLAGS.seeds) for speaker in (*SPEAKERS, EVERYONE)]
+def main() -> None:
+    """Trains and probes what is missing, then prints the table if everything is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=pathlib.Path, required=True, help="where the runs are kept")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--part", default="0/1", help="i/n takes every n-th run, beginning with the i-th")
+    parser.add_argument("--gin_bindings", action="append", default=[], help="a change of the config, for all runs")
+    arguments = parser.parse_args()
+    runs, seeds = arguments.runs, arguments.seeds
+    part, parts = map(int, arguments.part.split("/"))
+    wanted = [(seed, speaker) for seed in range(seeds) for speaker in (*SPEAKERS, EVERYONE)]
     for seed, speaker in wanted[part::parts]:
-        train_and_probe(runs / f"{speaker}_{seed}", seed, speaker)
-    found = {key: record(runs / f"{key[1]}_{key[0]}", *key) for key in wanted}
+        train_and_probe(runs / f"{speaker}_{seed}", seed, speaker, arguments.gin_bindings)
+    found = {key: record(runs / f"{key[1]}_{key[0]}", key[1]) for key in wanted}
     missing = [key for key, rows in found.items() if rows is None]
     if missing:
         print(f"{len(missing)} of {len(wanted)} runs are not there yet")
         return
-    rows = table({key: rows for key, rows in found.items() if rows is not None}, FLAGS.seeds)
+    rows = means({key: rows for key, rows in found.items() if rows is not None}, seeds)
     (runs / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
     print(text(rows))
 
@@ -46,11 +47,11 @@ def target_of(speaker: str) -> str:
     return "speaker" if speaker == EVERYONE else "digit"
 
 
-def train_and_probe(run: pathlib.Path, seed: int, speaker: str) -> None:
+def train_and_probe(run: pathlib.Path, seed: int, speaker: str, changes: list[str]) -> None:
     """Trains a run if it has not ended, and probes it if it has not been probed."""
-    if record(run, seed, speaker) is not None:
+    if record(run, speaker) is not None:
         return
-    bindings = [f"Experiment.seed = {seed}", *FLAGS.gin_bindings]
+    bindings = [f"Experiment.seed = {seed}", *changes]
     if speaker != EVERYONE:
         bindings.append(f"SpokenDigits.held_out_speaker = '{speaker}'")
     train = [f"--gin_bindings={binding}" for binding in bindings]
@@ -63,7 +64,7 @@ def call(command: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", f"launch.{command}", *arguments], check=True)
 
 
-def record(run: pathlib.Path, seed: int, speaker: str) -> dict[str, float] | None:
+def record(run: pathlib.Path, speaker: str) -> dict[str, float] | None:
     """Returns the accuracy that counts of each representation of a run, or None if it has not been probed."""
     paths = sorted(run.glob(f"probe_{target_of(speaker)}_step*_raw.json"))
     if not paths:
@@ -73,7 +74,7 @@ def record(run: pathlib.Path, seed: int, speaker: str) -> dict[str, float] | Non
     return {row["representation"]: row[which] for row in found["rows"]}
 
 
-def table(found: dict[tuple[int, str], dict[str, float]], seeds: int) -> list[dict[str, object]]:
+def means(found: dict[tuple[int, str], dict[str, float]], seeds: int) -> list[dict[str, object]]:
     """Returns, of each representation, means and standard deviations over seeds; of digits also for each speaker."""
     rows = []
     for name in found[0, EVERYONE]:
@@ -101,14 +102,12 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float]:
 
 def text(rows: list[dict]) -> str:
     """Returns the table in Markdown."""
-    heads = ("features of a frame", "speaker", "digit, speaker never heard", *SPEAKERS)
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = []
     for row in rows:
         cells = [row["speaker"], row["digit"], *(row["digit_of"][who] for who in SPEAKERS)]
-        shown = [f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in cells]
-        lines.append("| " + " | ".join((row["representation"], *shown)) + " |")
-    return "\n".join(lines)
+        lines.append([row["representation"], *(f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in cells)])
+    return markdown(["features of a frame", "speaker", "digit, never heard", *SPEAKERS], lines)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

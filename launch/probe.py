@@ -1,6 +1,5 @@
 """Probes what a CPC has learned: python -m launch.probe --run_dir=experiments/cpc_speech --target=speaker."""
 
-import copy
 import dataclasses
 import json
 
@@ -9,6 +8,7 @@ from absl import flags
 from launch import command
 from popgen.errors import ArgumentError, check_integer
 from popgen.evaluation.representations import (
+    ProbeRow,
     check_can_be_probed,
     describe_row,
     probe_rows,
@@ -36,12 +36,11 @@ def main() -> None:
         raise ArgumentError(f"stacked must be numbers such as 12,24, got {','.join(FLAGS.stacked)!r}")
     stacked = tuple(int(text) for text in FLAGS.stacked)
     directory, loaded = command.existing_run(FLAGS.run_dir)
-    untrained = copy.deepcopy(check_can_be_probed(loaded.experiment.model)).eval()
+    experiment = loaded.experiment
     tensors = directory.load_checkpoint(FLAGS.checkpoint)
-    device = loaded.experiment.torch_device()
-    data, model = prepare(loaded.experiment, device)
-    model = model_of_checkpoint(model, tensors, FLAGS.weights)
-    chosen = representations(model, untrained.to(device), data, stacked)
+    untrained, data = check_can_be_probed(*reversed(prepare(experiment, experiment.torch_device())))
+    model = model_of_checkpoint(untrained, tensors, FLAGS.weights)
+    chosen = representations(model, untrained.eval(), data, stacked)
 
     target, unseen = FLAGS.target, unseen_labels(data)
     names = sorted(
@@ -50,7 +49,7 @@ def main() -> None:
         if label != target
         for value in data.test.labels[label][mask].unique().tolist()
     )
-    rows = []
+    rows: list[ProbeRow] = []
     for row in probe_rows(chosen, data, target, FLAGS.frames_per_recording, FLAGS.seed):
         if not rows:
             print(f"{target} of single frames, {len(data.classes[target])} classes; means over recordings")
@@ -68,8 +67,8 @@ def main() -> None:
         "weights": FLAGS.weights,
         "frames_per_recording": FLAGS.frames_per_recording,
         "probe_seed": FLAGS.seed,
-        "seed": loaded.experiment.seed,
-        "dataset": repr(loaded.experiment.dataset),
+        "seed": experiment.seed,
+        "dataset": repr(experiment.dataset),
         **data.facts(),
     }
     writer = Writer(directory.path)

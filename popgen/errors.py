@@ -36,6 +36,21 @@ class TrainingError(PopgenError):
     """Training that cannot go on, for example because the loss is no longer finite."""
 
 
+def reason_of(error: Exception, text: str | None = None) -> str:
+    """Returns the first line of what an error says, without a stop at its end, or its name if it says nothing.
+
+    Args:
+        error: that a library raised.
+        text: what it says, where that is not its `str`.
+
+    Example:
+        >>> reason_of(OSError("the disk is full.\\nmore")), reason_of(EOFError())
+        ('the disk is full', 'EOFError')
+    """
+    lines = (str(error) if text is None else text).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__
+
+
 def check_integer(name: str, value: Any, minimum: int) -> int:
     """Returns `value` if it is an integer of at least `minimum`.
 

@@ -6,14 +6,16 @@ Networks obey the precision that is set; the values of densities and flows are a
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from popgen.errors import ArgumentError, check_choice
+from popgen.errors import ArgumentError, check_choice, reason_of
+
+Recorded = tuple[Callable[[], object], Any]
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 # Relative difference that a compiled function's values and gradients may show, at full and at reduced precision.
@@ -149,17 +151,34 @@ def _values_and_gradients(function: Callable[..., Any], arguments: tuple) -> lis
     return [*(value.detach() for value in values), *(gradient for gradient in gradients if gradient is not None)]
 
 
+def record_cuda_graph(work: Callable[[], Any], generators: Iterable[torch.Generator] = ()) -> Recorded:
+    """Returns a function that repeats the work on the device, and what the work returned: its tensors hold the results.
+
+    Args:
+        work: reads and writes the same tensors every time, and never waits for the device.
+        generators: all that it draws from.
+
+    Raises:
+        Exception: of whatever kind, if the work cannot be recorded.
+
+    Example: `record_or_fall_back` calls it.
+    """
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        results = work()
+    return graph.replay, results
+
+
 def record_or_fall_back(work: Callable[[], object]) -> Callable[[], object]:
     """Returns what replays the work from a CUDA graph, or the work itself where it cannot be recorded.
 
     Example: `WaveNet` records a step of its generation.
     """
     try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
+        return record_cuda_graph(work)[0]
     except Exception as error:  # whatever it is, the plain work has been done before
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = reason_of(error)
         print(f"the CUDA graph of a step is not used: {reason}", file=sys.stderr, flush=True)
         return work
-    return graph.replay

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import popgen
 from popgen.datasets.data import Data, Dataset
-from popgen.errors import ArgumentError, TrainingError, check_choice, check_integer, check_number
+from popgen.errors import ArgumentError, TrainingError, check_choice, check_integer, check_number, reason_of
 from popgen.evaluation.evaluator import Evaluator, VAEEvaluator
 from popgen.evaluation.shown import Shown, save_shown, write_shown
 from popgen.execution import PRECISIONS, check_precision
@@ -180,7 +180,7 @@ class Experiment:
             torch.empty(0, device=self.device)
             return torch.device(self.device)
         except (RuntimeError, AssertionError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = reason_of(error)
             raise ArgumentError(f"Experiment.device {self.device!r} cannot be used here: {reason}") from error
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int16
 from torch import Tensor
 
 from popgen.datasets.sequences import SCALES, SequenceData, Sequences
-from popgen.errors import ArgumentError, DataError, check_choice, check_integer, check_number
+from popgen.errors import ArgumentError, DataError, check_choice, check_integer, check_number, reason_of
 from popgen.streams import make_generator
 
 SHORT = ("refuse", "pad")
@@ -111,8 +111,7 @@ def _open(path: pathlib.Path) -> soundfile.SoundFile:
 
 def _reason(error: Exception) -> str:
     """Returns what libsndfile says, without the path that it begins with."""
-    text = error.error_string if isinstance(error, soundfile.LibsndfileError) else str(error)
-    return (text.strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return reason_of(error, error.error_string if isinstance(error, soundfile.LibsndfileError) else None)
 
 
 def to_pcm(waveform: Float[Tensor, "*samples"]) -> Int16[Tensor, "*samples"]:

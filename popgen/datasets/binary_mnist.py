@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from popgen.datasets.images import PROTOCOLS, ImageData, prepare_images
-from popgen.errors import DataError, check_choice, check_integer
+from popgen.errors import DataError, check_choice, check_integer, reason_of
 
 IMAGE_SHAPE = (28, 28)
 MNIST_SPLITS = ("train", "t10k")
@@ -148,7 +148,7 @@ def _download(data_dir: pathlib.Path, names: list[str], dataset: str) -> None:
         if not all((raw / name).is_file() for name in names):
             raise RuntimeError("torchvision makes do with the older MNIST/processed that it found")
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(":")
+        reason = reason_of(error)
         raise DataError(_missing_message(raw, names, f"the download failed ({reason})", dataset)) from error
     finally:
         socket.setdefaulttimeout(previous_timeout)

@@ -21,7 +21,7 @@ import torch
 from popgen.datasets.audio import SHORT, read_recordings
 from popgen.datasets.binary_mnist import DOWNLOAD_TIMEOUT_SECONDS, default_data_dir
 from popgen.datasets.sequences import SequenceData, Sequences
-from popgen.errors import ArgumentError, DataError, check_choice, check_integer, check_number
+from popgen.errors import ArgumentError, DataError, check_choice, check_integer, check_number, reason_of
 
 SAMPLE_RATE = 8_000
 NUM_TEST_TAKES = 5  # the test split that the dataset's authors chose
@@ -213,7 +213,7 @@ def _find_or_download(root: pathlib.Path, download: bool) -> pathlib.Path:
     except (OSError, http.client.HTTPException, tarfile.TarError, EOFError, zlib.error, DataError) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it is the answer too, and keeps its connection open
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        reason = reason_of(error)
         raise DataError(_missing_message(places[0], f"the download failed ({reason})")) from error
     return places[0]
 

@@ -91,17 +91,21 @@ class ImageEvaluator(Evaluator, abc.ABC):
         self,
         model: Any,
         images: Tensor,
+        parts: Mapping[str, Tensor],
         num_samples: int,
         seed: int,
         progress: Progress | None,
         precision: str,
         compiled: bool,
     ) -> Tensor:
-        """Returns the tightest bound on log p(x) of every image, shape `(count,)`, nats."""
+        """Returns the tightest bound on log p(x) of every image, shape `(count,)`, nats.
+
+        `parts` are those of the ELBO of the images, at full precision.
+        """
 
     @abc.abstractmethod
-    def statistics(self, model: Any, data: ImageData, images: Tensor) -> Results:
-        """Returns the results named in `statistic_names`, on some of the test images."""
+    def statistics(self, model: Any, data: ImageData, images: Tensor, parts: Mapping[str, Tensor]) -> Results:
+        """Returns the results named in `statistic_names`, on some of the test images with these parts of the ELBO."""
 
     def validate(self, model: ImageModel, examples: Tensor, seed: int) -> Results:
         """Returns the mean ELBO at β = 1 and its parts, nats, and the loss, which is its negative."""
@@ -125,13 +129,13 @@ class ImageEvaluator(Evaluator, abc.ABC):
         The bound is formed at `precision`; the ELBO always at full.
         """
         parts = evaluate_elbo(model, examples, seed)
-        log_p_x = self.bound(model, examples, num_samples, seed, progress, precision, compiled)
+        log_p_x = self.bound(model, examples, parts, num_samples, seed, progress, precision, compiled)
         return {
             "log_p_x": log_p_x.double().mean().item(),
             "log_p_x_standard_error": standard_error(log_p_x),
             **{name: part.double().mean().item() for name, part in parts.items()},
             "elbo_standard_error": standard_error(parts["elbo"]),
-            **self.statistics(model, data, examples),
+            **self.statistics(model, data, examples, parts),
         }
 
     def describe(self, record: Mapping[str, Any]) -> str:
@@ -174,6 +178,7 @@ class VAEEvaluator(ImageEvaluator):
         self,
         model: VAE,
         images: Tensor,
+        parts: Mapping[str, Tensor],
         num_samples: int,
         seed: int,
         progress: Progress | None = None,
@@ -183,7 +188,7 @@ class VAEEvaluator(ImageEvaluator):
         """Returns the importance-weighted bound of every image."""
         return estimate_log_likelihood(model, images, num_samples, seed, progress, precision, compiled)
 
-    def statistics(self, model: VAE, data: ImageData, images: Tensor) -> Results:
+    def statistics(self, model: VAE, data: ImageData, images: Tensor, parts: Mapping[str, Tensor]) -> Results:
         """Returns the number of active units."""
         return {"active_units": count_active_units(model, images)}
 

@@ -1,7 +1,7 @@
 """What of a trained CPC is probed, and beside what: plain features of its frames, and the same network untrained."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from popgen.errors import ArgumentError, DataError, check_choice, check_integer
 from popgen.evaluation.log_mel import LogMel, stack_frames
 from popgen.evaluation.probe import Represent, evaluate_probe, fit_probe, frames_of
 from popgen.models.cpc import CPC
+from popgen.nn.cpc import FrameEncoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,17 +83,12 @@ def representations(
     for count in stacked:
         check_integer("stacked", count, minimum=1)
     encoder = model.encoder
+    kind, plain = "steps", _steps_of(encoder)
     if data.sample_rate is not None:
-        kind = "log-mel"
-        plain = LogMel(data.sample_rate, encoder.receptive_field, encoder.hop).to(data.train.lengths.device)
-    else:
-        kind = "steps"
+        log_mel = LogMel(data.sample_rate, encoder.receptive_field, encoder.hop)
+        kind, plain = "log-mel", log_mel.to(data.train.lengths.device)
 
-        def plain(values: Tensor) -> Tensor:
-            flat = values.reshape(*values.shape[:2], -1)
-            return flat.unfold(1, encoder.receptive_field, encoder.hop).flatten(2)
-
-    def of(features) -> Represent:
+    def of(features: Callable[[Tensor, Tensor], Tensor]) -> Represent:
         def represent(values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
             found = features(values, lengths)
             return found, torch.arange(found.shape[1], device=found.device) < model.num_frames(lengths)[:, None]
@@ -110,6 +106,15 @@ def representations(
         "context, untrained": of(untrained.represent),
         "encoding, untrained": of(lambda values, lengths: untrained.encode(values)),
     }
+
+
+def _steps_of(encoder: FrameEncoder) -> Callable[[Tensor], Tensor]:
+    """Returns what puts the steps together that each frame of an encoder sees."""
+
+    def steps(values: Tensor) -> Tensor:
+        return values.flatten(2).unfold(1, encoder.receptive_field, encoder.hop).flatten(2)
+
+    return lambda values: steps(values if values.ndim > 2 else values[..., None])
 
 
 def probe_rows(
@@ -197,18 +202,18 @@ def describe_row(row: ProbeRow) -> str:
     return line + ("" if row.converged else "   (not converged)")
 
 
-def check_can_be_probed(model: object) -> CPC:
-    """Returns a model that has representations of frames.
+def check_can_be_probed(model: object, data: object) -> tuple[CPC, SequenceData]:
+    """Returns a model that has representations of frames, and its sequences.
 
     Raises:
-        ArgumentError: if it is another kind of model.
+        ArgumentError: if they are of another kind.
 
     Example:
-        >>> check_can_be_probed(torch.nn.Linear(1, 1))
+        >>> check_can_be_probed(torch.nn.Linear(1, 1), None)
         Traceback (most recent call last):
             ...
         popgen.errors.ArgumentError: only a CPC can be probed, and the model of the run is a Linear
     """
-    if not isinstance(model, CPC):
+    if not isinstance(model, CPC) or not isinstance(data, SequenceData):
         raise ArgumentError(f"only a CPC can be probed, and the model of the run is a {type(model).__name__}")
-    return model
+    return model, data

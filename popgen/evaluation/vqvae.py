@@ -1,6 +1,7 @@
 """How VQ-VAEs are evaluated: the bound, the use of the codes, and what a prior that knows no neighbours would give."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -113,6 +114,7 @@ class VQVAEEvaluator(ImageEvaluator):
         self,
         model: VQVAE | VQVAEWithPrior,
         images: Tensor,
+        parts: Mapping[str, Tensor],
         num_samples: int,
         seed: int,
         progress: Progress | None = None,
@@ -125,17 +127,19 @@ class VQVAEEvaluator(ImageEvaluator):
             ArgumentError: if `num_samples` is not 1.
         """
         self.check_num_samples("num_samples", num_samples)
-        with matrix_products(precision, images.device):
-            bound = evaluate_elbo(model, images, seed)["elbo"]
+        bound = parts["elbo"]
+        if precision != "fp32":
+            with matrix_products(precision, images.device):
+                bound = evaluate_elbo(model, images, seed)["elbo"]
         if progress is not None:
             progress(bound)
         return bound
 
-    def statistics(self, model: VQVAE, data: ImageData, images: Tensor) -> Results:
+    def statistics(self, model: VQVAE, data: ImageData, images: Tensor, parts: Mapping[str, Tensor]) -> Results:
         """Returns the use of the codes, and the bound under a categorical prior for each position."""
         codes, seen = codes_of_images(model, images), codes_of_images(model, data.train)
         kl = -positionwise_log_prior(codes, seen, model.quantiser.num_codes).double().mean().item()
-        reconstruction = evaluate_elbo(model, images)["reconstruction"].double().mean().item()
+        reconstruction = parts["reconstruction"].double().mean().item()
         return {
             **_usage(model, codes),
             "kl_of_positionwise_prior": kl,
@@ -169,9 +173,9 @@ class VQVAEWithPriorEvaluator(VQVAEEvaluator):
         """Returns nothing: the codes stay as they are."""
         return {}
 
-    def statistics(self, model: Any, data: ImageData, images: Tensor) -> Results:
+    def statistics(self, model: Any, data: ImageData, images: Tensor, parts: Mapping[str, Tensor]) -> Results:
         """Returns those of the autoencoder: the same codes under a categorical prior for each position."""
-        return super().statistics(model.autoencoder, data, images)
+        return super().statistics(model.autoencoder, data, images, parts)
 
     def show(self, model: Any, data: ImageData, num_samples: int, generator: torch.Generator) -> dict[str, Shown]:
         """Returns pictures of draws from prior and decoder, and those of the autoencoder."""

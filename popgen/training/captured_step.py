@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from popgen.datasets.data import Batches
-from popgen.errors import TrainingError
+from popgen.errors import TrainingError, reason_of
+from popgen.execution import Recorded, record_cuda_graph
 from popgen.training.objectives import Metrics
 from popgen.training.state import TrainState
 from popgen.training.step import TrainStep, settings_tensor
 
 WARM_UP_STEPS = 3  # steps before the recording: libraries are loaded, kernels chosen, optimizer state made
 
-Recorded = tuple[Callable[[], object], Metrics]
 Recorder = Callable[[Callable[[], Metrics], Iterable[torch.Generator]], Recorded]
 
 
-def record_cuda_graph(work: Callable[[], Metrics], generators: Iterable[torch.Generator]) -> Recorded:
-    """Returns a function that repeats the work on the device, and the tensors that hold its results after each time.
+def record_step(work: Callable[[], Metrics], generators: Iterable[torch.Generator]) -> Recorded:
+    """Returns a function that repeats the work of a step, and the tensors that hold its metrics after each time.
 
     Args:
         work: reads and writes the same tensors every time, and never waits for the device.
@@ -32,18 +32,13 @@ def record_cuda_graph(work: Callable[[], Metrics], generators: Iterable[torch.Ge
 
     Example: `CapturedStep` calls it.
     """
-    graph = torch.cuda.CUDAGraph()
     try:
-        for generator in generators:
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            metrics = work()
+        return record_cuda_graph(work, generators)
     except Exception as error:  # an optimizer may refuse in its own way
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrainingError(
-            f"the training step cannot be recorded as a CUDA graph ({reason}): set Experiment.cuda_graph = False"
+            f"the training step cannot be recorded as a CUDA graph ({reason_of(error)}): set Experiment.cuda_graph = "
+            "False"
         ) from error
-    return graph.replay, metrics
 
 
 class CapturedStep:
@@ -56,12 +51,12 @@ class CapturedStep:
     Args:
         train_step: what a step does.
         batches: the examples, on the device.
-        record: how work is recorded; `record_cuda_graph`, or a stand-in where there is no GPU.
+        record: how work is recorded; `record_step`, or a stand-in where there is no GPU.
 
     Example: `training_functions` makes one where there is a GPU.
     """
 
-    def __init__(self, train_step: TrainStep, batches: Batches, record: Recorder = record_cuda_graph) -> None:
+    def __init__(self, train_step: TrainStep, batches: Batches, record: Recorder = record_step) -> None:
         self.train_step, self.batches, self.record = train_step, batches, record
         self._warmed_up = 0
         self._recorded_for: tuple = (None,) * 6

@@ -67,8 +67,36 @@ class Objective(Protocol):
         """
 
 
+class ELBOObjective(Objective):
+    """What objectives share that are made of the ELBO of samples from a posterior.
+
+    Attributes:
+        num_samples: posterior samples for each example.
+
+    Example: `NegativeELBO` is one.
+    """
+
+    num_samples: int
+
+    def check_model(self, model: Any) -> None:
+        """Any but a VQ-VAE, whose codebook would stay as it is.
+
+        Raises:
+            ArgumentError: if it is a VQ-VAE.
+        """
+        if isinstance(model, VQVAE):
+            raise ArgumentError(
+                f"{type(self).__name__} trains no codebook, and the model is a {type(model).__name__}: use VQVAELoss"
+            )
+
+    def draw_noise(self, model: Any, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns standard normal noise, shape `(num_samples, batch, noise_dim)`."""
+        shape = (self.num_samples, len(batch), model.noise_dim)
+        return torch.randn(shape, generator=generator, device=batch.device, dtype=batch.dtype)
+
+
 @dataclasses.dataclass(frozen=True)
-class NegativeELBO(Objective):
+class NegativeELBO(ELBOObjective):
     """Minimises -(log p(x|z) - β_t (log q(z|x) - log p(z))), averaged over samples and batch, nats.
 
     Metrics: `loss`, `elbo` (always at β = 1), `reconstruction` (log p(x|z)), `kl`, `log_q_z_given_x`, `log_p_z`,
@@ -96,22 +124,9 @@ class NegativeELBO(Objective):
             raise ArgumentError(f"NegativeELBO.beta must be a schedule (a function of the step), got {self.beta!r}")
         check_integer("NegativeELBO.num_samples", self.num_samples, minimum=1)
 
-    def check_model(self, model: Any) -> None:
-        """Any but a VQ-VAE, whose codebook would stay as it is.
-
-        Raises:
-            ArgumentError: if it is a VQ-VAE.
-        """
-        _check_not_a_vqvae("NegativeELBO", model)
-
     def settings(self, step: int) -> dict[str, float]:
         """Returns β at that step."""
         return {"beta": self.beta(step)}
-
-    def draw_noise(self, model: Any, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns standard normal noise, shape `(num_samples, batch, noise_dim)`."""
-        shape = (self.num_samples, len(batch), model.noise_dim)
-        return torch.randn(shape, generator=generator, device=batch.device, dtype=batch.dtype)
 
     def __call__(
         self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
@@ -124,7 +139,7 @@ class NegativeELBO(Objective):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConstrainedELBO(Objective):
+class ConstrainedELBO(ELBOObjective):
     """Minimises one term of the negative ELBO under a constraint on the other, whose multiplier GECO finds.
 
         constraint = "reconstruction":  minimise KL              subject to  target - log p(x|z) ≤ 0
@@ -164,22 +179,9 @@ class ConstrainedELBO(Objective):
         check_number("ConstrainedELBO.target", self.target)
         check_integer("ConstrainedELBO.num_samples", self.num_samples, minimum=1)
 
-    def check_model(self, model: Any) -> None:
-        """Any but a VQ-VAE, whose codebook would stay as it is.
-
-        Raises:
-            ArgumentError: if it is a VQ-VAE.
-        """
-        _check_not_a_vqvae("ConstrainedELBO", model)
-
     def initial_state(self, reference: Tensor) -> dict[str, Tensor]:
         """Returns GECO's state before the first step."""
         return self.geco.initial_state(reference.device, reference.dtype)._asdict()
-
-    def draw_noise(self, model: Any, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns standard normal noise, shape `(num_samples, batch, noise_dim)`."""
-        shape = (self.num_samples, len(batch), model.noise_dim)
-        return torch.randn(shape, generator=generator, device=batch.device, dtype=batch.dtype)
 
     def __call__(
         self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
@@ -281,8 +283,3 @@ def bound_metrics(terms: LogDensities | VQVAETerms) -> Metrics:
         "log_p_z": log_p_z,
         "log_det": log_det,
     }
-
-
-def _check_not_a_vqvae(name: str, model: Any) -> None:
-    if isinstance(model, VQVAE):
-        raise ArgumentError(f"{name} trains no codebook, and the model is a {type(model).__name__}: use VQVAELoss")

@@ -149,10 +149,11 @@ def test_positionwise_prior_of_uniform_codes_is_the_uniform_one() -> None:
 def test_the_bound_is_the_elbo(kind: str) -> None:
     model, images = make_model(kind), make_images()
     finished: list[Tensor] = []
-    bound = evaluator_of(kind).bound(model, images, 1, seed=0, progress=finished.append)
-    assert torch.equal(bound, evaluate_elbo(model, images)["elbo"]) and torch.equal(torch.cat(finished), bound)
-    assert torch.equal(bound, evaluator_of(kind).bound(model, images, 1, seed=5)), "nothing is drawn"
-    coarse = evaluator_of(kind).bound(model, images, 1, seed=0, precision="bf16")
+    parts = evaluate_elbo(model, images)
+    bound = evaluator_of(kind).bound(model, images, parts, 1, seed=0, progress=finished.append)
+    assert torch.equal(bound, parts["elbo"]) and torch.equal(torch.cat(finished), bound)
+    assert torch.equal(bound, evaluate_elbo(model, images, seed=5)["elbo"]), "nothing is drawn"
+    coarse = evaluator_of(kind).bound(model, images, parts, 1, seed=0, precision="bf16")
     assert not torch.equal(coarse, bound)
     torch.testing.assert_close(coarse, bound, rtol=0.1, atol=0)
 
@@ -161,7 +162,7 @@ def test_the_bound_is_the_elbo(kind: str) -> None:
 @pytest.mark.parametrize("num_samples", [0, 2, 5_000])
 def test_more_than_one_sample_is_refused(kind: str, num_samples: int) -> None:
     with pytest.raises(ArgumentError, match=f"num_samples must be 1 for a VQ-VAE, got {num_samples}: its posterior"):
-        evaluator_of(kind).bound(make_model(kind), make_images(), num_samples, seed=0)
+        evaluator_of(kind).bound(make_model(kind), make_images(), {}, num_samples, seed=0)
 
 
 @every_kind
@@ -186,7 +187,7 @@ def test_statistics(kind: str) -> None:
     """The positionwise prior is of the training images' codes, the rest of those that are evaluated."""
     model, data = make_model(kind), make_data()
     vqvae, images = make_vqvae(), data.test[:11]
-    found = evaluator_of(kind).statistics(model, data, images)
+    found = evaluator_of(kind).statistics(model, data, images, evaluate_elbo(model, images))
     codes = codes_of_images(vqvae, images)
     log_p = positionwise_log_prior(codes, codes_of_images(vqvae, data.train), NUM_CODES).double().mean().item()
     reconstruction = vqvae(images.float() / 255).log_p_x_given_z.double().mean().item()

@@ -15,7 +15,7 @@ from popgen.nn.vqvae import GradientQuantiser, MovingAverageQuantiser, ResidualQ
 from popgen.optim.geco import GECO
 from popgen.optim.schedules import CosineAnnealing, SigmoidAnnealing
 from popgen.training import captured_step
-from popgen.training.captured_step import CapturedStep, record_cuda_graph
+from popgen.training.captured_step import CapturedStep, record_step
 from popgen.training.objectives import ConstrainedELBO, NegativeELBO, VQVAELoss
 from popgen.training.state import TrainState, initial_state
 from popgen.training.step import make_train_step
@@ -147,4 +147,4 @@ def test_a_cuda_graph_equals_plain_steps(kind: str):
 def test_work_that_waits_for_the_device_is_refused():
     value = torch.zeros(1, device="cuda")
     with pytest.raises(TrainingError, match="set Experiment.cuda_graph = False"):
-        record_cuda_graph(lambda: {"loss": torch.tensor(value.item(), device="cuda")}, [])
+        record_step(lambda: {"loss": torch.tensor(value.item(), device="cuda")}, [])
