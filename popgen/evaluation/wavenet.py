@@ -144,7 +144,8 @@ class WaveNetEvaluator(Evaluator):
         labels = {name: torch.arange(num_samples, device=device) % len(data.classes[name]) for name in model.classes}
         uniform = torch.rand(num_samples, round(self.seconds * rate), generator=generator, device=device)
         waveforms = mu_law_decode(model.generate(uniform, labels))
-        recordings = data.test.padded(torch.arange(min(num_samples, len(data.test)), device=device)).values
+        spread = torch.linspace(0, len(data.test) - 1, min(num_samples, len(data.test)), device=device).long()
+        recordings = data.test.padded(spread).values
         shown: dict[str, Shown] = {
             "samples": torch.cat([spectrogram(waveform) for waveform in waveforms], dim=1),
             "recordings": torch.cat([spectrogram(waveform) for waveform in recordings], dim=1),

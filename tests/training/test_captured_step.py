@@ -5,10 +5,16 @@ import functools
 import pytest
 import torch
 
+from popgen.datasets.data import Batches
 from popgen.datasets.images import TrainBatches
+from popgen.datasets.sequences import Sequences, WindowBatches
+from popgen.distributions.codes import CategoricalOutput
 from popgen.errors import TrainingError
+from popgen.models.cpc import CPC
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.models.vqvae import VQVAE, ConvolutionalDecoder, ConvolutionalEncoder
+from popgen.models.wavenet import WaveNet
+from popgen.nn.cpc import GRUContext, LinearPredictors, StridedConvEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow
 from popgen.nn.vamp_prior import VampPrior
 from popgen.nn.vqvae import GradientQuantiser, MovingAverageQuantiser, ResidualQuantiser
@@ -17,6 +23,7 @@ from popgen.optim.schedules import CosineAnnealing, SigmoidAnnealing
 from popgen.training import captured_step
 from popgen.training.captured_step import CapturedStep, record_step
 from popgen.training.objectives import ConstrainedELBO, NegativeELBO, VQVAELoss
+from popgen.training.sequence_objectives import ContrastiveLoss, NegativeLogLikelihood
 from popgen.training.state import TrainState, initial_state
 from popgen.training.step import make_train_step
 
@@ -64,20 +71,43 @@ KINDS = {
     "moving average": lambda: (make_vqvae(MovingAverageQuantiser(4, 3, decay=0.8)), VQVAELoss()),
     "residual": lambda: (make_vqvae(ResidualQuantiser(2, 4, 3, decay=0.8)), VQVAELoss()),
     "gradient": lambda: (make_vqvae(GradientQuantiser(4, 3)), VQVAELoss()),
+    "contrastive": lambda: (make_cpc("batch"), ContrastiveLoss()),
+    "contrastive by speaker": lambda: (make_cpc("speaker"), ContrastiveLoss()),
+    "likelihood": lambda: (
+        WaveNet(CategoricalOutput(), 6, 8, num_layers=3, dilation_cycle=3, classes={"speaker": 2}),
+        NegativeLogLikelihood(),
+    ),
 }
+
+
+def make_cpc(negatives: str) -> CPC:
+    encoder, context = StridedConvEncoder(6, kernel_sizes=(4, 2), strides=(2, 1)), GRUContext(6, 8)
+    label = "speaker" if negatives == "speaker" else None
+    return CPC(encoder, context, LinearPredictors(8, 6, num_steps=3), negatives, num_negatives=7, label=label)
+
+
+def make_batches(model, device: str) -> Batches:
+    """Returns batches of grey images, or of windows of waveforms at random speeds."""
+    generator = torch.Generator().manual_seed(1)
+    if not isinstance(model, CPC | WaveNet):
+        levels = torch.randint(0, 256, (20, 16), generator=generator, dtype=torch.uint8)
+        return TrainBatches(levels.to(device), 6, seed=0)
+    lengths = torch.randint(20, 60, (20,), generator=generator)
+    values = torch.rand(int(lengths.sum()), generator=generator) - 0.5
+    sequences = Sequences(values, lengths, {"speaker": torch.arange(20) % 2}).to(device)
+    return WindowBatches(sequences, 30, 6, seed=0, max_speed=1.3)
 
 
 def setting(kind: str = "annealed", device: str = "cpu"):
     torch.manual_seed(0)
     model, objective = KINDS[kind]()
     model.to(device)
-    levels = torch.randint(0, 256, (20, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     learning_rate = CosineAnnealing(1e-2, 0.0, NUM_STEPS + 1) if kind == "annealed" else None
     step = make_train_step(model, objective, 0.99, max_gradient_norm=1.0, learning_rate=learning_rate)
     adam = functools.partial(torch.optim.Adam, lr=1e-2, fused=True)
     auxiliary = objective.initial_state(next(model.parameters()))
     state = initial_state(model, adam, seed=0, auxiliary=auxiliary)
-    return step, TrainBatches(levels.to(device), 6, seed=0), state
+    return step, make_batches(model, device), state
 
 
 def run(step, draw_batch, state: TrainState) -> tuple[TrainState, list[dict]]:
