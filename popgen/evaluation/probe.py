@@ -107,7 +107,8 @@ class Probe:
         weight: shape `(dim, classes)`.
         bias: shape `(classes,)`; minus infinity for classes of which nothing was seen.
         strength: of the penalty that was chosen.
-        held_out_accuracy: of the frames that it was chosen on, by the fit to the others; None if one was given.
+        held_out_accuracy: the mean over folds of that of frames held out, by the fit to the others; None if only one
+            strength was given.
         converged: whether the final fit met its tolerance.
 
     Example: `fit_probe` makes one.
@@ -155,22 +156,22 @@ def fit_probe(
     num_classes: int,
     recordings: Int64[Tensor, " count"],
     strengths: tuple[float, ...] = STRENGTHS,
-    held_out: float = 0.2,
+    num_folds: int = 5,
     seed: int = 0,
 ) -> Probe:
     """Returns multinomial logistic regression of standardised features, fitted by L-BFGS.
 
-    It minimises the mean of -log p(target | frame) + strength / 2 · |weight|². If several strengths are given, each is
-    tried on the frames of some recordings, held out of those given here, and the best is fitted to all frames.
+    It minimises the mean of -log p(target | frame) + strength / 2 · |weight|². If several strengths are given, the one
+    with the best accuracy in cross-validation is fitted to all frames.
 
     Args:
         features: of the training frames.
         targets: their classes, from 0.
         num_classes: how many there may be.
-        recordings: which recording each frame comes from; a recording is held out as a whole.
+        recordings: which recording each frame comes from, or which speaker; one is held out as a whole.
         strengths: of the penalty.
-        held_out: part of the recordings on which the strength is chosen.
-        seed: of the choice of these recordings.
+        num_folds: parts of the recordings, each of which is held out in turn; no more than there are recordings.
+        seed: of which recordings make a part.
 
     Raises:
         ArgumentError: if an argument is outside its domain, or the shapes do not fit.
@@ -189,17 +190,19 @@ def fit_probe(
     for strength in strengths:
         if check_number("strengths", strength) <= 0.0:
             raise ArgumentError(f"strengths must be above nought, got {strength!r}")
-    check_number("held_out", held_out, minimum=0.0, maximum=1.0)
+    check_integer("num_folds", num_folds, minimum=2)
     strength, accuracy, start = strengths[0], None, None
     if len(strengths) > 1:
-        hidden = _some_recordings(recordings, held_out, seed)
-        fits, accuracies = {}, {}
-        for candidate in sorted(strengths, reverse=True):  # each fit starts from that of a stronger penalty
-            fits[candidate] = start = _fit(features[~hidden], targets[~hidden], num_classes, candidate, start)
-            predicted = start.log_probabilities(features[hidden]).argmax(-1)
-            accuracies[candidate] = (predicted == targets[hidden]).double().mean().item()
+        folds = _folds(recordings, num_folds, seed)
+        accuracies = dict.fromkeys(sorted(strengths, reverse=True), 0.0)
+        for hidden in folds:
+            start = None
+            for candidate in accuracies:  # each fit starts from that of a stronger penalty
+                start = _fit(features[~hidden], targets[~hidden], num_classes, candidate, start)
+                right = start.log_probabilities(features[hidden]).argmax(-1) == targets[hidden]
+                accuracies[candidate] += right.double().mean().item() / len(folds)
         strength = max(accuracies, key=lambda candidate: accuracies[candidate])  # the strongest of equals
-        accuracy, start = accuracies[strength], fits[strength]
+        accuracy = accuracies[strength]
     return dataclasses.replace(_fit(features, targets, num_classes, strength, start), held_out_accuracy=accuracy)
 
 
@@ -288,14 +291,14 @@ def _check_frames(features: Tensor, targets: Tensor, num_classes: int, recording
         raise DataError("features must be finite, got infinite or undefined ones: has training diverged?")
 
 
-def _some_recordings(recordings: Tensor, part: float, seed: int) -> Bool[Tensor, " count"]:
-    """Returns which frames are of the held-out recordings."""
+def _folds(recordings: Tensor, num_folds: int, seed: int) -> list[Bool[Tensor, " count"]]:
+    """Returns which frames are of the recordings of each part."""
     names = recordings.unique()
-    number = max(1, round(part * len(names)))
-    if number >= len(names):
-        raise DataError(f"there must be more recordings than the {number} that are held out, got {len(names)}")
-    generator = torch.Generator().manual_seed(stream_seed(seed, "probe", "held out"))
-    return torch.isin(recordings, names[torch.randperm(len(names), generator=generator)[:number]])
+    if len(names) < 2:
+        raise DataError("there must be at least 2 recordings, of which one is held out, got 1")
+    generator = torch.Generator().manual_seed(stream_seed(seed, "probe", "folds"))
+    order = names[torch.randperm(len(names), generator=generator)]
+    return [torch.isin(recordings, part) for part in order.tensor_split(min(num_folds, len(names)))]
 
 
 def _fit(features: Tensor, targets: Tensor, num_classes: int, strength: float, start: Probe | None = None) -> Probe:

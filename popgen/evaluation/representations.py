@@ -122,8 +122,8 @@ def probe_rows(
 ) -> Iterator[ProbeRow]:
     """Yields the row of each representation: a probe is fitted to training frames and evaluated on test frames.
 
-    Where test sequences have another label that was not trained on, the penalty is chosen on training sequences with a
-    value of that label held out, as the question is how the probe carries over to such.
+    The penalty is chosen by cross-validation over training sequences; or, where test sequences have another label that
+    was not trained on, over the values of that label, as the question is how a probe carries over to a new one.
 
     Args:
         chosen: representations by name.

@@ -187,7 +187,9 @@ class CPC(Model):
         frames = self.encoder(values)
         if frames.shape[1] < 2:
             needed = self.encoder.receptive_field + self.encoder.hop
-            raise ArgumentError(f"values must have at least {needed} steps, two frames, got {values.shape[1]}")
+            raise ArgumentError(
+                f"values must have at least {needed} steps, two frames, got {values.shape[1]}: use a longer window"
+            )
         predictions = self.predictors(self.context(frames))
         num_frames, max_frames = self.num_frames(lengths), frames.shape[1]
         speakers = None if self.label is None else _label(labels, self.label)

@@ -84,7 +84,7 @@ def test_scale_and_shift_of_features_do_not_matter() -> None:
 
 
 def test_recordings_are_held_out_as_a_whole(monkeypatch) -> None:
-    """Each fit but the last sees all frames of some recordings and none of the others."""
+    """Each fit but the last sees all frames of some recordings and none of the others, and each is left out once."""
     frames, seen = make_frames(40), []
     fit = probe_module._fit
 
@@ -93,18 +93,26 @@ def test_recordings_are_held_out_as_a_whole(monkeypatch) -> None:
         return fit(features, *arguments)
 
     monkeypatch.setattr(probe_module, "_fit", watch)
-    fit_probe(frames.features, frames.labels["class"], 3, frames.recordings, strengths=(0.01, 0.1), held_out=0.25)
-    assert [len(features) for features in seen] == [300, 300, 400]
-    known = {tuple(row) for row in seen[0].tolist()}
-    parts = [sum(tuple(row) in known for row in part.tolist()) for part in frames.features.split(10)]
-    assert sorted(set(parts)) == [0, 10] and parts.count(0) == 10
+    fit_probe(frames.features, frames.labels["class"], 3, frames.recordings, strengths=(0.01, 0.1), num_folds=4)
+    assert [len(features) for features in seen] == [300] * 8 + [400]
+    left_out = []
+    for features in seen[:8:2]:
+        known = {tuple(row) for row in features.tolist()}
+        parts = [sum(tuple(row) in known for row in part.tolist()) for part in frames.features.split(10)]
+        assert sorted(set(parts)) == [0, 10]
+        left_out += [recording for recording, count in enumerate(parts) if count == 0]
+    assert sorted(left_out) == list(range(40))
+    seen.clear()
+    speakers = frames.recordings % 3
+    fit_probe(frames.features, frames.labels["class"] * 0 + frames.recordings // 3 % 2, 2, speakers, (0.01, 0.1))
+    assert sorted(len(features) for features in seen) == [260, 260, 270, 270, 270, 270, 400], "three folds of speakers"
 
 
 def test_the_strength_is_that_of_the_best_held_out_accuracy() -> None:
     """Noise features and few frames need a strong penalty; plenty of clean frames do not."""
     torch.manual_seed(3)
     recordings, targets = torch.arange(400) // 4, (torch.arange(400) // 4) % 2
-    noisy = torch.cat([0.7 * (2.0 * targets[:, None] - 1.0) + torch.randn(400, 1), torch.randn(400, 150)], dim=1)
+    noisy = torch.cat([0.7 * (2.0 * targets[:, None] - 1.0) + torch.randn(400, 1), torch.randn(400, 280)], dim=1)
     probe = fit_probe(noisy, targets, 2, recordings, strengths=(1e-6, 3.0))
     assert probe.strength == 3.0
     held_out = [fit_probe(noisy, targets, 2, recordings, strengths=(s, s)).held_out_accuracy for s in (1e-6, 3.0)]
@@ -242,10 +250,10 @@ def test_fits_that_do_not_converge_are_said(monkeypatch) -> None:
         ({"targets": torch.full((600,), -1)}, ArgumentError, "targets must be from 0 to 2, got -1 to -1"),
         ({"targets": torch.ones(600).long()}, DataError, r"must be of at least 2 classes, got \[1\]"),
         ({"features": torch.full((600, 5), math.nan)}, DataError, "features must be finite"),
-        ({"recordings": torch.zeros(600).long()}, DataError, "more recordings than the 1 that are held out, got 1"),
+        ({"recordings": torch.zeros(600).long()}, DataError, "at least 2 recordings, of which one is held out, got 1"),
         ({"strengths": ()}, ArgumentError, "strengths must hold at least one number, got none"),
         ({"strengths": (0.1, 0.0)}, ArgumentError, "strengths must be above nought, got 0.0"),
-        ({"held_out": 1.5}, ArgumentError, "held_out must be between 0.0 and 1.0, got 1.5"),
+        ({"num_folds": 1}, ArgumentError, "num_folds must be an integer of at least 2, got 1"),
     ],
 )
 def test_bad_arguments_are_named(as_a_user, arguments: dict, error: type, message: str) -> None:
