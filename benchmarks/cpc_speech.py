@@ -1,62 +1,79 @@
 """What CPC learns of speech: python -m benchmarks.cpc_speech --runs=experiments/cpc_speech_table.
 
-Trains configs/cpc_speech.gin once for every seed and each of six speakers who is never heard, and once for every seed
-on all speakers; probes each run, and prints and writes the table of the README. Runs and probes that are there already
-are left as they are, so that a call that was cut off goes on, and several may share the work: --part=0/2 and 1/2.
-About eight minutes a run on one core.
+For every seed and both kinds of negatives, trains configs/cpc_speech.gin on all speakers, and on all but one for each
+of the six; probes each run for who speaks, or for the digits of the speaker who was never heard; and prints and writes
+the table of docs/sequences.md from the runs that are there. Finished runs and probes are left as they are, so that a
+call that was cut off goes on, and several may share the work: --part=0/2 and --part=1/2. Six minutes a run on one core.
 """
 
 import argparse
 import json
-import math
 import pathlib
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from benchmarks.measure import table as markdown
 
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
-EVERYONE = "everyone"
+NEGATIVES = {"batch": [], "speaker": ["CPC.negatives = 'speaker'", "CPC.label = 'speaker'"]}
+
+
+class Run(NamedTuple):
+    """A run of the table: trained without `left_out` if that is not None."""
+
+    negatives: str
+    left_out: str | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its directory."""
+        return f"{self.negatives}_{self.left_out or 'everyone'}_{self.seed}"
+
+    @property
+    def target(self) -> str:
+        """What it is probed for."""
+        return "digit" if self.left_out else "speaker"
 
 
 def main() -> None:
-    """Trains and probes what is missing, then prints the table if everything is there."""
+    """Trains and probes what is missing, then prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=pathlib.Path, required=True, help="where the runs are kept")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--negatives", nargs="+", choices=NEGATIVES, default=list(NEGATIVES), help="which kinds")
+    parser.add_argument("--targets", nargs="+", choices=["digit", "speaker"], default=["digit", "speaker"])
     parser.add_argument("--part", default="0/1", help="i/n takes every n-th run, beginning with the i-th")
-    parser.add_argument("--gin_bindings", action="append", default=[], help="a change of the config, for all runs")
     arguments = parser.parse_args()
-    runs, seeds = arguments.runs, arguments.seeds
     part, parts = map(int, arguments.part.split("/"))
-    wanted = [(seed, speaker) for seed in range(seeds) for speaker in (*SPEAKERS, EVERYONE)]
-    for seed, speaker in wanted[part::parts]:
-        train_and_probe(runs / f"{speaker}_{seed}", seed, speaker, arguments.gin_bindings)
-    found = {key: record(runs / f"{key[1]}_{key[0]}", key[1]) for key in wanted}
-    missing = [key for key, rows in found.items() if rows is None]
-    if missing:
-        print(f"{len(missing)} of {len(wanted)} runs are not there yet")
-        return
-    rows = means({key: rows for key, rows in found.items() if rows is not None}, seeds)
-    (runs / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
+    wanted = [
+        Run(negatives, left_out, seed)
+        for seed in range(arguments.seeds)
+        for negatives in arguments.negatives
+        for left_out in (*SPEAKERS, None)
+        if ("digit" if left_out else "speaker") in arguments.targets
+    ]
+    for run in wanted[part::parts]:
+        train_and_probe(arguments.runs, run)
+    rows = summary(arguments.runs, arguments.seeds)
+    (arguments.runs / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
     print(text(rows))
 
 
-def target_of(speaker: str) -> str:
-    """Returns what a run is probed for: the digits of the speaker who is left out, or who speaks."""
-    return "speaker" if speaker == EVERYONE else "digit"
-
-
-def train_and_probe(run: pathlib.Path, seed: int, speaker: str, changes: list[str]) -> None:
+def train_and_probe(folder: pathlib.Path, run: Run) -> None:
     """Trains a run if it has not ended, and probes it if it has not been probed."""
-    if record(run, speaker) is not None:
+    if accuracies(folder, run) is not None:
         return
-    bindings = [f"Experiment.seed = {seed}", *changes]
-    if speaker != EVERYONE:
-        bindings.append(f"SpokenDigits.held_out_speaker = '{speaker}'")
-    train = [f"--gin_bindings={binding}" for binding in bindings]
-    call("train", "--gin_file=configs/cpc_speech.gin", f"--run_dir={run}", *train)
-    call("probe", f"--run_dir={run}", f"--target={target_of(speaker)}")
+    bindings = [f"Experiment.seed = {run.seed}", *NEGATIVES[run.negatives]]
+    if run.left_out:
+        bindings.append(f"SpokenDigits.held_out_speaker = '{run.left_out}'")
+    directory = f"--run_dir={folder / run.name}"
+    call("train", "--gin_file=configs/cpc_speech.gin", directory, *(f"--gin_bindings={text}" for text in bindings))
+    stacked = "12,24" if run.seed == 0 else "1"  # plain features are the same whatever the seed of training
+    call("probe", directory, f"--target={run.target}", f"--stacked={stacked}")
 
 
 def call(command: str, *arguments: str) -> None:
@@ -64,49 +81,67 @@ def call(command: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", f"launch.{command}", *arguments], check=True)
 
 
-def record(run: pathlib.Path, speaker: str) -> dict[str, float] | None:
+def accuracies(folder: pathlib.Path, run: Run) -> dict[str, float] | None:
     """Returns the accuracy that counts of each representation of a run, or None if it has not been probed."""
-    paths = sorted(run.glob(f"probe_{target_of(speaker)}_step*_raw.json"))
+    paths = sorted((folder / run.name).glob(f"probe_{run.target}_step*_raw.json"))
     if not paths:
         return None
-    found = json.loads(paths[-1].read_text())
-    which = "accuracy" if speaker == EVERYONE else "unseen_accuracy"
-    return {row["representation"]: row[which] for row in found["rows"]}
+    which = "unseen_accuracy" if run.left_out else "accuracy"
+    found = {row["representation"]: row[which] for row in json.loads(paths[-1].read_text())["rows"]}
+    plain = {name: value for name, value in found.items() if name.startswith("log-mel")}
+    return plain | {f"{name}, negatives of the {run.negatives}": found[name] for name in found if name not in plain}
 
 
-def means(found: dict[tuple[int, str], dict[str, float]], seeds: int) -> list[dict[str, object]]:
-    """Returns, of each representation, means and standard deviations over seeds; of digits also for each speaker."""
+def summary(folder: pathlib.Path, seeds: int) -> list[dict]:
+    """Returns, of each representation, the accuracies for each seed, those for digits also of each speaker."""
+    digits: dict[str, dict[str, dict[int, float]]] = {}
+    speakers: dict[str, dict[int, float]] = {}
+    for run, found in probed(folder, seeds):
+        for name, value in found.items():
+            if run.left_out:
+                digits.setdefault(name, {}).setdefault(run.left_out, {})[run.seed] = value
+            else:
+                speakers.setdefault(name, {})[run.seed] = value
     rows = []
-    for name in found[0, EVERYONE]:
-        speaker = [found[seed, EVERYONE][name] for seed in range(seeds)]
-        digit = [sum(found[seed, who][name] for who in SPEAKERS) / len(SPEAKERS) for seed in range(seeds)]
-        each = {who: mean_and_deviation([found[seed, who][name] for seed in range(seeds)]) for who in SPEAKERS}
+    for name in dict.fromkeys((*speakers, *digits)):
+        each = digits.get(name, {})
+        complete = [seed for seed in range(seeds) if all(seed in each.get(who, {}) for who in SPEAKERS)]
         rows.append(
             {
-                "representation": name,
-                "speaker": mean_and_deviation(speaker),
-                "digit": mean_and_deviation(digit),
-                "digit_of": each,
+                "features": name,
+                "speaker": list(speakers.get(name, {}).values()),
+                "digit": [statistics.fmean(each[who][seed] for who in SPEAKERS) for seed in complete],
+                "digit_of": {who: list(each.get(who, {}).values()) for who in SPEAKERS},
             }
         )
     return rows
 
 
-def mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    """Returns the mean and the standard deviation of a sample."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+def probed(folder: pathlib.Path, seeds: int) -> Iterator[tuple[Run, dict[str, float]]]:
+    """Yields the runs that are there, and their accuracies."""
+    for seed in range(seeds):
+        for negatives in NEGATIVES:
+            for left_out in (*SPEAKERS, None):
+                found = accuracies(folder, run := Run(negatives, left_out, seed))
+                if found is not None:
+                    yield run, found
 
 
 def text(rows: list[dict]) -> str:
-    """Returns the table in Markdown."""
-    lines = []
-    for row in rows:
-        cells = [row["speaker"], row["digit"], *(row["digit_of"][who] for who in SPEAKERS)]
-        lines.append([row["representation"], *(f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in cells)])
-    return markdown(["features of a frame", "speaker", "digit, never heard", *SPEAKERS], lines)
+    """Returns the table in Markdown: means and standard deviations over seeds, and how many those are."""
+    cells = [
+        [row["features"], *(cell(row[name]) for name in ("speaker", "digit")), *map(cell, row["digit_of"].values())]
+        for row in rows
+    ]
+    return markdown(["features of a frame", "speaker", "digit, speaker never heard", *SPEAKERS], cells)
+
+
+def cell(values: list[float]) -> str:
+    """Returns the mean of some seeds, with the standard deviation if there are several different ones."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean if len(set(values)) == 1 else f"{mean} ± {statistics.stdev(values):.3f} ({len(values)})"
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The commands: python -m launch.train, launch.evaluate, launch.sample."""
+"""The commands: python -m launch.train, launch.evaluate, launch.sample, launch.probe."""
