@@ -141,7 +141,8 @@ class WaveNetEvaluator(Evaluator):
         rate, device = data.sample_rate, generator.device
         if rate is None:
             raise ArgumentError("a WaveNet's sounds need data with a sample_rate")
-        labels = {name: torch.arange(num_samples, device=device) % len(data.classes[name]) for name in model.classes}
+        each = torch.arange(num_samples, device=device)
+        labels = {name: each % len(names) for name, names in data.classes.items() if name in model.classes}
         uniform = torch.rand(num_samples, round(self.seconds * rate), generator=generator, device=device)
         waveforms = mu_law_decode(model.generate(uniform, labels))
         spread = torch.linspace(0, len(data.test) - 1, min(num_samples, len(data.test)), device=device).long()

@@ -30,7 +30,7 @@ def make_data() -> SequenceData:
     generator = torch.Generator().manual_seed(1)
     labels = {"digit": torch.tensor([2, 0, 1, 2]), "speaker": torch.tensor([0, 1, 1, 0])}
     split = Sequences(torch.rand(sum(LENGTHS), generator=generator) - 0.5, torch.tensor(LENGTHS), labels)
-    classes = {"digit": ("nought", "one", "two"), "speaker": ("anna", "ben")}
+    classes = {"speaker": ("anna", "ben"), "digit": ("nought", "one", "two")}
     return SequenceData(split, split, None, window=40, classes=classes, sample_rate=1_000)
 
 
@@ -88,7 +88,7 @@ def test_the_standard_error_is_that_of_resampled_recordings() -> None:
 
 
 def test_what_is_shown() -> None:
-    model, data = make_model({"speaker": 2, "digit": 3}), make_data()
+    model, data = make_model({"digit": 3, "speaker": 2}), make_data()
     shown = WaveNetEvaluator(seconds=0.3).show(model, data, 3, torch.Generator().manual_seed(0))
     assert list(shown) == [
         "samples",
