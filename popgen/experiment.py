@@ -143,11 +143,7 @@ class Experiment:
                 isinstance(self.pretrained, Mapping)
                 and all(isinstance(text, str) for item in self.pretrained.items() for text in item),
             ),
-            (
-                "optimizer",
-                "a function of the parameters, such as @torch.optim.Adam",
-                callable(self.optimizer),
-            ),
+            ("optimizer", "a function of the parameters, such as @torch.optim.Adam", callable(self.optimizer)),
             (
                 "learning_rate",
                 "None or a function of the step, such as @CosineAnnealing()",

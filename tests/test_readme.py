@@ -35,11 +35,12 @@ class Noise:
 def test_library_examples():
     namespace: dict = {}
     blocks = [body for language, body in BLOCKS if language == "python" and not body.startswith("# my_")]
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["log_p_z"].shape == (5, 100)
     assert namespace["state"].step == 2
+    assert namespace["losses"].shape == (100,) and namespace["contrast"].shape == (6, 10)
     assert namespace["usage"].num_used > 1 and namespace["changes"]["codes"].shape == (128, 64)
     torch.testing.assert_close(namespace["one"], namespace["whole"][:, :, -1])
     assert namespace["geco_state"].multiplier > 1.0, "the target of the example is missed"
