@@ -10,11 +10,12 @@ from torch import Tensor
 
 from popgen.datasets.images import ImageData
 from popgen.errors import check_integer
+from popgen.evaluation.importance import MIN_PARETO_SAMPLES, RELIABLE_PARETO_SHAPE
 from popgen.evaluation.likelihood import (
     Progress,
     count_active_units,
-    estimate_log_likelihood,
     evaluate_elbo,
+    importance_estimate,
     standard_error,
 )
 from popgen.evaluation.pictures import Picture, all_pictures
@@ -24,7 +25,9 @@ from popgen.models.vae import VAE
 
 CURVE_IMAGES = 1_000  # that the active_units curves look at; an evaluation looks at all
 
-Results = dict[str, float | int]
+WORST_IMAGES = 10  # that a record names
+
+Results = dict[str, Any]
 
 
 @runtime_checkable
@@ -97,8 +100,8 @@ class ImageEvaluator(Evaluator, abc.ABC):
         progress: Progress | None,
         precision: str,
         compiled: bool,
-    ) -> Tensor:
-        """Returns the tightest bound on log p(x) of every image, shape `(count,)`, nats.
+    ) -> tuple[Tensor, Results]:
+        """Returns the tightest bound on log p(x) of every image, shape `(count,)`, nats, and results about it.
 
         `parts` are those of the ELBO of the images, at full precision.
         """
@@ -129,10 +132,11 @@ class ImageEvaluator(Evaluator, abc.ABC):
         The bound is formed at `precision`; the ELBO always at full.
         """
         parts = evaluate_elbo(model, examples, seed)
-        log_p_x = self.bound(model, examples, parts, num_samples, seed, progress, precision, compiled)
+        log_p_x, evidence = self.bound(model, examples, parts, num_samples, seed, progress, precision, compiled)
         return {
             "log_p_x": log_p_x.double().mean().item(),
             "log_p_x_standard_error": standard_error(log_p_x),
+            **evidence,
             **{name: part.double().mean().item() for name, part in parts.items()},
             "elbo_standard_error": standard_error(parts["elbo"]),
             **self.statistics(model, data, examples, parts),
@@ -184,9 +188,48 @@ class VAEEvaluator(ImageEvaluator):
         progress: Progress | None = None,
         precision: str = "fp32",
         compiled: bool = False,
-    ) -> Tensor:
-        """Returns the importance-weighted bound of every image."""
-        return estimate_log_likelihood(model, images, num_samples, seed, progress, precision, compiled)
+    ) -> tuple[Tensor, Results]:
+        """Returns the importance-weighted bound of every image, and what its weights say of it.
+
+        `log_p_x_of_K_samples` are means of the bound with fewer samples, over groups of all draws; `monte_carlo_error`
+        is that of the mean over these images; k̂ is `pareto_shape`, and `worst_images` have the highest.
+        """
+        estimate = importance_estimate(model, images, num_samples, seed, progress, precision, compiled)
+        results: Results = {
+            f"log_p_x_of_{size}_samples": bound.double().mean().item() for size, bound in estimate.bounds.items()
+        }
+        errors, shapes = estimate.monte_carlo_error.double(), estimate.pareto_shape
+        results["monte_carlo_error"] = errors.square().sum().sqrt().item() / len(errors)
+        results["effective_sample_size_median"] = estimate.effective_sample_size.median().item()
+        if num_samples >= MIN_PARETO_SAMPLES:
+            results["pareto_shape_median"] = shapes.median().item()
+            results["images_of_reliable_pareto_shape"] = int((shapes < RELIABLE_PARETO_SHAPE).sum())
+            results["worst_images"] = shapes.topk(min(WORST_IMAGES, len(shapes))).indices.tolist()
+        return estimate.log_p_x, results
+
+    def describe(self, record: Mapping[str, Any]) -> str:
+        """Returns the lines of every image model, and what the importance weights say of the bound."""
+        sizes = [name.split("_")[4] for name in record if name.startswith("log_p_x_of_")]
+        curve = ", ".join(f"{record[f'log_p_x_of_{size}_samples']:.3f} ({int(size):,})" for size in sizes)
+        lines = [
+            super().describe(record),
+            f"bound by number of samples  {curve}",
+            f"Monte Carlo error of the estimate {record['monte_carlo_error']:.2g} nats, effective samples of an image "
+            f"{record['effective_sample_size_median']:.3g} (median)",
+        ]
+        if "pareto_shape_median" in record:
+            total, reliable = record["num_examples"], record["images_of_reliable_pareto_shape"]
+            lines.append(
+                f"Pareto k̂ of the weights {record['pareto_shape_median']:.2f} (median), below {RELIABLE_PARETO_SHAPE} "
+                f"for {reliable:,} of {total:,} images"
+            )
+            if reliable < total:
+                lines.append(
+                    f"warning: as an estimate of log p(x) the bound is not to be believed for {total - reliable:,} "
+                    f"images, such as {', '.join(map(str, record['worst_images'][:3]))}; it takes more samples, or a "
+                    "better posterior"
+                )
+        return "\n".join(lines)
 
     def statistics(self, model: VAE, data: ImageData, images: Tensor, parts: Mapping[str, Tensor]) -> Results:
         """Returns the number of active units."""

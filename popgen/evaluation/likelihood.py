@@ -5,8 +5,9 @@ size. So it never disturbs training, two checkpoints meet the same noise, and th
 is cut up. The noise is drawn on the device of the images, and kinds of devices draw different numbers.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Num
@@ -14,8 +15,16 @@ from torch import Tensor
 
 from popgen.datasets.images import as_values
 from popgen.errors import check_integer
+from popgen.evaluation.importance import (
+    MIN_PARETO_SAMPLES,
+    effective_sample_size,
+    monte_carlo_error,
+    nested_bounds,
+    nested_group_sizes,
+    pareto_shape,
+)
 from popgen.execution import compile_or_fall_back, matrix_products
-from popgen.losses import elbo, iwae
+from popgen.losses import elbo
 from popgen.models.image_model import ImageModel
 from popgen.models.vae import VAE, Encoded
 from popgen.streams import make_generator, stream_seed
@@ -104,7 +113,52 @@ def _elbo_noise(count: int, noise_dim: int, seed: int, device: torch.device) -> 
     return torch.cat(blocks)[:count]
 
 
-@torch.no_grad()
+@dataclasses.dataclass(frozen=True)
+class LikelihoodEstimate:
+    """The importance-weighted bound on log p(x) of every image, and what its weights say of it; see `importance`.
+
+    Attributes:
+        bounds: number of samples to the bound with so many, nats, shape `(count,)`; means over groups of all draws.
+        monte_carlo_error: standard error of the last bound as an estimate of log p(x), nats; not a number for a single
+            sample.
+        effective_sample_size: of all samples.
+        pareto_shape: k̂; not a number for fewer than 25 samples.
+
+    Example: `importance_estimate` returns one.
+    """
+
+    bounds: Mapping[int, Float[Tensor, " count"]]
+    monte_carlo_error: Float[Tensor, " count"]
+    effective_sample_size: Float[Tensor, " count"]
+    pareto_shape: Float[Tensor, " count"]
+
+    @property
+    def log_p_x(self) -> Float[Tensor, " count"]:
+        """The bound with all samples."""
+        return self.bounds[max(self.bounds)]
+
+    @classmethod
+    def of(cls, log_w: Float[Tensor, "samples count"]) -> "LikelihoodEstimate":
+        """Returns what the logarithms of the weights say."""
+        few = len(log_w) < MIN_PARETO_SAMPLES
+        return cls(
+            nested_bounds(log_w, nested_group_sizes(len(log_w))),
+            monte_carlo_error(log_w),
+            effective_sample_size(log_w),
+            torch.full_like(log_w[0], math.nan) if few else pareto_shape(log_w),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["LikelihoodEstimate"]) -> "LikelihoodEstimate":
+        """Returns the estimates of all images of several parts."""
+        return cls(
+            {size: torch.cat([part.bounds[size] for part in parts]) for size in parts[0].bounds},
+            torch.cat([part.monte_carlo_error for part in parts]),
+            torch.cat([part.effective_sample_size for part in parts]),
+            torch.cat([part.pareto_shape for part in parts]),
+        )
+
+
 def estimate_log_likelihood(
     model: VAE,
     images: Tensor,
@@ -114,10 +168,32 @@ def estimate_log_likelihood(
     precision: str = "fp32",
     compiled: bool = False,
 ) -> Float[Tensor, " count"]:
-    """Returns the importance-weighted bound on log p(x) of every image, nats (Burda et al. 2016, eq. 8).
+    """Returns the importance-weighted bound on log p(x) of every image, nats: `importance_estimate` without the rest.
 
-    Encoder, flow parameters and pseudo-inputs are computed once for each image, and the decoder sees a bounded
-    number of samples at a time, so memory does not grow with `num_samples`.
+    Example:
+        >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
+        >>> from popgen.nn.priors import StandardNormalPrior
+        >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
+        >>> estimate_log_likelihood(vae, torch.zeros(5, 16), num_samples=50).shape
+        torch.Size([5])
+    """
+    return importance_estimate(model, images, num_samples, seed, progress, precision, compiled).log_p_x
+
+
+@torch.no_grad()
+def importance_estimate(
+    model: VAE,
+    images: Tensor,
+    num_samples: int = 5_000,
+    seed: int = 0,
+    progress: Progress | None = None,
+    precision: str = "fp32",
+    compiled: bool = False,
+) -> LikelihoodEstimate:
+    """Returns the importance-weighted bound on log p(x) of every image, nats (Burda et al. 2016, eq. 8), and its worth.
+
+    Encoder, flow parameters and pseudo-inputs are computed once for each image, and the decoder sees a bounded number
+    of samples at a time, so that memory grows with `num_samples` by one number for each sample of a few images.
 
     Args:
         model: the VAE, on the device of the images.
@@ -135,35 +211,33 @@ def estimate_log_likelihood(
         >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
         >>> from popgen.nn.priors import StandardNormalPrior
         >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
-        >>> estimate_log_likelihood(vae, torch.zeros(5, 16), num_samples=50).shape
-        torch.Size([5])
+        >>> list(importance_estimate(vae, torch.zeros(5, 16), num_samples=200).bounds)
+        [1, 10, 100, 200]
     """
     check_integer("num_samples", num_samples, minimum=1)
 
-    def bound_of_block(x: Tensor, encoded: Encoded, noise: Tensor) -> Tensor:
-        return iwae(model.log_densities(x, encoded, noise).log_w)
+    def log_w_of_block(x: Tensor, encoded: Encoded, noise: Tensor) -> Tensor:
+        return model.log_densities(x, encoded, noise).log_w
 
     if compiled:
-        bound_of_block = compile_or_fall_back(bound_of_block)
+        log_w_of_block = compile_or_fall_back(log_w_of_block)
     samples_at_once = min(num_samples, NOISE_BLOCK)
     images_at_once = max(1, ROWS_IN_FLIGHT.get(images.device.type, ROWS_IN_FLIGHT["cpu"]) // samples_at_once)
-    bounds = []
+    estimates = []
     for start in range(0, len(images), images_at_once):
         x = as_values(images[start : start + images_at_once])
         indices = range(start, start + len(x))
+        blocks = []
         with matrix_products(precision, x.device):
             encoded = model.encode(x)
-            block_bounds, block_sizes = [], []
             for block, first in enumerate(range(0, num_samples, samples_at_once)):
                 size = min(samples_at_once, num_samples - first)
                 noise = image_noise(indices, size, model.latent_dim, block, seed, x.device).to(x)
-                block_bounds.append(bound_of_block(x, encoded, noise))
-                block_sizes.append(size)
-        weights = torch.tensor(block_sizes, device=x.device, dtype=x.dtype).log() - math.log(num_samples)
-        bounds.append(torch.logsumexp(torch.stack(block_bounds) + weights[:, None], dim=0))
+                blocks.append(log_w_of_block(x, encoded, noise))
+        estimates.append(LikelihoodEstimate.of(torch.cat(blocks)))
         if progress is not None:
-            progress(bounds[-1])
-    return torch.cat(bounds)
+            progress(estimates[-1].log_p_x)
+    return LikelihoodEstimate.concatenate(estimates)
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ class VQVAEEvaluator(ImageEvaluator):
         progress: Progress | None = None,
         precision: str = "fp32",
         compiled: bool = False,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Results]:
         """Returns the evidence lower bound of every image, which one sample gives exactly.
 
         Raises:
@@ -133,7 +133,7 @@ class VQVAEEvaluator(ImageEvaluator):
                 bound = evaluate_elbo(model, images, seed)["elbo"]
         if progress is not None:
             progress(bound)
-        return bound
+        return bound, {}
 
     def statistics(self, model: VQVAE, data: ImageData, images: Tensor, parts: Mapping[str, Tensor]) -> Results:
         """Returns the use of the codes, and the bound under a categorical prior for each position."""

@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import popgen
 from popgen.datasets.images import ImageData
 from popgen.errors import ArgumentError
-from popgen.evaluation.likelihood import estimate_log_likelihood, evaluate_elbo
+from popgen.evaluation.evaluator import VAEEvaluator
+from popgen.evaluation.likelihood import estimate_log_likelihood, evaluate_elbo, importance_estimate
 from popgen.experiment import Experiment, evaluate_model
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.priors import GaussianMixturePrior
@@ -24,6 +25,7 @@ from popgen.training.run_directory import RunDirectory
 KEYS = {
     *("log_p_x", "log_p_x_standard_error", "elbo", "elbo_standard_error", "reconstruction", "kl"),
     *("log_q_z_given_x", "log_p_z", "log_det", "active_units"),
+    *("log_p_x_of_1_samples", "log_p_x_of_7_samples", "monte_carlo_error", "effective_sample_size_median"),
     *("num_samples", "num_examples", "step", "split", "seed"),
     *(
         "dataset",
@@ -89,6 +91,30 @@ def test_values(experiment: Experiment) -> None:
     expected |= {"popgen_version": popgen.__version__, "torch_version": torch.__version__}
     assert {name: record[name] for name in expected} == expected
     assert record["seconds"] >= 0 and record["active_units"] in (0, 1, 2)
+    assert record["log_p_x_of_1_samples"] < record["log_p_x_of_7_samples"] == record["log_p_x"]
+    assert record["monte_carlo_error"] > 0.0 and 1.0 < record["effective_sample_size_median"] < 7.0
+
+
+def test_evidence_of_many_samples(experiment: Experiment) -> None:
+    """Means over images of what `importance_estimate` says of each, the worst images first, and a warning of them."""
+    data = Noise().load()
+    record = evaluate_model(experiment, experiment.model, data, 200, None, step=40)
+    estimate = importance_estimate(experiment.model, data.test, 200, seed=5)
+    for size, bound in estimate.bounds.items():
+        assert record[f"log_p_x_of_{size}_samples"] == pytest.approx(bound.double().mean().item())
+    assert list(estimate.bounds) == [1, 10, 100, 200]
+    errors = estimate.monte_carlo_error.double().numpy()
+    assert record["monte_carlo_error"] == pytest.approx(np.sqrt((errors**2).sum()) / 10)
+    shapes = estimate.pareto_shape
+    assert record["pareto_shape_median"] == shapes.median().item()
+    assert record["worst_images"] == shapes.argsort(descending=True).tolist()
+    assert record["images_of_reliable_pareto_shape"] == 10
+    described = VAEEvaluator().describe(record)
+    assert "(1), " in described and "(200)" in described and "below 0.7 for 10 of 10 images" in described
+    assert "warning" not in described
+    worse = VAEEvaluator().describe({**record, "images_of_reliable_pareto_shape": 8})
+    assert f"not to be believed for 2 images, such as {record['worst_images'][0]}, " in worse
+    assert "k̂" not in VAEEvaluator().describe(evaluate_model(experiment, experiment.model, data, 7, None, step=1))
 
 
 def test_a_record_can_be_repeated(experiment: Experiment) -> None:
