@@ -3,6 +3,8 @@
 from absl import flags
 
 from launch import command
+from popgen.errors import check_integer
+from popgen.evaluation.annealed import check_by_annealing, describe_check
 from popgen.execution import PRECISIONS
 from popgen.experiment import evaluate_model, prepare
 from popgen.summaries import Writer
@@ -16,11 +18,15 @@ flags.DEFINE_integer("num_samples", None, "Samples for each example; default 5,0
 flags.DEFINE_integer("num_examples", None, "Test examples, from the first; default all.")
 flags.DEFINE_alias("num_images", "num_examples")
 flags.DEFINE_enum("precision", "fp32", PRECISIONS, "Of the networks' matrix products.")
+flags.DEFINE_integer("annealed_images", 0, "Of a VAE: how many to check by annealed importance sampling.")
+flags.DEFINE_integer("num_temperatures", 1_000, "Of that check.")
+flags.DEFINE_integer("num_chains", 16, "Of that check, for each image.")
 flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
 
 
 def main() -> None:
     """Evaluates a checkpoint and prints, logs and writes the record."""
+    check_integer("annealed_images", FLAGS.annealed_images, minimum=0)
     directory, loaded = command.existing_run(FLAGS.run_dir)
     experiment = loaded.experiment
     tensors = directory.load_checkpoint(FLAGS.checkpoint)
@@ -29,10 +35,15 @@ def main() -> None:
     num_samples = experiment.evaluator.default_num_samples if FLAGS.num_samples is None else FLAGS.num_samples
     record = evaluate_model(experiment, model, data, num_samples, FLAGS.num_examples, tensors["step"], FLAGS.precision)
     record.update(checkpoint=FLAGS.checkpoint, weights=FLAGS.weights)
+    described = experiment.evaluator.describe(record)
+    if FLAGS.annealed_images:
+        images = data.test[: min(FLAGS.annealed_images, record["num_examples"])]
+        record |= check_by_annealing(model, images, num_samples, FLAGS.num_temperatures, FLAGS.num_chains)
+        described += "\n" + describe_check(record)
     writer = Writer(directory.path)
     path = write_record(directory, writer, record, experiment.evaluator.headline)
     writer.close()
-    print(experiment.evaluator.describe(record))
+    print(described)
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in data.facts().items())
     print(f"step {record['step']}, {FLAGS.weights} weights, {facts}: {path}")
 

@@ -121,6 +121,22 @@ def test_evaluate_prints_logs_and_writes_the_record(trained):
     assert events.Scalars("evaluation/log_p_x")[-1].value == pytest.approx(record["log_p_x"], rel=1e-6)
 
 
+def test_evaluate_checks_itself_by_annealing(trained):
+    arguments = (
+        "--num_samples=20",
+        "--num_examples=7",
+        "--annealed_images=5",
+        "--num_temperatures=4",
+        "--num_chains=2",
+    )
+    printed = trained.succeed("evaluate", "--run_dir=run", *arguments)
+    (path,) = (trained.path / "run").glob("evaluation_*20x7.json")
+    record = json.loads(path.read_text())
+    assert record["annealed_num_images"] == 5 and record["simulated_lower"] < record["simulated_upper"]
+    assert f"{record['annealed_log_p_x']:.3f}" in printed and "simulated images" in printed
+    assert "annealed_images must be" in trained.fail("evaluate", "--run_dir=run", "--annealed_images=-1")
+
+
 def test_evaluate_by_checkpoint_and_averaged_weights(trained):
     records = []
     for arguments in (["--checkpoint=latest"], ["--checkpoint=latest", "--weights=averaged"]):

@@ -1,0 +1,188 @@
+"""Annealed importance sampling against linear-Gaussian models, whose log p(x) is known; and against the other bound."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from popgen.errors import ArgumentError
+from popgen.evaluation.annealed import (
+    Target,
+    anneal,
+    annealed_estimate,
+    check_by_annealing,
+    describe_check,
+    simulated_sandwich,
+    temperatures,
+)
+from popgen.evaluation.likelihood import estimate_log_likelihood
+from popgen.losses import iwae
+from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+from popgen.nn.priors import GaussianMixturePrior, StandardNormalPrior
+from popgen.nn.vamp_prior import VampPrior
+
+LATENT, COUNT = 3, 4
+WEIGHT = 0.6 * torch.randn(5, LATENT, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+NOISE = 1.0
+POSTERIOR_COVARIANCE = torch.linalg.inv(torch.eye(LATENT).double() + WEIGHT.T @ WEIGHT / NOISE**2)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def observations(seed: int = 1) -> torch.Tensor:
+    z = torch.randn(COUNT, LATENT, generator=generator(seed), dtype=torch.float64)
+    return z @ WEIGHT.T + NOISE * torch.randn(COUNT, 5, generator=generator(seed + 1), dtype=torch.float64)
+
+
+def gaussian(x: torch.Tensor) -> tuple[Target, torch.Tensor]:
+    """Returns z ~ N(0, I), x | z ~ N(W z, s² I), and log p(x)."""
+    constant = -0.5 * 5 * math.log(2 * math.pi * NOISE**2)
+    target = Target(
+        lambda z: -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1),
+        lambda z: constant - 0.5 * (x - z @ WEIGHT.T).square().sum(-1) / NOISE**2,
+    )
+    covariance = WEIGHT @ WEIGHT.T + NOISE**2 * torch.eye(5).double()
+    return target, MultivariateNormal(torch.zeros(5).double(), covariance).log_prob(x)
+
+
+def prior_draws(chains: int, seed: int) -> torch.Tensor:
+    return torch.randn(chains, COUNT, LATENT, generator=generator(seed), dtype=torch.float64)
+
+
+def posterior_draws(x: torch.Tensor, chains: int, seed: int) -> torch.Tensor:
+    mean = x @ WEIGHT @ POSTERIOR_COVARIANCE / NOISE**2
+    return mean + prior_draws(chains, seed) @ torch.linalg.cholesky(POSTERIOR_COVARIANCE).T
+
+
+def test_temperatures() -> None:
+    betas = temperatures(100)
+    assert betas[0] == 0.0 and betas[-1] == 1.0 and bool((betas.diff() > 0).all()) and len(betas) == 101
+    torch.testing.assert_close(betas + betas.flip(0), torch.ones(101, dtype=torch.float64))
+    assert betas.diff()[0] < 0.1 * betas.diff()[50]
+
+
+def test_transitions_leave_their_density_as_it_is() -> None:
+    """Chains that begin in the posterior stay in it: mean and covariance after twenty transitions at β = 1."""
+    x = observations()
+    target, _ = gaussian(x)
+    start = posterior_draws(x, 8_000, seed=3)
+    sizes = torch.full((20, COUNT), 0.25, dtype=torch.float64)
+    chains = anneal(target, start, torch.ones(21), generator(4), num_leapfrog_steps=4, step_sizes=sizes)
+    mean = x @ WEIGHT @ POSTERIOR_COVARIANCE / NOISE**2
+    assert 0.3 < chains.acceptance.mean() < 0.999, "the acceptance has something to mend"
+    assert not torch.equal(chains.z, start)
+    deviations = POSTERIOR_COVARIANCE.diagonal().sqrt()
+    assert ((chains.z.mean(0) - mean) / deviations).abs().max() < 5 / math.sqrt(8_000)
+    for example in range(COUNT):
+        found = chains.z[:, example].T.cov()
+        torch.testing.assert_close(found, POSTERIOR_COVARIANCE, atol=0.08 * float(deviations.max()) ** 2, rtol=0.0)
+
+
+@pytest.mark.parametrize("num_temperatures", [3, 30])
+def test_weights_are_unbiased_both_ways(num_temperatures: int) -> None:
+    """E w = p(x) forward and E 1/w = 1 / p(x) backward, however few the temperatures, to five standard errors."""
+    x = observations()
+    target, log_p = gaussian(x)
+    betas = temperatures(num_temperatures)
+    tuned = anneal(target, prior_draws(500, 5), betas, generator(6), 4).step_sizes
+    forward = anneal(target, prior_draws(8_000, 7), betas, generator(8), 4, tuned)
+    backward = anneal(target, posterior_draws(x, 8_000, 9), betas, generator(10), 4, tuned, backward=True)
+    both = [(forward.log_w - log_p).exp(), (log_p - backward.log_w).exp()]
+    for ratios in both if num_temperatures > 3 else both[:1]:  # with few, 1/w has no variance
+        errors = ratios.std(0) / math.sqrt(len(ratios))
+        assert errors.max() < 0.1 and ((ratios.mean(0) - 1.0) / errors).abs().max() < 5.0
+    assert (forward.log_w.mean(0) < log_p).all() and (backward.log_w.mean(0) > log_p).all()
+
+
+def test_many_temperatures_find_the_answer_and_the_two_bounds_meet() -> None:
+    x = observations()
+    target, log_p = gaussian(x)
+    betas = temperatures(200)
+    tuned = anneal(target, prior_draws(50, 5), betas, generator(6)).step_sizes
+    lower = iwae(anneal(target, prior_draws(50, 7), betas, generator(8), step_sizes=tuned).log_w)
+    start = posterior_draws(x, 50, 9)
+    upper = -iwae(-anneal(target, start, betas, generator(10), step_sizes=tuned, backward=True).log_w)
+    torch.testing.assert_close(lower, log_p, atol=0.12, rtol=0.0)
+    torch.testing.assert_close(upper, log_p, atol=0.12, rtol=0.0)
+
+
+def test_step_sizes_are_tuned_to_the_acceptance() -> None:
+    """From one far too small or far too large, for examples of different scales."""
+    scales = torch.tensor([0.01, 1.0, 100.0], dtype=torch.float64)
+    target = Target(
+        lambda z: -0.5 * (z / scales[:, None]).square().sum(-1), lambda z: torch.zeros(z.shape[:-1], dtype=z.dtype)
+    )
+    start = scales[:, None] * torch.randn(64, 3, 10, generator=generator(0), dtype=torch.float64)
+    chains = anneal(target, start, temperatures(200), generator(1))
+    assert (chains.acceptance[-100:].mean(0) - 0.65).abs().max() < 0.06
+    ratios = chains.step_sizes[-1] / scales
+    assert ratios.max() / ratios.min() < 1.5
+    assert bool((chains.log_w == 0.0).all())
+
+
+PRIORS = {
+    "standard": StandardNormalPrior,
+    "mixture": lambda: GaussianMixturePrior(4, 2, initial_std=2.0),
+    "vamp": lambda: VampPrior(16, num_components=4),
+}
+
+
+def make_vae(prior: str) -> VAE:
+    torch.manual_seed(0)
+    vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), PRIORS[prior]())
+    with torch.no_grad():
+        for parameter in vae.decoder.parameters():
+            parameter.mul_(2.0)
+    return vae.double()
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_it_agrees_with_the_importance_weighted_bound(prior: str) -> None:
+    vae, images = make_vae(prior), torch.rand(5, 16, generator=generator(1), dtype=torch.float64).round()
+    found, chains = annealed_estimate(vae, images, num_temperatures=60, num_chains=30, seed=3)
+    torch.testing.assert_close(found, estimate_log_likelihood(vae, images, 20_000), atol=0.2, rtol=0.0)
+    assert chains.log_w.shape == (30, 5) and 0.4 < chains.acceptance.mean() < 0.9
+    again, _ = annealed_estimate(vae, images, num_temperatures=60, num_chains=30, seed=3)
+    assert torch.equal(found, again) and not found.requires_grad
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_simulated_images_are_bounded_from_both_sides(prior: str) -> None:
+    vae = make_vae(prior)
+    sandwich = simulated_sandwich(vae, count=40, num_temperatures=60, num_chains=10)
+    assert set(sandwich.images.unique().tolist()) == {0.0, 1.0}
+    below = estimate_log_likelihood(vae, sandwich.images, 5_000).mean()  # this encoder knows nothing of mixtures
+    assert below - 0.05 < sandwich.lower.mean() < sandwich.upper.mean()
+    gap = (sandwich.upper - sandwich.lower).mean()
+    assert gap < {"standard": 0.1, "vamp": 0.1, "mixture": 0.8}[prior]
+    coarse = simulated_sandwich(vae, count=40, num_temperatures=2, num_chains=1)
+    assert (coarse.upper - coarse.lower).mean() > 2 * gap
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_the_check_compares_means_of_the_same_images() -> None:
+    vae, images = make_vae("standard"), torch.rand(6, 16, generator=generator(1), dtype=torch.float64).round()
+    found = check_by_annealing(vae, images, num_samples=500, num_temperatures=20, num_chains=5, seed=2)
+    annealed, _ = annealed_estimate(vae, images, 20, 5, seed=2)
+    weighted = estimate_log_likelihood(vae, images, 500, seed=2)
+    assert found["annealed_log_p_x"] == pytest.approx(annealed.mean().item())
+    assert found["annealed_minus_importance"] == pytest.approx((annealed - weighted).mean().item())
+    error = (annealed - weighted).std().item() / math.sqrt(6)
+    assert found["annealed_minus_importance_standard_error"] == pytest.approx(error)
+    assert found["simulated_lower"] - 0.5 < found["simulated_importance"] < found["simulated_upper"] + 0.5
+    assert f"{found['annealed_log_p_x']:.3f}" in describe_check(found)
+    with pytest.raises(ArgumentError, match="annealing takes a VAE, and the model is a Linear"):
+        check_by_annealing(torch.nn.Linear(2, 2), images, 5, 5, 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_what_does_not_fit_is_one_line() -> None:
+    vae, images = make_vae("standard"), torch.zeros(2, 16, dtype=torch.float64)
+    for name in ("num_temperatures", "num_chains", "num_leapfrog_steps"):
+        with pytest.raises(ArgumentError, match=f"{name} must be an integer of at least 1, got 0"):
+            annealed_estimate(vae, images, **{name: 0})
+    with pytest.raises(ArgumentError, match="count must be an integer of at least 1, got 0"):
+        simulated_sandwich(vae, count=0)
