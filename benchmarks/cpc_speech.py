@@ -18,6 +18,7 @@ from typing import NamedTuple
 from benchmarks.measure import table as markdown
 
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
+TRAINED = ("context", "encoding")  # the representations that depend on the negatives of a run
 NEGATIVES = {"batch": [], "speaker": ["CPC.negatives = 'speaker'", "CPC.label = 'speaker'"]}
 
 
@@ -88,8 +89,7 @@ def accuracies(folder: pathlib.Path, run: Run) -> dict[str, float] | None:
         return None
     which = "unseen_accuracy" if run.left_out else "accuracy"
     found = {row["representation"]: row[which] for row in json.loads(paths[-1].read_text())["rows"]}
-    plain = {name: value for name, value in found.items() if name.startswith("log-mel")}
-    return plain | {f"{name}, negatives of the {run.negatives}": found[name] for name in found if name not in plain}
+    return {f"{name}, negatives of the {run.negatives}" if name in TRAINED else name: found[name] for name in found}
 
 
 def summary(folder: pathlib.Path, seeds: int) -> list[dict]:
@@ -103,7 +103,7 @@ def summary(folder: pathlib.Path, seeds: int) -> list[dict]:
             else:
                 speakers.setdefault(name, {})[run.seed] = value
     rows = []
-    for name in dict.fromkeys((*speakers, *digits)):
+    for name in sorted({*speakers, *digits}, key=order):
         each = digits.get(name, {})
         complete = [seed for seed in range(seeds) if all(seed in each.get(who, {}) for who in SPEAKERS)]
         rows.append(
@@ -125,6 +125,11 @@ def probed(folder: pathlib.Path, seeds: int) -> Iterator[tuple[Run, dict[str, fl
                 found = accuracies(folder, run := Run(negatives, left_out, seed))
                 if found is not None:
                     yield run, found
+
+
+def order(name: str) -> tuple[bool, bool, str]:
+    """Returns the place of a representation: what was trained, then the plain features, then what was not trained."""
+    return "untrained" in name, name.startswith("log-mel"), name
 
 
 def text(rows: list[dict]) -> str:
