@@ -133,7 +133,7 @@ def _generalised_pareto_shape(excesses: Float[Tensor, "tail count"]) -> Float[Te
     thetas = 1.0 / excesses[-1].clamp_min(torch.finfo(excesses.dtype).tiny) + (
         1.0 - (num_points / (places - 0.5)).sqrt()
     ) / (3.0 * quartile)
-    shapes = torch.stack([torch.log1p(-theta * excesses).mean(0) for theta in thetas])
+    shapes = torch.log1p(-thetas[:, None] * excesses).mean(1)
     log_likelihoods = count * ((-thetas / shapes).log() - shapes - 1.0)
     theta = (log_likelihoods.softmax(0) * thetas).sum(0)
     shape = torch.log1p(-theta * excesses).mean(0)
