@@ -65,3 +65,26 @@ def iwae(log_w: Float[Tensor, "samples batch"]) -> Float[Tensor, " batch"]:
     if len(log_w) == 0:
         raise ArgumentError(f"log_w must hold at least one sample, got shape {tuple(log_w.shape)}")
     return torch.logsumexp(log_w, dim=0) - math.log(len(log_w))
+
+
+def doubly_reparameterised_weights(
+    log_w: Float[Tensor, "samples batch"], beta: float | Tensor = 1.0
+) -> Float[Tensor, "samples batch"]:
+    """Returns by what the path gradient of each sample is multiplied, beyond its share of the importance-weighted bound.
+
+        ∇_φ E log 1/K Σ_k w_k = E Σ_k w̄_k (1 - β + β w̄_k) ∂log w_k/∂z_k ∇_φ z_k,   w̄_k = w_k / Σ_j w_j
+
+    At β = 1 these are eqs. 7 and 8 of Tucker et al. 2019 (https://arxiv.org/abs/1810.04152): the score function of q is
+    reparameterised once more and gives the second w̄_k. With w_k = p(x|z_k) (p(z_k) / q(z_k|x))^β it comes β times, and
+    so a part of 1 - β remains.
+
+    Args:
+        log_w: log importance weights, of the KL weight β too, shape `(samples, batch)`.
+        beta: weight of the KL term.
+
+    Example:
+        >>> doubly_reparameterised_weights(torch.tensor([[0.0], [0.0]]))
+        tensor([[0.5000],
+                [0.5000]])
+    """
+    return 1.0 - beta + beta * torch.softmax(log_w, dim=0)

@@ -162,25 +162,61 @@ class VAE(ImageModel):
         self, x: Float[Tensor, "batch input"], encoded: Encoded, noise: Float[Tensor, "samples batch latent"]
     ) -> LogDensities:
         """Returns the terms of the bounds at the samples that the noise makes."""
-        z, log_q_z_given_x = encoded.posterior.sample_and_log_density(noise)
-        log_det = torch.zeros_like(log_q_z_given_x)
-        if encoded.bijection is not None:
-            z, log_det = encoded.bijection.forward_and_log_det(z)
+        z, log_q_z_given_x, log_det = _posterior_sample(encoded, noise)
         return LogDensities(
             log_p_x_given_z=self.decoder(z).log_density(x),
             log_p_z=encoded.prior.log_density(z),
-            log_q_z_given_x=log_q_z_given_x - log_det,
+            log_q_z_given_x=log_q_z_given_x,
             log_det=log_det,
         )
 
-    def forward(self, x: Float[Tensor, "batch input"], noise: Float[Tensor, "samples batch latent"]) -> LogDensities:
+    def path_log_densities(
+        self,
+        x: Float[Tensor, "batch input"],
+        encoded: Encoded,
+        noise: Float[Tensor, "samples batch latent"],
+        path_weights: Float[Tensor, "samples batch"],
+    ) -> LogDensities:
+        """Returns the same terms as `log_densities`, with the gradients of path-derivative estimators.
+
+        The parameters of q are held in log q(z|x), which then has a gradient through the sample alone:
+        ∇_z log q(z|x) times that of z (Roeder et al. 2017, https://arxiv.org/abs/1703.09194). Where the encoder makes a
+        VampPrior, that use of it belongs to the prior and keeps its gradient.
+
+        Args:
+            x: images.
+            encoded: what `encode` returned for them.
+            noise: standard normal.
+            path_weights: by which all gradients through each sample are multiplied; those of the decoder and the prior
+                at the sample are not.
+        """
+        z, log_q_z_given_x, log_det = _posterior_sample(encoded, noise)
+        z = _WeightedGradient.apply(z, path_weights)
+        along_path = ((z - z.detach()) * _posterior_score(encoded, noise)).sum(-1)  # 0, with the path's gradient
+        return LogDensities(
+            log_p_x_given_z=self.decoder(z).log_density(x),
+            log_p_z=encoded.prior.log_density(z),
+            log_q_z_given_x=log_q_z_given_x.detach() + along_path,
+            log_det=log_det.detach(),
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch input"],
+        noise: Float[Tensor, "samples batch latent"],
+        path_weights: Float[Tensor, "samples batch"] | None = None,
+    ) -> LogDensities:
         """Returns the terms of the bounds.
 
         Args:
             x: images, shape `(batch, input_dim)`.
             noise: standard normal, shape `(samples, batch, latent_dim)`.
+            path_weights: None for ordinary gradients; else those of `path_log_densities`, and the same values.
         """
-        return self.log_densities(x, self.encode(x), noise)
+        encoded = self.encode(x)
+        if path_weights is None:
+            return self.log_densities(x, encoded, noise)
+        return self.path_log_densities(x, encoded, noise, path_weights)
 
     def latent_code(self, x: Float[Tensor, "batch input"]) -> Float[Tensor, "batch latent"]:
         """Returns one latent point for each image: the posterior mean, moved by the flow."""
@@ -209,3 +245,39 @@ class VAE(ImageModel):
             size = getattr(part, name.split(".")[1], None)  # a part of one's own need not state its sizes
             if size is not None and wanted is not None and size != wanted:
                 raise ArgumentError(f"VAE: {name} is {size}, but {reference} is {wanted}; the two must be equal")
+
+
+def _posterior_sample(encoded: Encoded, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns z, log q(z|x) and the log-determinant of the flow."""
+    z, log_q_z_given_x = encoded.posterior.sample_and_log_density(noise)
+    if encoded.bijection is None:
+        return z, log_q_z_given_x, torch.zeros_like(log_q_z_given_x)
+    z, log_det = encoded.bijection.forward_and_log_det(z)
+    return z, log_q_z_given_x - log_det, log_det
+
+
+@torch.no_grad()
+def _posterior_score(encoded: Encoded, noise: Tensor) -> Tensor:
+    """Returns ∇_z log q(z|x) at the sample that the noise makes, without a gradient of its own."""
+    score = -noise * torch.exp(-0.5 * encoded.posterior.log_var)
+    if encoded.bijection is None:
+        return score
+    return encoded.bijection.push_score(encoded.posterior.sample(noise), score)
+
+
+class _WeightedGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a weight for each sample."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, weights: Tensor) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.saved_tensors[0][..., None], None

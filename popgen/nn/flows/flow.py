@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from popgen.errors import ArgumentError
+
 
 class Bijection(abc.ABC):
     """An invertible map of the latent space, one for each example of a batch."""
@@ -24,6 +26,21 @@ class Bijection(abc.ABC):
     @abc.abstractmethod
     def inverse(self, z: Float[Tensor, "samples batch latent"]) -> Float[Tensor, "samples batch latent"]:
         """Returns the point that `forward_and_log_det` maps to `z`."""
+
+    def push_score(
+        self, z: Float[Tensor, "samples batch latent"], score: Float[Tensor, "samples batch latent"]
+    ) -> Float[Tensor, "samples batch latent"]:
+        """Returns the gradient of the log density of f(z) at f(z), where that of z is `score` at z.
+
+            ∇ log q(f(z)) = J⁻ᵀ (∇ log q(z) - ∇ log |det J|),   J = ∂f/∂z
+
+        which path-derivative gradients take (Vaitl et al. 2022, https://arxiv.org/abs/2207.08219); the parameters of
+        the map are held, and no gradient passes through the result. A map without it trains by other objectives.
+
+        Raises:
+            ArgumentError: if the map has no such method.
+        """
+        raise ArgumentError(f"{type(self).__name__} has no push_score, which objectives with a path derivative need")
 
 
 class PosteriorFlow(nn.Module, abc.ABC):

@@ -49,11 +49,9 @@ class HouseholderSylvesterBijection(Bijection):
         points = z.transpose(0, 1)  # rows of one example side by side: (batch, samples, latent)
         log_det = torch.zeros_like(points[..., 0])
         with full_precision(z.device):
-            for v, w, upper, lower, r, r_tilde, bias in self._transformations():
-                rotated = points - (points @ v.mT) @ w  # Qᵀ z
-                hidden = torch.tanh(rotated @ lower + rotated * r_tilde + bias)
-                residual = hidden @ upper.mT + hidden * r
-                points = points + residual - (residual @ w.mT) @ v  # z + Q R h
+            for transformation in self._transformations():
+                _, _, _, _, r, r_tilde, _ = transformation
+                points, hidden = _transformed(points, *transformation)
                 log_det = log_det + torch.log1p((1.0 - hidden.square()) * (r * r_tilde)).sum(-1)
         return points.transpose(0, 1), log_det.T
 
@@ -78,10 +76,44 @@ class HouseholderSylvesterBijection(Bijection):
                 points = rotated - (rotated @ w.mT) @ v  # Q u
         return points.transpose(0, 1)
 
+    @torch.no_grad()
+    def push_score(
+        self, z: Float[Tensor, "samples batch latent"], score: Float[Tensor, "samples batch latent"]
+    ) -> Float[Tensor, "samples batch latent"]:
+        """Returns the score at the transformed points; each transformation solves one triangular system.
+
+        With u = Qᵀ z and h = tanh(·), the Jacobian is Q (I + R diag(h') R̃) Qᵀ, whose middle is upper triangular, and
+        its log-determinant falls by 2 h_i h_i' r_ii r̃_ii / (1 + h_i' r_ii r̃_ii) along row i of R̃ Qᵀ.
+        """
+        points, scores = z.transpose(0, 1), score.transpose(0, 1)
+        with full_precision(z.device):
+            for transformation in self._transformations():
+                v, w, upper, lower, r, r_tilde, _ = transformation
+                points, hidden = _transformed(points, *transformation)
+                slope = 1.0 - hidden.square()
+                per_row = -2.0 * hidden * slope * (r * r_tilde) / (1.0 + slope * (r * r_tilde))
+                grown = scores - (scores @ v.mT) @ w - (per_row @ lower.mT + per_row * r_tilde)  # in the frame of u
+                left, right = upper + torch.diag_embed(r[:, 0]), lower.mT + torch.diag_embed(r_tilde[:, 0])
+                middle = (left[:, None] * slope[..., None, :]) @ right[:, None]
+                middle.diagonal(dim1=-2, dim2=-1).add_(1.0)
+                solved = torch.linalg.solve_triangular(middle.mT, grown[..., None], upper=False)[..., 0]
+                scores = solved - (solved @ w.mT) @ v
+        return scores.transpose(0, 1)
+
     def _transformations(self):
         """Returns the parameters of one transformation after another; vectors as rows, `(batch, 1, latent)`."""
         rows = (self.upper_diagonal[:, :, None], self.lower_diagonal[:, :, None], self.bias[:, :, None])
         return list(zip(self.reflectors, self.solved_reflectors, self.upper, self.lower, *rows, strict=True))
+
+
+def _transformed(
+    points: Tensor, v: Tensor, w: Tensor, upper: Tensor, lower: Tensor, r: Tensor, r_tilde: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns z + Q R h and h = tanh(R̃ Qᵀ z + b), for points z of shape `(batch, samples, latent)`."""
+    rotated = points - (points @ v.mT) @ w  # Qᵀ z
+    hidden = torch.tanh(rotated @ lower + rotated * r_tilde + bias)
+    residual = hidden @ upper.mT + hidden * r  # R h
+    return points + residual - (residual @ w.mT) @ v, hidden
 
 
 class HouseholderSylvesterFlow(PosteriorFlow):

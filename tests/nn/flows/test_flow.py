@@ -135,6 +135,35 @@ def test_log_det_gets_the_right_gradient(make_flow: Factory) -> None:
     torch.autograd.gradcheck(lambda c, point: flow(c).forward_and_log_det(point), (context, z))
 
 
+@every_size
+def test_score_is_pushed_by_the_transposed_inverse_of_the_jacobian(make_flow: Factory) -> None:
+    """J⁻ᵀ (score - ∇ log det), with the full Jacobian and the gradient from automatic differentiation."""
+    bijection = make_flow()(make_context(3).requires_grad_())
+    z, score = make_points(5, 3).requires_grad_(), make_points(5, 3)
+    (rise,) = torch.autograd.grad(bijection.forward_and_log_det(z)[1].sum(), z)
+    expected = torch.linalg.solve(jacobian(bijection, z.detach()).mT, score - rise)
+    pushed = bijection.push_score(z, score)
+    assert not pushed.requires_grad
+    assert (pushed - score).abs().max() > 0.1
+    torch.testing.assert_close(pushed, expected, rtol=1e-7, atol=1e-7)
+
+
+@both_flows
+def test_score_is_the_slope_of_the_density(make_flow: Factory) -> None:
+    """Finite differences of the density of moved noise, which the inverse gives, need no Jacobian at all."""
+    bijection = make_flow()(make_context(2))
+    z, width = make_points(3, 2), 1e-5
+
+    def log_density(moved: Tensor) -> Tensor:
+        origin = bijection.inverse(moved)
+        return -0.5 * origin.square().sum(-1) - bijection.forward_and_log_det(origin)[1]
+
+    moved, _ = bijection.forward_and_log_det(z)
+    steps = width * torch.eye(LATENT_DIM, dtype=z.dtype)
+    slopes = torch.stack([(log_density(moved + s) - log_density(moved - s)) / (2.0 * width) for s in steps], dim=-1)
+    torch.testing.assert_close(bijection.push_score(z, -z), slopes, rtol=1e-4, atol=1e-4)
+
+
 @both_flows
 def test_saved_flow_is_the_same_flow(make_flow: Factory) -> None:
     """A state dictionary holds all there is."""
