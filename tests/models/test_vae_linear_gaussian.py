@@ -13,6 +13,8 @@ from popgen.losses import elbo
 from popgen.models.vae import VAE
 from popgen.nn.flows import Bijection, PosteriorFlow
 from popgen.nn.priors import StandardNormalPrior
+from popgen.training.importance_objectives import DoublyReparameterisedIWAE, StickingTheLanding, VAEObjective
+from popgen.training.objectives import NegativeELBO
 
 INPUT_DIM, LATENT_DIM = 4, 2
 
@@ -57,6 +59,9 @@ class AffineBijection(Bijection):
 
     def inverse(self, z: Tensor) -> Tensor:
         return (z - self.shift) @ torch.linalg.inv(self.matrix).T
+
+    def push_score(self, z: Tensor, score: Tensor) -> Tensor:
+        return score @ torch.linalg.inv(self.matrix)
 
 
 class AffineFlow(PosteriorFlow):
@@ -223,3 +228,20 @@ def test_trained_vae_is_probabilistic_principal_components() -> None:
     log_p_x = marginal(model.decoder).log_prob(x)
     assert log_p_x.mean().item() == pytest.approx(best, abs=1e-5)
     torch.testing.assert_close(estimate_log_likelihood(model, x, num_samples=10), log_p_x, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("objective", [StickingTheLanding(num_samples=3), DoublyReparameterisedIWAE(num_samples=3)])
+@pytest.mark.parametrize("through_flow", [False, True])
+def test_at_an_exact_posterior_path_derivatives_have_no_noise(objective: VAEObjective, through_flow: bool) -> None:
+    """Every draw has a gradient of nought for the posterior, where that of the plain objective is all noise."""
+    model, x, noise = make_exact_vae(through_flow), make_data(7), torch.randn(3, 7, LATENT_DIM, dtype=torch.float64)
+    parameters = [*model.encoder.parameters(), *([] if model.flow is None else model.flow.parameters())]
+    settings = {"beta": torch.tensor(1.0, dtype=torch.float64)}
+
+    def size(objective: VAEObjective | NegativeELBO) -> float:
+        loss, _, _ = objective(model, x, noise, settings, {})
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return max(gradient.abs().max().item() for gradient in gradients if gradient is not None)
+
+    assert size(objective) < 1e-12
+    assert size(NegativeELBO(num_samples=3)) > 1e-2
