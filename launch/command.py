@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable
 
@@ -31,6 +32,12 @@ def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
             sys.exit(130)
 
     app.run(guarded)
+
+
+def as_typed() -> str:
+    """Returns the command that is running, with the module's name in place of the file's."""
+    module = pathlib.Path(sys.argv[0]).stem
+    return shlex.join(["python", "-m", f"launch.{module}", *sys.argv[1:]])
 
 
 def existing_run(run_dir: str) -> tuple[RunDirectory, config.LoadedConfig]:

@@ -3,12 +3,13 @@
 from absl import flags
 
 from launch import command
-from popgen.errors import check_integer
+from popgen.errors import UnfinishedEvaluationError, check_integer
 from popgen.evaluation.annealed import check_by_annealing, describe_check
+from popgen.evaluation.image_table import ImageTable, Shard
 from popgen.execution import PRECISIONS
-from popgen.experiment import evaluate_model, prepare
+from popgen.experiment import evaluate_model, first_examples, prepare
 from popgen.summaries import Writer
-from popgen.training.records import write_record
+from popgen.training.records import EvaluationFiles
 from popgen.training.weights import WEIGHTS, model_of_checkpoint
 
 FLAGS = flags.FLAGS
@@ -18,6 +19,7 @@ flags.DEFINE_integer("num_samples", None, "Samples for each example; default 5,0
 flags.DEFINE_integer("num_examples", None, "Test examples, from the first; default all.")
 flags.DEFINE_alias("num_images", "num_examples")
 flags.DEFINE_enum("precision", "fp32", PRECISIONS, "Of the networks' matrix products.")
+flags.DEFINE_string("shard", "1/1", "Which part of the images, such as 2/4; the last part to finish writes the record.")
 flags.DEFINE_integer("annealed_images", 0, "Of a VAE: how many to check by annealed importance sampling.")
 flags.DEFINE_integer("num_temperatures", 1_000, "Of that check.")
 flags.DEFINE_integer("num_chains", 16, "Of that check, for each image.")
@@ -33,19 +35,28 @@ def main() -> None:
     data, model = prepare(experiment, experiment.torch_device())
     model = model_of_checkpoint(model, tensors, FLAGS.weights)
     num_samples = experiment.evaluator.default_num_samples if FLAGS.num_samples is None else FLAGS.num_samples
-    record = evaluate_model(experiment, model, data, num_samples, FLAGS.num_examples, tensors["step"], FLAGS.precision)
-    record.update(checkpoint=FLAGS.checkpoint, weights=FLAGS.weights)
+    num_examples = len(first_examples(data, FLAGS.num_examples))
+    files = EvaluationFiles(directory.path, tensors["step"], FLAGS.weights, num_samples, num_examples)
+    table = ImageTable(files.images, Shard.parse(FLAGS.shard))
+    try:
+        record = evaluate_model(
+            experiment, model, data, num_samples, num_examples, tensors["step"], FLAGS.precision, table
+        )
+    except UnfinishedEvaluationError as unfinished:
+        print(unfinished)
+        return
+    record |= {"checkpoint": FLAGS.checkpoint, "weights": FLAGS.weights, "command": command.as_typed()}
     described = experiment.evaluator.describe(record)
     if FLAGS.annealed_images:
         images = data.test[: min(FLAGS.annealed_images, record["num_examples"])]
         record |= check_by_annealing(model, images, num_samples, FLAGS.num_temperatures, FLAGS.num_chains)
         described += "\n" + describe_check(record)
     writer = Writer(directory.path)
-    path = write_record(directory, writer, record, experiment.evaluator.headline)
+    files.write(writer, record, experiment.evaluator.headline)
     writer.close()
     print(described)
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in data.facts().items())
-    print(f"step {record['step']}, {FLAGS.weights} weights, {facts}: {path}")
+    print(f"step {record['step']}, {FLAGS.weights} weights, {facts}: {files.record}")
 
 
 if __name__ == "__main__":

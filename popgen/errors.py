@@ -36,6 +36,10 @@ class TrainingError(PopgenError):
     """Training that cannot go on, for example because the loss is no longer finite."""
 
 
+class UnfinishedEvaluationError(PopgenError):
+    """An evaluation whose other shards are not finished yet."""
+
+
 def reason_of(error: Exception, text: str | None = None) -> str:
     """Returns the first line of what an error says, without a stop at its end, or its name if it says nothing.
 

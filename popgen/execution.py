@@ -4,6 +4,8 @@ Networks obey the precision that is set; the values of densities and flows are a
 """
 
 import contextlib
+import os
+import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -149,6 +151,18 @@ def _values_and_gradients(function: Callable[..., Any], arguments: tuple) -> lis
     if leaves and values[0].requires_grad:
         gradients = torch.autograd.grad(values[0].sum(), leaves, allow_unused=True)
     return [*(value.detach() for value in values), *(gradient for gradient in gradients if gradient is not None)]
+
+
+def hardware(device: torch.device) -> str:
+    """Returns what a device is, in words.
+
+    Example:
+        >>> "cores" in hardware(torch.device("cpu"))
+        True
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} cores, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def record_cuda_graph(work: Callable[[], Any], generators: Iterable[torch.Generator] = ()) -> Recorded:

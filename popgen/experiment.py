@@ -4,7 +4,7 @@ Plain Python: Gin builds an `Experiment` once and is not seen again.
 """
 
 import dataclasses
-import math
+import platform
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,26 +15,25 @@ from tqdm import tqdm
 
 import popgen
 from popgen.datasets.data import Data, Dataset
-from popgen.errors import ArgumentError, TrainingError, check_choice, check_integer, check_number, reason_of
-from popgen.evaluation.evaluator import Evaluator, VAEEvaluator
-from popgen.evaluation.shown import Shown, save_shown, write_shown
-from popgen.execution import PRECISIONS, check_precision
+from popgen.errors import ArgumentError, check_choice, check_integer, check_number, reason_of
+from popgen.evaluation.evaluator import Evaluator, ImageEvaluator, VAEEvaluator
+from popgen.evaluation.image_table import ImageTable, Shard
+from popgen.evaluation.shown import save_shown
+from popgen.execution import PRECISIONS, check_precision, hardware
 from popgen.models.model import Model
 from popgen.optim.schedules import Schedule
-from popgen.streams import make_generator
 from popgen.summaries import Writer
 from popgen.training.captured_step import CapturedStep
 from popgen.training.loop import DrawBatch, Hooks, Step, train
 from popgen.training.objectives import NegativeELBO, Objective
-from popgen.training.records import write_record
+from popgen.training.recorder import Recorder
+from popgen.training.records import EvaluationFiles
 from popgen.training.run_directory import RunDirectory
 from popgen.training.state import (
     OptimizerFactory,
     TrainState,
     initial_state,
-    model_with_weights,
     state_from_tensors,
-    state_to_tensors,
 )
 from popgen.training.step import make_train_step
 from popgen.training.weights import initialise, model_of_checkpoint
@@ -229,7 +228,7 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
     device = experiment.torch_device()
     check_precision("Experiment.precision", experiment.precision, device)
     data, model = prepare(experiment, device)
-    _first_examples(data, experiment.final_num_examples)  # an error now rather than after the last step
+    final_examples = first_examples(data, experiment.final_num_examples)  # an error now rather than after the last step
     if not directory.has_checkpoint():
         initialise(model, experiment.pretrained, data.train, experiment.seed)
     state = first_state(experiment, model)
@@ -245,21 +244,34 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
         writer.text("operative_config", configuration.operative, state.step)
         compared = ["best/loss", *(f"evaluation/{name}" for name in experiment.evaluator.headline)]
         writer.hyper_parameters(configuration.settings, compared)
-        recorder = _Recorder(experiment, directory, writer, data, model)
-        state = train(state, *training_functions(experiment, model, data), experiment.num_steps, recorder.hooks())
+        recorder = Recorder(
+            experiment.evaluator,
+            experiment.selection_split,
+            experiment.seed,
+            experiment.eval_every,
+            experiment.num_steps,
+            directory,
+            writer,
+            data,
+            model,
+        )
+        hooks = Hooks(
+            log_every=experiment.log_every,
+            log=recorder.log,
+            eval_every=experiment.eval_every,
+            evaluate=recorder.evaluate,
+            checkpoint_every=experiment.checkpoint_every,
+            checkpoint=recorder.checkpoint,
+        )
+        state = train(state, *training_functions(experiment, model, data), experiment.num_steps, hooks)
         best = model_of_checkpoint(model, directory.load_checkpoint("best"))
-        save_shown(directory.samples_path / "best.png", _shown(experiment, best, data))
+        save_shown(directory.samples_path / "best.png", recorder.shown(best))
         if experiment.final_num_samples:
-            record = evaluate_model(
-                experiment,
-                best,
-                data,
-                experiment.final_num_samples,
-                experiment.final_num_examples,
-                state.best_step,
-            )
-            record |= {"checkpoint": "best", "weights": "raw"}
-            write_record(directory, writer, record, experiment.evaluator.headline)
+            num_samples, num_examples, step = experiment.final_num_samples, len(final_examples), state.best_step
+            files = EvaluationFiles(directory.path, step, "raw", num_samples, num_examples)
+            table = ImageTable(files.images)
+            record = evaluate_model(experiment, best, data, num_samples, num_examples, step, table=table)
+            files.write(writer, record | {"checkpoint": "best", "weights": "raw"}, experiment.evaluator.headline)
     finally:
         writer.close()
     return state
@@ -320,26 +332,34 @@ def evaluate_model(
     num_examples: int | None,
     step: int,
     precision: str = "fp32",
+    table: ImageTable | None = None,
 ) -> dict[str, Any]:
     """Returns the record of an evaluation on the test examples: its results, and what is needed to repeat it.
 
-    It is made at `precision`, whatever that of training was; the ELBO always at full.
+    It is made at `precision`, whatever that of training was; the ELBO always at full. A table keeps what is found of
+    every image, and is for models of images.
 
     Raises:
-        ArgumentError: if `num_samples`, `num_examples` or `precision` is outside its domain.
+        ArgumentError: if `num_samples`, `num_examples` or `precision` is outside its domain, or the table has several
+            shards and the model is not one of images.
+        UnfinishedEvaluationError: if other shards of the table are not finished.
 
     Example: `run` calls it.
     """
-    examples = _first_examples(data, num_examples)
+    examples = first_examples(data, num_examples)
     reference = next(model.parameters())
     check_precision("precision", precision, reference.device)
     evaluator, started = experiment.evaluator, time.perf_counter()
     evaluator.check_num_samples("num_samples", num_samples)
     with tqdm(total=len(examples), unit="example", disable=None, dynamic_ncols=True) as bar:
         progress = _show_mean(bar, evaluator.progress_text)
-        results = evaluator.evaluate(
-            model, data, examples, num_samples, experiment.seed, progress, precision, experiment.compile
-        )
+        arguments: Any = (model, data, examples, num_samples, experiment.seed, progress, precision, experiment.compile)
+        if table is not None and isinstance(evaluator, ImageEvaluator):
+            results = evaluator.evaluate(*arguments, table)
+        elif table is not None and table.shard != Shard():
+            raise ArgumentError(f"shard: {type(evaluator).__name__} evaluates in one piece; leave --shard out")
+        else:
+            results = evaluator.evaluate(*arguments)
     return {
         **results,
         "num_samples": num_samples,
@@ -353,24 +373,28 @@ def evaluate_model(
         "training_precision": experiment.precision,
         "dtype": str(reference.dtype).removeprefix("torch."),
         "device": str(reference.device),
+        "hardware": hardware(reference.device),
         "seconds": round(time.perf_counter() - started, 1),
         "popgen_version": popgen.__version__,
         "torch_version": torch.__version__,
+        "python_version": platform.python_version(),
     }
 
 
-def _first_examples(data: Data, num_examples: int | None) -> Any:
+def first_examples(data: Data, num_examples: int | None) -> Any:
+    """Returns the first test examples; None for all.
+
+    Raises:
+        ArgumentError: if there are fewer.
+
+    Example: `run` calls it.
+    """
     if num_examples is None:
         return data.test
     check_integer("num_examples", num_examples, minimum=1)
     if num_examples > len(data.test):
         raise ArgumentError(f"num_examples must be at most the {len(data.test)} test examples, got {num_examples}")
     return data.test[:num_examples]
-
-
-def _shown(experiment: Experiment, model: Model, data: Data) -> dict[str, Shown]:
-    generator = make_generator(next(model.parameters()).device, experiment.seed, "pictures")
-    return experiment.evaluator.show(model, data, experiment.evaluator.num_shown, generator)
 
 
 def _show_mean(bar: tqdm, text: str) -> Callable[[Tensor], None]:
@@ -385,65 +409,3 @@ def _show_mean(bar: tqdm, text: str) -> Callable[[Tensor], None]:
             bar.set_postfix_str(text.format(total / bar.n))
 
     return show
-
-
-class _Recorder:
-    """What a run writes while it trains: curves, pictures, sounds and checkpoints."""
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        directory: RunDirectory,
-        writer: Writer,
-        data: Data,
-        model: Model,
-    ) -> None:
-        self.experiment, self.directory, self.writer = experiment, directory, writer
-        self.data, self.model = data, model
-
-    def hooks(self) -> Hooks:
-        experiment = self.experiment
-        return Hooks(
-            log_every=experiment.log_every,
-            log=lambda step, means: self.writer.scalars("train", means, step),
-            eval_every=experiment.eval_every,
-            evaluate=self.evaluate,
-            checkpoint_every=experiment.checkpoint_every,
-            checkpoint=lambda state: self.directory.save_checkpoint(str(state.step), state_to_tensors(state)),
-        )
-
-    def evaluate(self, state: TrainState) -> TrainState:
-        """Writes the curves of the selection split, saves `latest`, and `best` if the loss is the lowest so far."""
-        split = self.experiment.selection_split
-        model = model_with_weights(self.model, state.parameters, state.buffers)
-        examples, evaluator = self.data.split(split), self.experiment.evaluator
-        results = evaluator.validate(model, examples, self.experiment.seed)
-        loss = results["loss"]
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the {split} loss is {loss} at step {state.step}; the last checkpoints are left as they are"
-            )
-        self.writer.scalars(split, {**results, **evaluator.curves(model, examples)}, state.step)
-        self.writer.scalars("train", evaluator.curves(model, self.data.train), state.step)
-
-        improved = loss < state.best_loss
-        if improved:
-            state = dataclasses.replace(state, best_loss=loss, best_step=state.step)
-        self.writer.scalars("best", {"loss": state.best_loss}, state.step)
-        tensors = state_to_tensors(state)
-        if improved:
-            self.directory.save_checkpoint("best", tensors)
-        self.directory.save_checkpoint("latest", tensors)
-        if _is_power_of_two(state.step // self.experiment.eval_every) or state.step == self.experiment.num_steps:
-            self._write_shown(model, state.step)
-        return state
-
-    def _write_shown(self, model: Model, step: int) -> None:
-        """Writes pictures and sounds; called at ever longer intervals, so that a long run does not fill the disk."""
-        shown = _shown(self.experiment, model, self.data)
-        write_shown(self.writer, shown, step)
-        save_shown(self.directory.samples_path / f"step_{step:08d}.png", shown)
-
-
-def _is_power_of_two(number: int) -> bool:
-    return number > 0 and number & (number - 1) == 0

@@ -2,10 +2,14 @@
 
 import pathlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def image_grid(
@@ -99,6 +103,10 @@ class Writer:
     def image(self, name: str, levels: UInt8[Tensor, "height width"], step: int) -> None:
         """Writes a grey picture."""
         self._writer.add_image(name, levels.numpy(), step, dataformats="HW")
+
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
+        """Writes a figure of matplotlib."""
+        self._writer.add_figure(name, figure, step, close=False)
 
     def sound(self, name: str, waveform: Float[Tensor, " time"], sample_rate: int, step: int) -> None:
         """Writes a waveform in [-1, 1]."""

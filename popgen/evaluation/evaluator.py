@@ -2,7 +2,9 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -10,12 +12,15 @@ from torch import Tensor
 
 from popgen.datasets.images import ImageData
 from popgen.errors import check_integer
-from popgen.evaluation.importance import MIN_PARETO_SAMPLES, RELIABLE_PARETO_SHAPE
+from popgen.evaluation.image_table import ImageTable
+from popgen.evaluation.importance import RELIABLE_PARETO_SHAPE
 from popgen.evaluation.likelihood import (
     Progress,
     count_active_units,
     evaluate_elbo,
     importance_estimate,
+    kl_of_dimensions,
+    log_weight_function,
     standard_error,
 )
 from popgen.evaluation.pictures import Picture, all_pictures
@@ -26,6 +31,8 @@ from popgen.models.vae import VAE
 CURVE_IMAGES = 1_000  # that the active_units curves look at; an evaluation looks at all
 
 WORST_IMAGES = 10  # that a record names
+PARTS = ("elbo", "reconstruction", "kl", "log_q_z_given_x", "log_p_z", "log_det")
+IN_MEMORY = ImageTable()
 
 Results = dict[str, Any]
 
@@ -90,21 +97,18 @@ class ImageEvaluator(Evaluator, abc.ABC):
     statistic_names: ClassVar[tuple[str, ...]]
 
     @abc.abstractmethod
-    def bound(
-        self,
-        model: Any,
-        images: Tensor,
-        parts: Mapping[str, Tensor],
-        num_samples: int,
-        seed: int,
-        progress: Progress | None,
-        precision: str,
-        compiled: bool,
-    ) -> tuple[Tensor, Results]:
-        """Returns the tightest bound on log p(x) of every image, shape `(count,)`, nats, and results about it.
+    def bounds(
+        self, model: Any, num_samples: int, seed: int, progress: Progress | None, precision: str, compiled: bool
+    ) -> Callable[[Tensor, Mapping[str, Tensor], int], dict[str, Tensor]]:
+        """Returns a function that gives, for every one of some images, what the summary is made of.
 
-        `parts` are those of the ELBO of the images, at full precision.
+        It is called with images, the parts of their ELBO at full precision, and the index of the first of them, and
+        returns columns of shape `(count,)`. One is `log_p_x`, the tightest bound, nats.
         """
+
+    def summary(self, columns: Mapping[str, Tensor]) -> Results:
+        """Returns results about the tightest bound, made of the columns of all images."""
+        return {}
 
     @abc.abstractmethod
     def statistics(self, model: Any, data: ImageData, images: Tensor, parts: Mapping[str, Tensor]) -> Results:
@@ -126,20 +130,46 @@ class ImageEvaluator(Evaluator, abc.ABC):
         progress: Progress | None = None,
         precision: str = "fp32",
         compiled: bool = False,
+        table: ImageTable = IN_MEMORY,
     ) -> Results:
         """Returns the mean bound on log p(x), the ELBO and its parts, nats, and the statistics.
 
-        The bound is formed at `precision`; the ELBO always at full.
+        The bound is formed at `precision`; the ELBO always at full. Images whose columns the table has on file are not
+        evaluated again.
+
+        Raises:
+            UnfinishedEvaluationError: if the table's other shards are not finished.
         """
-        parts = evaluate_elbo(model, examples, seed)
-        log_p_x, evidence = self.bound(model, examples, parts, num_samples, seed, progress, precision, compiled)
+        bounds = self.bounds(model, num_samples, seed, progress, precision, compiled)
+
+        def columns_of(indices: range) -> dict[str, Tensor]:
+            images = examples[indices.start : indices.stop]
+            parts = evaluate_elbo(model, images, seed, first_image=indices.start)
+            columns = bounds(images, parts, indices.start)
+            return {"log_p_x": columns.pop("log_p_x"), **columns, **parts}
+
+        identity = {
+            "model_sha256": checksum(*model.state_dict().values()),
+            "images_sha256": checksum(examples),
+            "num_samples": num_samples,
+            "seed": seed,
+            "precision": precision,
+            "device": examples.device.type,
+        }
+        columns = table.fill(identity, len(examples), columns_of, progress)
+        parts = {name: columns[name] for name in PARTS}
+        log_p_x = columns["log_p_x"]
         return {
-            "log_p_x": log_p_x.double().mean().item(),
+            "log_p_x": log_p_x.mean().item(),
             "log_p_x_standard_error": standard_error(log_p_x),
-            **evidence,
-            **{name: part.double().mean().item() for name, part in parts.items()},
+            "bits_per_dimension": -log_p_x.mean().item() / (model.input_dim * math.log(2.0)),
+            **self.summary(columns),
+            **{name: part.mean().item() for name, part in parts.items()},
             "elbo_standard_error": standard_error(parts["elbo"]),
             **self.statistics(model, data, examples, parts),
+            "model_sha256": identity["model_sha256"],
+            "images_sha256": identity["images_sha256"],
+            "seconds_of_images": columns["seconds"].sum().item(),
         }
 
     def describe(self, record: Mapping[str, Any]) -> str:
@@ -178,34 +208,49 @@ class VAEEvaluator(ImageEvaluator):
         """Returns the number of active units on the first images."""
         return {"active_units": count_active_units(model, examples[:CURVE_IMAGES])}
 
-    def bound(
+    def bounds(
         self,
         model: VAE,
-        images: Tensor,
-        parts: Mapping[str, Tensor],
         num_samples: int,
         seed: int,
         progress: Progress | None = None,
         precision: str = "fp32",
         compiled: bool = False,
-    ) -> tuple[Tensor, Results]:
-        """Returns the importance-weighted bound of every image, and what its weights say of it.
+    ) -> Callable[[Tensor, Mapping[str, Tensor], int], dict[str, Tensor]]:
+        """Returns what finds the importance-weighted bound of every image, and what its weights say of it.
 
-        `log_p_x_of_K_samples` are means of the bound with fewer samples, over groups of all draws; `monte_carlo_error`
-        is that of the mean over these images; k̂ is `pareto_shape`, and `worst_images` have the highest.
+        The columns `log_p_x_of_K_samples` are the bound with fewer samples, a mean over groups of all draws.
         """
-        estimate = importance_estimate(model, images, num_samples, seed, progress, precision, compiled)
-        results: Results = {
-            f"log_p_x_of_{size}_samples": bound.double().mean().item() for size, bound in estimate.bounds.items()
-        }
-        errors, shapes = estimate.monte_carlo_error.double(), estimate.pareto_shape
+        log_weights = log_weight_function(model, compiled)
+
+        def columns(images: Tensor, parts: Mapping[str, Tensor], first_image: int) -> dict[str, Tensor]:
+            found = importance_estimate(model, images, num_samples, seed, progress, precision, log_weights, first_image)
+            return {
+                "log_p_x": found.log_p_x,
+                **{f"log_p_x_of_{size}_samples": bound for size, bound in found.bounds.items()},
+                "monte_carlo_error": found.monte_carlo_error,
+                "effective_sample_size": found.effective_sample_size,
+                "pareto_shape": found.pareto_shape,
+            }
+
+        return columns
+
+    def summary(self, columns: Mapping[str, Tensor]) -> Results:
+        """Returns the bound by number of samples, and how far it can be believed.
+
+        `monte_carlo_error` is that of the mean over these images; k̂ is `pareto_shape`, and `worst_images` have the
+        highest.
+        """
+        bounds = {name: column for name, column in columns.items() if name.startswith("log_p_x_of_")}
+        results: Results = {name: bound.mean().item() for name, bound in bounds.items()}
+        errors, shapes = columns["monte_carlo_error"], columns["pareto_shape"]
         results["monte_carlo_error"] = errors.square().sum().sqrt().item() / len(errors)
-        results["effective_sample_size_median"] = estimate.effective_sample_size.median().item()
-        if num_samples >= MIN_PARETO_SAMPLES:
+        results["effective_sample_size_median"] = columns["effective_sample_size"].median().item()
+        if not shapes.isnan().all():  # as they are for few samples
             results["pareto_shape_median"] = shapes.median().item()
             results["images_of_reliable_pareto_shape"] = int((shapes < RELIABLE_PARETO_SHAPE).sum())
             results["worst_images"] = shapes.topk(min(WORST_IMAGES, len(shapes))).indices.tolist()
-        return estimate.log_p_x, results
+        return results
 
     def describe(self, record: Mapping[str, Any]) -> str:
         """Returns the lines of every image model, and what the importance weights say of the bound."""
@@ -232,10 +277,29 @@ class VAEEvaluator(ImageEvaluator):
         return "\n".join(lines)
 
     def statistics(self, model: VAE, data: ImageData, images: Tensor, parts: Mapping[str, Tensor]) -> Results:
-        """Returns the number of active units."""
-        return {"active_units": count_active_units(model, images)}
+        """Returns the number of active units, and the KL of each where posterior and prior both factorise, nats."""
+        kl = kl_of_dimensions(model, images)
+        return {
+            "active_units": count_active_units(model, images),
+            **({} if kl is None else {"kl_of_dimensions": kl.tolist()}),
+        }
 
     def show(self, model: VAE, data: ImageData, num_samples: int, generator: torch.Generator) -> dict[str, Shown]:
         """Returns pictures of prior samples, reconstructions, interpolations and pseudo-inputs."""
         pictures: dict[str, Picture] = all_pictures(model, data.test, data.image_shape, num_samples, generator)
         return dict(pictures)
+
+
+def checksum(*tensors: Tensor) -> str:
+    """Returns the SHA-256 of tensors' shapes, dtypes and values.
+
+    Example:
+        >>> zeros = torch.zeros(3)
+        >>> checksum(zeros) == checksum(zeros.clone()), checksum(zeros) == checksum(zeros[None])
+        (True, False)
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

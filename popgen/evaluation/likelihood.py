@@ -14,6 +14,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from popgen.datasets.images import as_values
+from popgen.distributions import StandardNormal
 from popgen.errors import check_integer
 from popgen.evaluation.importance import (
     MIN_PARETO_SAMPLES,
@@ -65,7 +66,9 @@ def image_noise(
 
 
 @torch.no_grad()
-def evaluate_elbo(model: ImageModel, images: Tensor, seed: int = 0, batch_size: int = 500) -> dict[str, Tensor]:
+def evaluate_elbo(
+    model: ImageModel, images: Tensor, seed: int = 0, batch_size: int = 500, first_image: int = 0
+) -> dict[str, Tensor]:
     """Returns the ELBO of every image at β = 1 and its parts, from one sample each.
 
     Args:
@@ -73,6 +76,7 @@ def evaluate_elbo(model: ImageModel, images: Tensor, seed: int = 0, batch_size: 
         images: uint8 levels of 0 and 255 or values in [0, 1], shape `(count, size)`.
         seed: of the noise.
         batch_size: images at a time; it does not change the answer.
+        first_image: index in the data set of the first of these images, to which their noise belongs.
 
     Returns:
         `elbo`, `reconstruction` (log p(x|z)), `kl` (log q(z|x) - log p(z)), `log_q_z_given_x`, `log_p_z` and
@@ -85,7 +89,8 @@ def evaluate_elbo(model: ImageModel, images: Tensor, seed: int = 0, batch_size: 
         >>> evaluate_elbo(vae, torch.zeros(5, 16))["elbo"].shape
         torch.Size([5])
     """
-    noise = _elbo_noise(len(images), model.noise_dim, seed, images.device)
+    indices = range(first_image, first_image + len(images))
+    noise = _elbo_noise(indices, model.noise_dim, seed, images.device)
     parts: list[dict[str, Tensor]] = []
     for chunk, chunk_noise in zip(images.split(batch_size), noise.split(batch_size), strict=True):
         x = as_values(chunk)
@@ -104,13 +109,15 @@ def evaluate_elbo(model: ImageModel, images: Tensor, seed: int = 0, batch_size: 
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _elbo_noise(count: int, noise_dim: int, seed: int, device: torch.device) -> Tensor:
-    """Returns one draw for each image; whole blocks are drawn, so that it does not depend on how many there are."""
+def _elbo_noise(indices: range, noise_dim: int, seed: int, device: torch.device) -> Tensor:
+    """Returns one draw for each image; whole blocks are drawn, so that it does not depend on which others there are."""
+    first_block = indices.start // NOISE_BLOCK
     blocks = [
         torch.randn(NOISE_BLOCK, noise_dim, generator=make_generator(device, seed, "ELBO", block), device=device)
-        for block in range(math.ceil(count / NOISE_BLOCK))
+        for block in range(first_block, math.ceil(indices.stop / NOISE_BLOCK))
     ]
-    return torch.cat(blocks)[:count]
+    start = indices.start - first_block * NOISE_BLOCK
+    return torch.cat(blocks)[start : start + len(indices)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +184,27 @@ def estimate_log_likelihood(
         >>> estimate_log_likelihood(vae, torch.zeros(5, 16), num_samples=50).shape
         torch.Size([5])
     """
-    return importance_estimate(model, images, num_samples, seed, progress, precision, compiled).log_p_x
+    log_weights = log_weight_function(model, compiled)
+    return importance_estimate(model, images, num_samples, seed, progress, precision, log_weights).log_p_x
+
+
+LogWeights = Callable[[Tensor, Encoded, Tensor], Tensor]
+
+
+def log_weight_function(model: VAE, compiled: bool = False) -> LogWeights:
+    """Returns the function of images, what they are encoded to, and noise that gives the logarithms of their weights.
+
+    Args:
+        model: the VAE.
+        compiled: whether torch.compile fuses what is done to the samples.
+
+    Example: `estimate_log_likelihood` calls it.
+    """
+
+    def log_weights(x: Tensor, encoded: Encoded, noise: Tensor) -> Tensor:
+        return model.log_densities(x, encoded, noise).log_w
+
+    return compile_or_fall_back(log_weights) if compiled else log_weights
 
 
 @torch.no_grad()
@@ -188,7 +215,8 @@ def importance_estimate(
     seed: int = 0,
     progress: Progress | None = None,
     precision: str = "fp32",
-    compiled: bool = False,
+    log_weights: LogWeights | None = None,
+    first_image: int = 0,
 ) -> LikelihoodEstimate:
     """Returns the importance-weighted bound on log p(x) of every image, nats (Burda et al. 2016, eq. 8), and its worth.
 
@@ -202,7 +230,8 @@ def importance_estimate(
         seed: of the noise.
         progress: called with the bounds of the images that have been finished since the last call.
         precision: of the matrix products; see `popgen.execution.matrix_products`.
-        compiled: whether torch.compile fuses what is done to the samples.
+        log_weights: what `log_weight_function` returned; None for that of plain code.
+        first_image: index in the data set of the first of these images, to which their noise belongs.
 
     Raises:
         ArgumentError: if `num_samples` is below 1.
@@ -215,12 +244,7 @@ def importance_estimate(
         [1, 10, 100, 200]
     """
     check_integer("num_samples", num_samples, minimum=1)
-
-    def log_w_of_block(x: Tensor, encoded: Encoded, noise: Tensor) -> Tensor:
-        return model.log_densities(x, encoded, noise).log_w
-
-    if compiled:
-        log_w_of_block = compile_or_fall_back(log_w_of_block)
+    log_weights = log_weight_function(model) if log_weights is None else log_weights
     samples_at_once = min(num_samples, NOISE_BLOCK)
     images_at_once = max(1, ROWS_IN_FLIGHT.get(images.device.type, ROWS_IN_FLIGHT["cpu"]) // samples_at_once)
     estimates = []
@@ -233,7 +257,7 @@ def importance_estimate(
             for block, first in enumerate(range(0, num_samples, samples_at_once)):
                 size = min(samples_at_once, num_samples - first)
                 noise = image_noise(indices, size, model.latent_dim, block, seed, x.device).to(x)
-                blocks.append(log_w_of_block(x, encoded, noise))
+                blocks.append(log_weights(x, encoded, noise))
         estimates.append(LikelihoodEstimate.of(torch.cat(blocks)))
         if progress is not None:
             progress(estimates[-1].log_p_x)
@@ -256,6 +280,29 @@ def count_active_units(model: VAE, images: Tensor, batch_size: int = 1_000) -> i
     """
     codes = torch.cat([model.latent_code(as_values(chunk)) for chunk in images.split(batch_size)])
     return int((codes.var(dim=0, correction=0) > ACTIVE_UNIT_VARIANCE).sum())
+
+
+@torch.no_grad()
+def kl_of_dimensions(model: VAE, images: Tensor, batch_size: int = 1_000) -> Float[Tensor, " latent"] | None:
+    """Returns KL(q(z_i|x) | p(z_i)) of each latent dimension in closed form, a mean over images, nats.
+
+    None where posterior or prior does not factorise: there is a flow, or the prior is not the standard normal.
+
+    Example:
+        >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
+        >>> from popgen.nn.priors import StandardNormalPrior
+        >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
+        >>> kl_of_dimensions(vae, torch.zeros(5, 16)).shape
+        torch.Size([2])
+    """
+    if model.flow is not None or not isinstance(model.prior_density(), StandardNormal):
+        return None
+    total = torch.zeros(model.latent_dim, dtype=torch.float64, device=images.device)
+    for chunk in images.split(batch_size):
+        posterior = model.encode(as_values(chunk)).posterior
+        mean, log_var = posterior.mean.double(), posterior.log_var.double()
+        total += 0.5 * (mean.square() + log_var.exp() - 1.0 - log_var).sum(0)
+    return total / len(images)
 
 
 def standard_error(values: Tensor) -> float:

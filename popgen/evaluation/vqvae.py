@@ -1,7 +1,7 @@
 """How VQ-VAEs are evaluated: the bound, the use of the codes, and what a prior that knows no neighbours would give."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -110,30 +110,32 @@ class VQVAEEvaluator(ImageEvaluator):
         """Returns the use of the codes on all images."""
         return _usage(model, codes_of_images(model, examples))
 
-    def bound(
+    def bounds(
         self,
         model: VQVAE | VQVAEWithPrior,
-        images: Tensor,
-        parts: Mapping[str, Tensor],
         num_samples: int,
         seed: int,
         progress: Progress | None = None,
         precision: str = "fp32",
         compiled: bool = False,
-    ) -> tuple[Tensor, Results]:
-        """Returns the evidence lower bound of every image, which one sample gives exactly.
+    ) -> Callable[[Tensor, Mapping[str, Tensor], int], dict[str, Tensor]]:
+        """Returns what finds the evidence lower bound of every image, which one sample gives exactly.
 
         Raises:
             ArgumentError: if `num_samples` is not 1.
         """
         self.check_num_samples("num_samples", num_samples)
-        bound = parts["elbo"]
-        if precision != "fp32":
-            with matrix_products(precision, images.device):
-                bound = evaluate_elbo(model, images, seed)["elbo"]
-        if progress is not None:
-            progress(bound)
-        return bound, {}
+
+        def columns(images: Tensor, parts: Mapping[str, Tensor], first_image: int) -> dict[str, Tensor]:
+            bound = parts["elbo"]
+            if precision != "fp32":
+                with matrix_products(precision, images.device):
+                    bound = evaluate_elbo(model, images, seed)["elbo"]
+            if progress is not None:
+                progress(bound)
+            return {"log_p_x": bound}
+
+        return columns
 
     def statistics(self, model: VQVAE, data: ImageData, images: Tensor, parts: Mapping[str, Tensor]) -> Results:
         """Returns the use of the codes, and the bound under a categorical prior for each position."""

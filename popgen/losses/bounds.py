@@ -70,7 +70,7 @@ def iwae(log_w: Float[Tensor, "samples batch"]) -> Float[Tensor, " batch"]:
 def doubly_reparameterised_weights(
     log_w: Float[Tensor, "samples batch"], beta: float | Tensor = 1.0
 ) -> Float[Tensor, "samples batch"]:
-    """Returns by what the path gradient of each sample is multiplied, beyond its share of the importance-weighted bound.
+    """Returns what multiplies the path gradient of each sample, beyond its share of the importance-weighted bound.
 
         ∇_φ E log 1/K Σ_k w_k = E Σ_k w̄_k (1 - β + β w̄_k) ∂log w_k/∂z_k ∇_φ z_k,   w̄_k = w_k / Σ_j w_j
 

@@ -23,6 +23,8 @@ CONTENTS = (
     "samples/best.png",
     "samples/step_*.png",
     "evaluation_step*.json",
+    "evaluation_step*.csv",
+    "evaluation_step*.png",
     "events.out.tfevents.*",
 )
 
@@ -43,7 +45,7 @@ class RunDirectory:
     """The files of one run.
 
     `config.gin`, `operative_config.gin`, `checkpoints/{latest,best,step_00001000}.ckpt`, `samples/*.png`,
-    `evaluation_*.json` and TensorBoard's event files.
+    `evaluation_*.{json,csv,png}` and TensorBoard's event files.
 
     Args:
         path: the directory; it need not exist yet.

@@ -19,8 +19,7 @@ from popgen.experiment import Experiment, evaluate_model
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.priors import GaussianMixturePrior
 from popgen.summaries import Writer
-from popgen.training.records import write_record
-from popgen.training.run_directory import RunDirectory
+from popgen.training.records import EvaluationFiles
 
 KEYS = {
     *("log_p_x", "log_p_x_standard_error", "elbo", "elbo_standard_error", "reconstruction", "kl"),
@@ -37,6 +36,12 @@ KEYS = {
         "seconds",
         "popgen_version",
         "torch_version",
+        "python_version",
+        "hardware",
+        "model_sha256",
+        "images_sha256",
+        "seconds_of_images",
+        "bits_per_dimension",
     ),
 }
 
@@ -68,10 +73,10 @@ def written(
     """Returns the record of an evaluation with 7 samples as it was formed, and the file that holds it."""
     record = evaluate_model(experiment, experiment.model, Noise().load(), 7, num_examples, step=40)
     record.update(checkpoint="best", weights="raw")
-    writer = Writer(path)
-    file = write_record(RunDirectory(path), writer, record, experiment.evaluator.headline)
+    writer, files = Writer(path), EvaluationFiles(path, 40, "raw", 7, record["num_examples"])
+    files.write(writer, record, experiment.evaluator.headline)
     writer.close()
-    return record, file
+    return record, files.record
 
 
 def test_values(experiment: Experiment) -> None:
@@ -90,7 +95,8 @@ def test_values(experiment: Experiment) -> None:
     expected |= {"dtype": "float32"}
     expected |= {"popgen_version": popgen.__version__, "torch_version": torch.__version__}
     assert {name: record[name] for name in expected} == expected
-    assert record["seconds"] >= 0 and record["active_units"] in (0, 1, 2)
+    assert record["bits_per_dimension"] == pytest.approx(-record["log_p_x"] / 16 / math.log(2))
+    assert record["seconds"] >= record["seconds_of_images"] - 0.1 and record["active_units"] in (0, 1, 2)
     assert record["log_p_x_of_1_samples"] < record["log_p_x_of_7_samples"] == record["log_p_x"]
     assert record["monte_carlo_error"] > 0.0 and 1.0 < record["effective_sample_size_median"] < 7.0
 
@@ -123,7 +129,8 @@ def test_a_record_can_be_repeated(experiment: Experiment) -> None:
     first = evaluate_model(experiment, experiment.model, Noise().load(), 7, None, step=1)
     torch.manual_seed(2)
     second = evaluate_model(experiment, experiment.model, Noise().load(), 7, 10, step=1)
-    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    times = {"seconds": 0, "seconds_of_images": 0}
+    assert first | times == second | times
 
 
 @pytest.mark.parametrize("num_examples", [None, 3, 1])

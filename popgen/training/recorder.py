@@ -1,0 +1,94 @@
+"""What a run writes while it trains: curves, pictures, sounds and checkpoints."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from popgen.datasets.data import Data
+from popgen.errors import TrainingError
+from popgen.evaluation.evaluator import Evaluator
+from popgen.evaluation.shown import Shown, save_shown, write_shown
+from popgen.models.model import Model
+from popgen.streams import make_generator
+from popgen.summaries import Writer
+from popgen.training.run_directory import RunDirectory
+from popgen.training.state import TrainState, model_with_weights, state_to_tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+    """What a run writes while it trains.
+
+    Attributes:
+        evaluator: forms the curves, pictures and sounds.
+        selection_split: whose loss chooses the `best` checkpoint.
+        seed: of the evaluations' noise.
+        eval_every: steps between evaluations.
+        num_steps: of the run.
+        directory: of the run.
+        writer: of TensorBoard's files.
+        data: that is trained and evaluated on.
+        model: the architecture; its own weights are not used.
+
+    Example: `run` makes one.
+    """
+
+    evaluator: Evaluator
+    selection_split: str
+    seed: int
+    eval_every: int
+    num_steps: int
+    directory: RunDirectory
+    writer: Writer
+    data: Data
+    model: Model
+
+    def log(self, step: int, means: Mapping[str, float]) -> None:
+        """Writes a point of the training curves."""
+        self.writer.scalars("train", means, step)
+
+    def checkpoint(self, state: TrainState) -> None:
+        """Saves a checkpoint that is kept."""
+        self.directory.save_checkpoint(str(state.step), state_to_tensors(state))
+
+    def evaluate(self, state: TrainState) -> TrainState:
+        """Writes the curves of the selection split, saves `latest`, and `best` if the loss is the lowest so far."""
+        model = model_with_weights(self.model, state.parameters, state.buffers)
+        examples = self.data.split(self.selection_split)
+        results = self.evaluator.validate(model, examples, self.seed)
+        loss = results["loss"]
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the {self.selection_split} loss is {loss} at step {state.step}; the last checkpoints are left as "
+                "they are"
+            )
+        curves = {**results, **self.evaluator.curves(model, examples)}
+        self.writer.scalars(self.selection_split, curves, state.step)
+        self.writer.scalars("train", self.evaluator.curves(model, self.data.train), state.step)
+
+        improved = loss < state.best_loss
+        if improved:
+            state = dataclasses.replace(state, best_loss=loss, best_step=state.step)
+        self.writer.scalars("best", {"loss": state.best_loss}, state.step)
+        tensors = state_to_tensors(state)
+        if improved:
+            self.directory.save_checkpoint("best", tensors)
+        self.directory.save_checkpoint("latest", tensors)
+        if _is_power_of_two(state.step // self.eval_every) or state.step == self.num_steps:
+            self._write_shown(model, state.step)
+        return state
+
+    def shown(self, model: Model) -> dict[str, Shown]:
+        """Returns the pictures and sounds of a model."""
+        generator = make_generator(next(model.parameters()).device, self.seed, "pictures")
+        return self.evaluator.show(model, self.data, self.evaluator.num_shown, generator)
+
+    def _write_shown(self, model: Model, step: int) -> None:
+        """Writes pictures and sounds; called at ever longer intervals, so that a long run does not fill the disk."""
+        shown = self.shown(model)
+        write_shown(self.writer, shown, step)
+        save_shown(self.directory.samples_path / f"step_{step:08d}.png", shown)
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
