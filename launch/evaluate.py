@@ -29,6 +29,7 @@ flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their m
 def main() -> None:
     """Evaluates a checkpoint and prints, logs and writes the record."""
     check_integer("annealed_images", FLAGS.annealed_images, minimum=0)
+    shard = Shard.parse(FLAGS.shard)
     directory, loaded = command.existing_run(FLAGS.run_dir)
     experiment = loaded.experiment
     tensors = directory.load_checkpoint(FLAGS.checkpoint)
@@ -37,7 +38,7 @@ def main() -> None:
     num_samples = experiment.evaluator.default_num_samples if FLAGS.num_samples is None else FLAGS.num_samples
     num_examples = len(first_examples(data, FLAGS.num_examples))
     files = EvaluationFiles(directory.path, tensors["step"], FLAGS.weights, num_samples, num_examples)
-    table = ImageTable(files.images, Shard.parse(FLAGS.shard))
+    table = ImageTable(files.images, shard)
     try:
         record = evaluate_model(
             experiment, model, data, num_samples, num_examples, tensors["step"], FLAGS.precision, table

@@ -4,6 +4,7 @@ Plain Python: Gin builds an `Experiment` once and is not seen again.
 """
 
 import dataclasses
+import functools
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -353,13 +354,12 @@ def evaluate_model(
     evaluator.check_num_samples("num_samples", num_samples)
     with tqdm(total=len(examples), unit="example", disable=None, dynamic_ncols=True) as bar:
         progress = _show_mean(bar, evaluator.progress_text)
-        arguments: Any = (model, data, examples, num_samples, experiment.seed, progress, precision, experiment.compile)
+        evaluate: Callable[..., dict[str, Any]] = evaluator.evaluate
         if table is not None and isinstance(evaluator, ImageEvaluator):
-            results = evaluator.evaluate(*arguments, table)
+            evaluate = functools.partial(evaluate, table=table)
         elif table is not None and table.shard != Shard():
             raise ArgumentError(f"shard: {type(evaluator).__name__} evaluates in one piece; leave --shard out")
-        else:
-            results = evaluator.evaluate(*arguments)
+        results = evaluate(model, data, examples, num_samples, experiment.seed, progress, precision, experiment.compile)
     return {
         **results,
         "num_samples": num_samples,

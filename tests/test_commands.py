@@ -137,6 +137,22 @@ def test_evaluate_checks_itself_by_annealing(trained):
     assert "annealed_images must be" in trained.fail("evaluate", "--run_dir=run", "--annealed_images=-1")
 
 
+def test_shards_of_an_evaluation_make_one_record(trained):
+    """All 9 images belong to the first shard, and the second one waits for it."""
+    arguments = ("evaluate", "--run_dir=run", "--num_samples=6", "--num_examples=9")
+    assert "shard 2/2 is finished, and 9 of 9 images" in trained.succeed(*arguments, "--shard=2/2")
+    assert not list((trained.path / "run").glob("evaluation_*6x9*"))
+    trained.succeed(*arguments, "--shard=1/2")
+    (path,) = (trained.path / "run").glob("evaluation_*6x9.json")
+    record = json.loads(path.read_text())
+    assert record["command"].startswith("python -m launch.evaluate --run_dir=run --num_samples=6")
+    table = path.with_name(f"{path.stem}_images.csv").read_text().splitlines()
+    assert len(table) == 2 + 9 and table[1].startswith("image,log_p_x,")
+    with Image.open(path.with_suffix(".png")) as picture:
+        assert picture.width > 1_000
+    assert "shard must be a part" in trained.fail(*arguments, "--shard=3/2")
+
+
 def test_evaluate_by_checkpoint_and_averaged_weights(trained):
     records = []
     for arguments in (["--checkpoint=latest"], ["--checkpoint=latest", "--weights=averaged"]):

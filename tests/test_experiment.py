@@ -108,7 +108,8 @@ def test_curves_pictures_and_texts(finished):
     assert wanted <= set(tags["scalars"])
     assert list(curve(events, "train/loss")) == [2, 4, 6, 8, 10, 12]
     assert list(curve(events, "test/loss")) == [4, 8, 12]
-    assert {"originals", "reconstructions", "interpolations", "prior_samples", "pseudo_inputs"} == set(tags["images"])
+    pictures = {"originals", "reconstructions", "interpolations", "prior_samples", "pseudo_inputs", "evaluation"}
+    assert pictures == set(tags["images"])
     assert {"config/text_summary", "operative_config/text_summary"} <= set(tags["tensors"])
     assert events.PluginTagToContent("hparams")
 

@@ -296,8 +296,8 @@ def check_by_annealing(
         >>> from popgen.nn.priors import StandardNormalPrior
         >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
         >>> found = check_by_annealing(vae, torch.zeros(5, 16), num_samples=50, num_temperatures=10, num_chains=3)
-        >>> found["simulated_lower"] < found["simulated_upper"]
-        True
+        >>> found["annealed_num_images"], found["annealed_log_p_x"] < 0.0
+        (5, True)
     """
     if not isinstance(model, VAE):
         raise ArgumentError(f"annealing takes a VAE, and the model is a {type(model).__name__}")

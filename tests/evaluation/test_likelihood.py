@@ -6,10 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from popgen.distributions import DiagonalNormal
+from popgen.distributions import Bernoulli, DiagonalNormal
 from popgen.errors import ArgumentError
 from popgen.evaluation import likelihood
-from popgen.evaluation.likelihood import count_active_units, estimate_log_likelihood, evaluate_elbo, image_noise
+from popgen.evaluation.likelihood import (
+    count_active_units,
+    estimate_log_likelihood,
+    evaluate_elbo,
+    image_noise,
+    importance_estimate,
+)
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import Bijection, HouseholderSylvesterFlow, PlanarFlow, PosteriorFlow
 from popgen.nn.priors import GaussianMixturePrior, StandardNormalPrior
@@ -286,3 +292,31 @@ def test_active_units_look_at_the_code_behind_the_flow() -> None:
     parts = (Scales([0.0, 0.019, 0.021, 0.021, 0.1]), BernoulliDecoder(5, SIZE, 4), StandardNormalPrior())
     assert count_active_units(VAE(*parts), images) == 0
     assert count_active_units(VAE(*parts, flow=TenTimes()), images) == 3
+
+
+class StepDecoder(nn.Module):
+    """p(x|z) that depends on which quarter of the standard normal z is in: a latent variable of four states."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.latent_dim, self.output_dim = 1, logits.shape[1]
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, z: Tensor) -> Bernoulli:
+        bounds = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor([0.25, 0.5, 0.75])).to(z)
+        return Bernoulli(self.logits[torch.bucketize(z[..., 0], bounds)])
+
+
+def test_a_discrete_model_is_enumerated() -> None:
+    """p(x) = 1/4 Σ_k p(x|k) for each of all 16 images; the estimate is within its own error of it, and sums to one."""
+    logits = 1.5 * torch.randn(4, 4, dtype=torch.float64)
+    vae = VAE(GaussianEncoder(4, 1, 3), StepDecoder(logits), StandardNormalPrior()).double()
+    images = torch.cartesian_prod(*4 * [torch.tensor([0.0, 1.0], dtype=torch.float64)])
+    pixels = torch.distributions.Bernoulli(logits=logits[:, None]).log_prob(images).sum(-1)
+    exact = pixels.logsumexp(0) - math.log(4.0)
+    assert exact.exp().sum().item() == pytest.approx(1.0)
+    estimate = importance_estimate(vae, images, num_samples=20_000)
+    errors = estimate.monte_carlo_error
+    assert errors.max() < 0.05
+    assert ((estimate.log_p_x - exact) / errors).abs().max() < 4.0
+    assert (estimate.bounds[1] < exact - 5.0 * errors).all(), "the ELBO is visibly below"

@@ -1,0 +1,165 @@
+"""Tables of images: an interrupted one is continued, shards make one, and another evaluation's is never used."""
+
+import pathlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from popgen.datasets.images import ImageData
+from popgen.errors import ArgumentError, UnfinishedEvaluationError
+from popgen.evaluation.evaluator import Results, VAEEvaluator
+from popgen.evaluation.image_table import IMAGES_IN_CHUNK, ImageTable, Shard, read_table
+from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+from popgen.nn.flows import HouseholderSylvesterFlow
+from popgen.nn.vamp_prior import VampPrior
+
+COUNT = 250  # three chunks, the last one not whole
+
+
+class Counted:
+    """Columns of images, and which images they were asked for."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.asked: list[int] = []
+        self.fails_at = fails_at
+
+    def __call__(self, images: range) -> dict[str, Tensor]:
+        if self.fails_at in images:
+            raise KeyboardInterrupt
+        self.asked += images
+        return {"log_p_x": -torch.tensor(images) / 3.0, "pareto_shape": torch.tensor(images).sqrt()}
+
+
+def assert_whole(columns: dict[str, Tensor]) -> None:
+    """The columns are those of all images, in order."""
+    assert list(columns) == ["log_p_x", "pareto_shape", "seconds"]
+    assert torch.equal(columns["log_p_x"], (-torch.arange(COUNT) / 3.0).double())
+    assert torch.equal(columns["pareto_shape"], torch.arange(COUNT).sqrt().double())
+    assert (columns["seconds"] >= 0.0).all()
+
+
+@pytest.fixture
+def path(tmp_path: pathlib.Path) -> pathlib.Path:
+    return tmp_path / "evaluation_images.csv"
+
+
+def names(path: pathlib.Path) -> list[str]:
+    return sorted(file.name for file in path.parent.iterdir())
+
+
+def test_a_table_in_memory_writes_nothing(path: pathlib.Path) -> None:
+    assert_whole(ImageTable().fill({}, COUNT, Counted()))
+    assert names(path) == []
+
+
+def test_an_interrupted_table_is_continued(path: pathlib.Path) -> None:
+    """What was finished is neither lost nor done again, nor is it another number."""
+    with pytest.raises(KeyboardInterrupt):
+        ImageTable(path).fill({"seed": 1}, COUNT, Counted(fails_at=205))
+    assert names(path) == ["evaluation_images.part-1-of-1.csv"]
+    rest, shown = Counted(), []
+    assert_whole(ImageTable(path).fill({"seed": 1}, COUNT, rest, shown.append))
+    assert rest.asked == list(range(200, 250))
+    assert torch.cat(shown).tolist() == pytest.approx([-image / 3.0 for image in range(200)])
+    assert names(path) == ["evaluation_images.csv"]
+    again = Counted()
+    assert_whole(ImageTable(path).fill({"seed": 1}, COUNT, again))
+    assert again.asked == []
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_a_row_cut_short_is_not_believed(path: pathlib.Path, cut: int) -> None:
+    """A process killed while it writes; the chunk is computed again, and nothing is glued to the torn line."""
+    with pytest.raises(KeyboardInterrupt):
+        ImageTable(path).fill({}, COUNT, Counted(fails_at=205))
+    part = path.with_name("evaluation_images.part-1-of-1.csv")
+    part.write_text(part.read_text()[:-cut])
+    rest = Counted()
+    assert_whole(ImageTable(path).fill({}, COUNT, rest))
+    assert rest.asked == list(range(100, 250))
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_shards_make_one_table(path: pathlib.Path, order: tuple[int, ...]) -> None:
+    *first, last = order
+    for index in first:
+        with pytest.raises(UnfinishedEvaluationError, match=rf"shard {index}/3 is finished, and \d+ of 250 images"):
+            ImageTable(path, Shard(index, 3)).fill({}, COUNT, Counted())
+    counted = Counted()
+    assert_whole(ImageTable(path, Shard(last, 3)).fill({}, COUNT, counted))
+    assert counted.asked == list(range((last - 1) * IMAGES_IN_CHUNK, min(COUNT, last * IMAGES_IN_CHUNK)))
+    assert names(path) == ["evaluation_images.csv"]
+
+
+def test_the_whole_takes_over_from_shards(path: pathlib.Path) -> None:
+    with pytest.raises(UnfinishedEvaluationError):
+        ImageTable(path, Shard(2, 3)).fill({}, COUNT, Counted())
+    counted = Counted()
+    assert_whole(ImageTable(path).fill({}, COUNT, counted))
+    assert counted.asked == [*range(100), *range(200, 250)]
+
+
+@pytest.mark.parametrize("stage", ["part", "whole"])
+def test_a_table_of_another_evaluation_is_not_used(path: pathlib.Path, stage: str, capsys) -> None:
+    if stage == "part":
+        with pytest.raises(KeyboardInterrupt):
+            ImageTable(path).fill({"seed": 1}, COUNT, Counted(fails_at=205))
+    else:
+        ImageTable(path).fill({"seed": 1}, COUNT, Counted())
+    counted = Counted()
+    assert_whole(ImageTable(path).fill({"seed": 2}, COUNT, counted))
+    assert counted.asked == list(range(COUNT))
+    assert "is of another evaluation and is not used" in capsys.readouterr().err
+    assert read_table(path).identity == {"seed": 2} and names(path) == ["evaluation_images.csv"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"# {}\n", b"PK\x03\x04\xff\xfe", b"# {\nimage,log_p_x\n0,1\n"])
+def test_a_file_that_is_no_table_is_replaced(path: pathlib.Path, content: bytes) -> None:
+    path.write_bytes(content)
+    assert_whole(ImageTable(path).fill({"seed": 1}, COUNT, Counted()))
+    assert_whole(read_table(path).columns())
+
+
+@pytest.mark.parametrize("text", ["", "2", "0/2", "3/2", "1/0", "a/b", "-1/2", "1/2/3", "1.0/2"])
+def test_bad_shards_are_named(text: str) -> None:
+    with pytest.raises(ArgumentError, match="shard must be a part and the number of parts, such as 1/4 or 4/4, got"):
+        Shard.parse(text)
+
+
+def evaluate(table: ImageTable, progress=None) -> Results:
+    """Returns an evaluation of a small model with every part."""
+    torch.manual_seed(3)
+    vae = VAE(
+        GaussianEncoder(16, 3, 6),
+        BernoulliDecoder(3, 16, 6),
+        VampPrior(16, num_components=4),
+        HouseholderSylvesterFlow(3, 6, num_flows=2, num_reflections=2),
+    )
+    images = 255 * torch.randint(0, 2, (COUNT, 16), dtype=torch.uint8)
+    data = ImageData(images, images, (4, 4), "noise")
+    results = VAEEvaluator().evaluate(vae, data, images, 60, seed=2, progress=progress, table=table)
+    del results["seconds_of_images"]
+    return results
+
+
+def test_an_evaluation_does_not_depend_on_how_it_was_cut_up(path: pathlib.Path) -> None:
+    """In one piece, in two shards, or interrupted and continued."""
+    whole = evaluate(ImageTable())
+    with pytest.raises(UnfinishedEvaluationError):
+        evaluate(ImageTable(path, Shard(1, 2)))
+    assert evaluate(ImageTable(path, Shard(2, 2))) == whole
+    path.unlink()
+
+    seen = 0
+
+    def interrupt(bounds: Tensor) -> None:
+        nonlocal seen
+        seen += len(bounds)
+        if seen > 120:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(ImageTable(path), interrupt)
+    assert len(read_table(path.with_name("evaluation_images.part-1-of-1.csv")).rows) == 100
+    assert evaluate(ImageTable(path)) == whole
