@@ -1,0 +1,131 @@
+"""Collects evaluated runs in results/, and writes the README's table of log-likelihoods from them.
+
+    python -m benchmarks.results collect experiments/vae --name vae
+    python -m benchmarks.results table
+
+A run is collected with its configuration, the record of each evaluation and its figure, its curves, and the time that
+training took. The table takes every number from there; a number is not claimed for more steps than it had.
+"""
+
+import argparse
+import csv
+import json
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from popgen.errors import PopgenError, RunDirectoryError
+from popgen.training.run_directory import RunDirectory
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "results"
+README = REPOSITORY / "README.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+PUBLISHED = {"vae": -84.04, "vamp": -81.96, "vamp_hsnf": -80.69}  # at a million steps, nats
+CURVES = ("train/loss", "test/loss", "validation/loss", "best/loss")
+
+
+def curves_of(path: pathlib.Path) -> tuple[dict[int, dict[str, float]], float]:
+    """Returns the curves of a run by step, at its evaluations, and the seconds that its training steps took."""
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    if "best/loss" not in tags:
+        raise RunDirectoryError(f"there are no curves of a run in {str(path)!r}")
+    points: dict[int, dict[str, float]] = {event.step: {} for event in events.Scalars("best/loss")}
+    for tag in CURVES:
+        for event in events.Scalars(tag) if tag in tags else ():
+            if event.step in points:
+                points[event.step][tag] = event.value
+    seconds, before = 0.0, 0
+    for event in events.Scalars("train/steps_per_second"):
+        seconds += (event.step - before) / event.value
+        before = event.step
+    return dict(sorted(points.items())), seconds
+
+
+def collect(run_dir: pathlib.Path, name: str) -> pathlib.Path:
+    """Copies what a run has to show into results/, and returns the folder."""
+    directory = RunDirectory(run_dir)
+    records = sorted(run_dir.glob("evaluation_step*.json"))
+    if not records:
+        raise RunDirectoryError(f"{str(run_dir)!r} has no evaluation; python -m launch.evaluate --run_dir makes one")
+    points, seconds = curves_of(run_dir)
+    folder = RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("evaluation_*"):
+        stale.unlink()
+    for path in (directory.config_path, directory.operative_config_path, *records):
+        shutil.copyfile(path, folder / path.name)
+    for path in run_dir.glob("evaluation_step*.png"):
+        shutil.copyfile(path, folder / path.name)
+    with (folder / "curve.csv").open("w", newline="") as file:
+        tags = [tag for tag in CURVES if any(tag in point for point in points.values())]
+        writer = csv.DictWriter(file, ["step", *tags], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"step": step, **point} for step, point in points.items())
+    training = {"steps": max(points), "seconds_of_steps": round(seconds, 1)}
+    (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
+    return folder
+
+
+def rows_of(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns a row for each evaluation of a result, with what training took."""
+    training = json.loads((folder / "training.json").read_text())
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("evaluation_*.json"))]
+    return [{"config": folder.name, **training, **record} for record in records]
+
+
+def table(results: pathlib.Path = RESULTS) -> str:
+    """Returns the table of all results, those with a published number first."""
+    folders = [path.parent for path in results.glob("*/training.json")]
+    order = list(PUBLISHED)
+    folders.sort(key=lambda path: (order.index(path.name) if path.name in order else len(order), path.name))
+    lines = [
+        "| config | seed | steps trained | of `best` | weights | published | log p(x) | Monte Carlo error | hours | on |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in [row for folder in folders for row in rows_of(folder)]:
+        published = PUBLISHED.get(row["config"])
+        log_p_x = f"{row['log_p_x']:.2f} ± {row['log_p_x_standard_error']:.2f}".replace("-", "−")
+        lines.append(
+            f"| [`{row['config']}`](results/{row['config']}) | {row['seed']} | {row['steps']:,} | {row['step']:,} "
+            f"| {row['weights']} | {'' if published is None else f'{published:.2f}'.replace('-', '−')} | {log_p_x} "
+            f"| {row['monte_carlo_error']:.3f} | {row['seconds_of_steps'] / 3600.0:.1f} | {row['hardware']} |"
+        )
+    return "\n".join(lines)
+
+
+def in_readme(readme: str, text: str) -> str:
+    """Returns the README with the table between its two marks."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise PopgenError(f"README.md has no table to replace; it lies between {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main() -> None:
+    """Collects a run, or writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    collecting = commands.add_parser("collect")
+    collecting.add_argument("run_dir", type=pathlib.Path)
+    collecting.add_argument("--name", required=True)
+    commands.add_parser("table")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "collect":
+            print(f"collected in {collect(arguments.run_dir, arguments.name)}")
+        else:
+            README.write_text(in_readme(README.read_text(), table()))
+            print(table())
+    except PopgenError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
