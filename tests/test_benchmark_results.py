@@ -1,0 +1,88 @@
+"""Results: a run is collected as it is, and the README's table says what lies in results/."""
+
+import csv
+import json
+import pathlib
+
+import pytest
+import torch
+
+from benchmarks import results
+from popgen.datasets.images import ImageData
+from popgen.errors import PopgenError, RunDirectoryError
+from popgen.experiment import Configuration, Experiment, run
+from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+from popgen.nn.priors import StandardNormalPrior
+from popgen.training.run_directory import RunDirectory
+
+
+class Noise:
+    """Random binary 4 × 4 images."""
+
+    def load(self) -> ImageData:
+        images = 255 * torch.randint(0, 2, (60, 16), dtype=torch.uint8)
+        return ImageData(images[:40], images[40:], (4, 4), "noise")
+
+
+@pytest.fixture
+def trained(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    """A run of eight steps with an evaluation; results go to a folder of their own."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    vae = VAE(GaussianEncoder(16, 2, 6), BernoulliDecoder(2, 16, 6), StandardNormalPrior())
+    steps = {"num_steps": 8, "eval_every": 4, "log_every": 2, "batch_size": 10}
+    experiment = Experiment(model=vae, dataset=Noise(), final_num_samples=30, **steps)
+    directory = RunDirectory(tmp_path / "run")
+    with directory.locked():
+        run(experiment, directory, Configuration("given", "operative", {}))
+    return directory
+
+
+def test_a_run_is_collected(trained: RunDirectory) -> None:
+    folder = results.collect(trained.path, "vae")
+    (record,) = folder.glob("evaluation_*.json")
+    assert record.read_text() == (trained.path / record.name).read_text()
+    assert (folder / "config.gin").read_text() == "given"
+    assert (folder / record.with_suffix(".png").name).stat().st_size > 1_000
+    with (folder / "curve.csv").open() as file:
+        curve = list(csv.DictReader(file))
+    assert [row["step"] for row in curve] == ["4", "8"]
+    assert list(curve[0]) == ["step", "train/loss", "test/loss", "best/loss"]
+    assert min(float(row["test/loss"]) for row in curve) == pytest.approx(-json.loads(record.read_text())["elbo"])
+    training = json.loads((folder / "training.json").read_text())
+    assert training["steps"] == 8 and training["seconds_of_steps"] >= 0.0
+    assert results.collect(trained.path, "vae") == folder, "a run can be collected again"
+
+
+def test_the_table_has_a_row_for_each_evaluation(trained: RunDirectory) -> None:
+    for name in ("zebra", "vamp", "vae"):
+        results.collect(trained.path, name)
+    lines = results.table(results.RESULTS).splitlines()
+    assert [line.split("`")[1] for line in lines[2:]] == ["vae", "vamp", "zebra"]
+    (record,) = (json.loads(path.read_text()) for path in (results.RESULTS / "vae").glob("evaluation_*.json"))
+    assert f"| 0 | 8 | {record['step']} | raw | −84.04 | −{-record['log_p_x']:.2f} ± " in lines[2]
+    assert "| raw |  | −" in lines[4], "nothing was published of it"
+
+
+def test_what_cannot_be_collected_is_named(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(RunDirectoryError, match="has no evaluation"):
+        results.collect(tmp_path, "vae")
+    (tmp_path / "evaluation_step00000001_raw_5x5.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match="no curves"):
+        results.collect(tmp_path, "vae")
+    with pytest.raises(PopgenError, match="has no table"):
+        results.in_readme("text", "table")
+
+
+def test_the_table_goes_between_its_marks() -> None:
+    readme = f"before\n{results.BEGIN}\nold\n{results.END}\nafter"
+    once = results.in_readme(readme, "| new |")
+    assert once == f"before\n{results.BEGIN}\n\n| new |\n\n{results.END}\nafter"
+    assert results.in_readme(once, "| new |") == once
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    readme = results.README.read_text()
+    if not list(results.RESULTS.glob("*/training.json")):
+        assert results.BEGIN not in readme
+    else:
+        assert results.in_readme(readme, results.table()) == readme
