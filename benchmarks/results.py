@@ -85,7 +85,7 @@ def table(results: pathlib.Path = RESULTS) -> str:
     order = list(PUBLISHED)
     folders.sort(key=lambda path: (order.index(path.name) if path.name in order else len(order), path.name))
     lines = [
-        "| config | seed | steps trained | of `best` | weights | published | log p(x) | Monte Carlo error | hours | on |",
+        "| config | seed | steps | `best` at | weights | published | log p(x) | Monte Carlo error | hours | on |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in [row for folder in folders for row in rows_of(folder)]:
