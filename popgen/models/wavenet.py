@@ -107,13 +107,14 @@ class WaveNet(Model):
             *((f"classes[{label!r}]", count, 1) for label, count in (classes or {}).items()),
         ):
             check_integer(f"WaveNet.{name}", size, minimum)
-        self.output, self.classes, self.local_dim = output, dict(classes or {}), local_dim
+        # By name: a mapping's order means nothing, and a configuration that was saved comes back in another.
+        self.output, self.classes, self.local_dim = output, dict(sorted((classes or {}).items())), local_dim
         self.embedding = nn.Embedding(NUM_CODES + 1, hidden_dim)
         self.layers = nn.ModuleList(
             _GatedLayer(hidden_dim, skip_dim, kernel_size, 2 ** (n % dilation_cycle), local_dim, n == num_layers - 1)
             for n in range(num_layers)
         )
-        if self.classes:  # a row for each value of each label: its V h in all layers
+        if self.classes:  # a row for each value of each label, names in order: its V h in all layers
             self.label_embedding = nn.Embedding(sum(self.classes.values()), num_layers * 2 * hidden_dim)
             nn.init.normal_(self.label_embedding.weight, std=0.1)
         last = nn.Linear(skip_dim, output.num_parameters)

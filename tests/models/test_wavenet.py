@@ -521,3 +521,17 @@ def test_sizes_of_the_parts_agree() -> None:
         density = model(torch.zeros(2, 1).long())
         assert isinstance(density, DiscretisedLogisticMixture) and density.means.shape == (2, 1, 2)
         assert model.generate(torch.rand(1, 4)).shape == (1, 4)
+
+
+def test_the_order_of_label_names_means_nothing() -> None:
+    """Weights mean the same where a mapping comes back in another order, as from a configuration that was saved."""
+    classes = {"speaker": 3, "digit": 2}
+    one = WaveNet(CategoricalOutput(), 8, 8, num_layers=3, dilation_cycle=3, classes=classes)
+    other = WaveNet(CategoricalOutput(), 8, 8, num_layers=3, dilation_cycle=3, classes=dict(reversed(classes.items())))
+    other.load_state_dict(one.state_dict())
+    codes = torch.randint(256, (4, 30))
+    labels = {"speaker": torch.tensor([0, 1, 2, 2]), "digit": torch.tensor([0, 1, 0, 1])}
+    densities = [model(codes, labels).log_density(codes) for model in (one, other)]
+    assert torch.equal(*densities)
+    swapped = {**labels, "digit": 1 - labels["digit"]}
+    assert not torch.equal(one(codes, swapped).log_density(codes), densities[0])
