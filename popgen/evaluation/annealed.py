@@ -322,7 +322,7 @@ def check_by_annealing(
 def describe_check(record: Mapping[str, Any]) -> str:
     """Returns the lines of a check.
 
-    Example: `launch.evaluate` prints them.
+    Example: `main` of launch.evaluate prints them.
     """
     return (
         f"annealing, first {record['annealed_num_images']} images: log p(x) {record['annealed_log_p_x']:.3f}, "

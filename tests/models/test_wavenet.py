@@ -97,7 +97,8 @@ def test_layers_compute_what_the_figure_draws() -> None:
     previous = [START, *codes[0, :-1].tolist()]
     x = [model.embedding.weight[code] for code in previous]
     skips = [torch.zeros(7, dtype=torch.float64)] * 12
-    rows = model.label_embedding.weight[[labels["speaker"].item(), 3 + labels["digit.of"].item()]].sum(0).view(5, 10)
+    assert model.classes == {"digit.of": 4, "speaker": 3}, "rows follow the names in their sorted order"
+    rows = model.label_embedding.weight[[labels["digit.of"].item(), 4 + labels["speaker"].item()]].sum(0).view(5, 10)
     for n, layer in enumerate(model.layers):
         dilation, below = 2 ** (n % 3), x
         x = list(below)
