@@ -200,6 +200,16 @@ def test_a_wrong_result_is_never_used(wrong, monkeypatch: pytest.MonkeyPatch, ca
     assert line.startswith("torch.compile is not used: its result differs")
 
 
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize(("moved_by", "used"), [(2e-4, True), (2e-3, False)])
+def test_a_difference_of_large_numbers_may_be_rounded(moved_by, used, monkeypatch: pytest.MonkeyPatch, capsys):
+    """A KL of 0.04 nats from densities of 544: a change of 2e-4 is what float32 leaves of it, ten times that is not."""
+    fake_compile(monkeypatch, lambda function: lambda x: {**function(x), "kl": function(x)["kl"] + moved_by})
+    metrics = compile_or_fall_back(lambda x: {"loss": x.sum(), "kl": x.sum() - 543.96})
+    metrics(torch.full((4,), 136.0))
+    assert (capsys.readouterr().err == "") == used
+
+
 def test_an_error_of_the_function_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
     fake_compile(monkeypatch, lambda function: function)
     with pytest.raises(ArgumentError, match="encoded must be"):
