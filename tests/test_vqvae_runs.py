@@ -180,7 +180,12 @@ def test_curves_of_a_prior(finished: dict[str, RunDirectory]) -> None:
     assert list(found["test/reconstruction"].values()) == pytest.approx([expected] * 4, rel=1e-5)
     assert list(found["test/kl"].values()) == sorted(found["test/kl"].values(), reverse=True)
     assert found["test/kl"][NUM_STEPS] < 4 * math.log(NUM_CODES) - 0.3
-    assert set(events_of(finished["prior"]).Tags()["images"]) == {"originals", "reconstructions", "prior_samples", "evaluation"}
+    assert set(events_of(finished["prior"]).Tags()["images"]) == {
+        "originals",
+        "reconstructions",
+        "prior_samples",
+        "evaluation",
+    }
     names = {name.split(".")[0] for name in finished["prior"].load_checkpoint("latest")["weight_average"]}
     assert names == {"prior"}
 
