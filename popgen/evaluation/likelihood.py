@@ -250,7 +250,7 @@ def importance_estimate(
     estimates = []
     for start in range(0, len(images), images_at_once):
         x = as_values(images[start : start + images_at_once])
-        indices = range(start, start + len(x))
+        indices = range(first_image + start, first_image + start + len(x))
         blocks = []
         with matrix_products(precision, x.device):
             encoded = model.encode(x)

@@ -163,3 +163,13 @@ def test_an_evaluation_does_not_depend_on_how_it_was_cut_up(path: pathlib.Path) 
         evaluate(ImageTable(path), interrupt)
     assert len(read_table(path.with_name("evaluation_images.part-1-of-1.csv")).rows) == 100
     assert evaluate(ImageTable(path)) == whole
+
+
+def test_the_chunks_of_an_evaluation_meet_different_noise(path: pathlib.Path) -> None:
+    """Equal images have equal bounds only where their noise is the same."""
+    torch.manual_seed(3)
+    vae = VAE(GaussianEncoder(16, 3, 6), BernoulliDecoder(3, 16, 6), VampPrior(16, num_components=4))
+    images = torch.full((COUNT, 16), 255, dtype=torch.uint8)
+    data = ImageData(images, images, (4, 4), "noise")
+    VAEEvaluator().evaluate(vae, data, images, 10, seed=2, table=ImageTable(path))
+    assert len(read_table(path).columns()["log_p_x"].unique()) == COUNT

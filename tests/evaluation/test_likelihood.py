@@ -165,6 +165,17 @@ def test_an_image_meets_the_same_noise_in_every_subset(evaluate: str) -> None:
     torch.testing.assert_close(answers[2][4], answers[0][4], rtol=0, atol=1e-5)
 
 
+def test_noise_belongs_to_the_index_of_an_image_in_the_whole_set() -> None:
+    """Images from the eighth on, told which they are, are answered as among all; taken for the first ones, not."""
+    vae, images = make_vae(), make_images()
+    whole = importance_estimate(vae, images, 30).log_p_x
+    rest, taken_for_first = (importance_estimate(vae, images[8:], 30, first_image=first).log_p_x for first in (8, 0))
+    torch.testing.assert_close(rest, whole[8:], rtol=0, atol=1e-5)
+    assert (taken_for_first - whole[8:]).abs().min() > 1e-3
+    parts = evaluate_elbo(vae, images[8:], first_image=8)
+    torch.testing.assert_close(parts["elbo"], evaluate_elbo(vae, images)["elbo"][8:], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "rows, block, num_samples", [(60, 20, 1_000), (60, 20, 7), (10, 20, 1_000), (4_000, 1_000, 2_500)]
 )
