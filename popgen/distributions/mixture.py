@@ -9,6 +9,7 @@ from torch import Tensor
 
 from popgen.distributions.normal import LOG_TWO_PI
 from popgen.execution import full_precision
+from popgen.products import linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(offset: Tensor, features: Tensor, coefficients: Tensor) -> Tensor:
         with full_precision(features.device):
-            return torch.addmm(offset, features, coefficients.T)
+            return linear(features, coefficients, offset)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -98,7 +99,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features, coefficients = ctx.saved_tensors
         with full_precision(features.device):
-            return gradient.sum(0), gradient @ coefficients, gradient.T @ features
+            return gradient.sum(0), linear(gradient, coefficients.T), linear(gradient.T, features.T)
 
 
 class _LogSumExp(torch.autograd.Function):

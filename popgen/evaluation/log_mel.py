@@ -104,6 +104,8 @@ class LogMel(nn.Module):
             raise ArgumentError(f"waveforms must have shape (batch, time), got {tuple(waveforms.shape)}")
         waveforms = F.pad(waveforms, (0, max(0, self.receptive_field - waveforms.shape[1])))
         stretches = waveforms.unfold(1, self.receptive_field, self.hop) * self.hann
+        if not len(waveforms):  # MKL's transform refuses nothing at all
+            return stretches.new_empty(0, stretches.shape[1], self.filters.shape[1])
         energies = torch.fft.rfft(stretches, n=self.transform_size).abs().square()
         return (energies @ self.filters).clamp_min(self.FLOOR).log()
 

@@ -11,6 +11,7 @@ from popgen.errors import ArgumentError, check_integer
 from popgen.models.image_model import ImageModel, LogDensities
 from popgen.nn.flows import Bijection, PosteriorFlow
 from popgen.nn.gated_dense import GatedDense
+from popgen.nn.linear import Linear
 from popgen.nn.priors import Prior
 
 LOG_VAR_RANGE = (-6.0, 2.0)
@@ -36,7 +37,7 @@ class GaussianEncoder(nn.Module):
         self.latent_dim = check_integer("GaussianEncoder.latent_dim", latent_dim, minimum=1)
         self.context_dim = check_integer("GaussianEncoder.hidden_dim", hidden_dim, minimum=1)
         self.hidden = nn.Sequential(GatedDense(input_dim, hidden_dim), GatedDense(hidden_dim, hidden_dim))
-        self.mean_and_log_var = nn.Linear(hidden_dim, 2 * latent_dim)
+        self.mean_and_log_var = Linear(hidden_dim, 2 * latent_dim)
 
     def forward(self, x: Float[Tensor, "batch input"]) -> tuple[DiagonalNormal, Float[Tensor, "batch context"]]:
         """Returns the posterior of each input, and the last hidden layer as context."""
@@ -66,7 +67,7 @@ class BernoulliDecoder(nn.Module):
         self.output_dim = check_integer("BernoulliDecoder.output_dim", output_dim, minimum=1)
         check_integer("BernoulliDecoder.hidden_dim", hidden_dim, minimum=1)
         self.hidden = nn.Sequential(GatedDense(latent_dim, hidden_dim), GatedDense(hidden_dim, hidden_dim))
-        self.logits = nn.Linear(hidden_dim, output_dim)
+        self.logits = Linear(hidden_dim, output_dim)
 
     def forward(self, z: Float[Tensor, "*sample batch latent"]) -> Bernoulli:
         """Returns p(x|z)."""

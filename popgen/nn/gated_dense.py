@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from popgen.errors import check_integer
+from popgen.nn.linear import Linear
 
 
 class GatedDense(nn.Module):
@@ -27,7 +28,7 @@ class GatedDense(nn.Module):
         super().__init__()
         check_integer("GatedDense.input_dim", input_dim, minimum=1)
         check_integer("GatedDense.output_dim", output_dim, minimum=1)
-        self.linear = nn.Linear(input_dim, 2 * output_dim)
+        self.linear = Linear(input_dim, 2 * output_dim)
 
     def forward(self, x: Float[Tensor, "*batch input"]) -> Float[Tensor, "*batch output"]:
         """Returns the gated activations, shape `(*batch, output_dim)`."""

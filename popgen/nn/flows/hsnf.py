@@ -5,11 +5,12 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from popgen.errors import check_integer
 from popgen.execution import full_precision
 from popgen.nn.flows.flow import Bijection, PosteriorFlow, solve_residual_tanh
+from popgen.nn.linear import Linear
 
 # Both diagonals stay within ±MAX_DIAGONAL, so that r_ii · r̃_ii ≥ -MAX_DIAGONAL² ≥ -1 + 1e-4 even where tanh rounds to
 # ±1, and with tanh' ≤ 1 the determinant cannot vanish (theorem 2 of the paper asks for r_ii · r̃_ii > -1).
@@ -149,7 +150,7 @@ class HouseholderSylvesterFlow(PosteriorFlow):
         self.num_reflections = check_integer("HouseholderSylvesterFlow.num_reflections", num_reflections, minimum=1)
         # For each flow: the square, the reflectors, the diagonal of R̃ and the bias.
         self.sizes = [latent_dim * latent_dim, num_reflections * latent_dim, latent_dim, latent_dim]
-        self.parameters_of_context = nn.Linear(context_dim, num_flows * sum(self.sizes))
+        self.parameters_of_context = Linear(context_dim, num_flows * sum(self.sizes))
 
     def forward(self, context: Float[Tensor, "batch context"]) -> HouseholderSylvesterBijection:
         """Returns the bijections of a batch, from a context of shape `(batch, context_dim)`."""

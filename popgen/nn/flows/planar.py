@@ -5,10 +5,11 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from popgen.errors import check_integer
 from popgen.nn.flows.flow import Bijection, PosteriorFlow, solve_residual_tanh
+from popgen.nn.linear import Linear
 
 MIN_SLOPE = 1e-4  # wᵀ u is kept at or above -1 + MIN_SLOPE, so that the determinant cannot vanish
 
@@ -89,7 +90,7 @@ class PlanarFlow(PosteriorFlow):
         self.latent_dim = check_integer("PlanarFlow.latent_dim", latent_dim, minimum=1)
         self.context_dim = check_integer("PlanarFlow.context_dim", context_dim, minimum=1)
         self.num_flows = check_integer("PlanarFlow.num_flows", num_flows, minimum=1)
-        self.parameters_of_context = nn.Linear(context_dim, num_flows * (2 * latent_dim + 1))
+        self.parameters_of_context = Linear(context_dim, num_flows * (2 * latent_dim + 1))
 
     def forward(self, context: Float[Tensor, "batch context"]) -> PlanarBijection:
         """Returns the bijections of a batch, from a context of shape `(batch, context_dim)`."""

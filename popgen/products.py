@@ -1,0 +1,99 @@
+"""The matrix products of linear layers, by the faster of the two libraries that PyTorch carries on a CPU.
+
+PyTorch gives float32 products to MKL, which leaves half of the AVX-512 units of other makers' processors idle; oneDNN
+does not. Both sum in float32. Which one is used depends on the processor alone, so that a run repeats itself.
+"""
+
+import pathlib
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def linear(
+    x: Float[Tensor, "*batch input"],
+    weight: Float[Tensor, "output input"],
+    bias: Float[Tensor, " output"] | None = None,
+) -> Float[Tensor, "*batch output"]:
+    """Returns x · weightᵀ + bias, as `torch.nn.functional.linear` does.
+
+    Example:
+        >>> linear(torch.ones(3, 2), torch.ones(1, 2), torch.ones(1)).flatten()
+        tensor([3., 3., 3.])
+    """
+    if USES_ONEDNN and _is_for_onednn(x, weight):
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.ndim > 1
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _prefers_onednn() -> bool:
+    """Whether the processor has AVX-512 and is not Intel's, and this PyTorch has what it takes."""
+    cpu = pathlib.Path("/proc/cpuinfo")
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and cpu.is_file()
+        and "AuthenticAMD" in cpu.read_text()
+    )
+
+
+USES_ONEDNN = _prefers_onednn()
+
+
+# An operator of its own: the compiler calls it as it is, where it would copy transposed factors for oneDNN.
+@torch.library.custom_op("popgen::linear", mutates_args=())
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@_onednn_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+class _Linear(torch.autograd.Function):
+    """oneDNN's product, with its gradients and a rule for torch.vmap."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _onednn_linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wanted, rows = ctx.needs_input_grad, gradient.flatten(0, -2)
+        return (
+            linear(gradient, weight.T) if wanted[0] else None,
+            linear(rows.T, x.flatten(0, -2).T) if wanted[1] else None,
+            rows.sum(0) if wanted[2] else None,
+        )
+
+    @staticmethod
+    def vmap(info, in_dims: tuple, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+        """Returns one product for each pair; where the layer is shared, one product for all."""
+        x_dim, weight_dim, bias_dim = in_dims
+        if weight_dim is None and bias_dim is None:
+            return linear(x.movedim(x_dim, 0), weight, bias), 0
+        x = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
+        weight = weight if weight_dim is None else weight.movedim(weight_dim, 0)
+        product = torch.matmul(x.reshape(len(x), -1, x.shape[-1]), weight.mT)
+        if bias is not None:
+            product = product + (bias if bias_dim is None else bias.movedim(bias_dim, 0)[:, None])
+        return product.view(*x.shape[:-1], -1), 0
