@@ -11,7 +11,13 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+import popgen.products  # noqa: F401 (registers popgen::linear)
+
+PRODUCTS = {  # the operator, and which of its tensors are the factors
+    torch.ops.aten.mm.default: slice(0, 2),
+    torch.ops.aten.addmm.default: slice(1, 3),
+    torch.ops.popgen.linear.default: slice(0, 2),
+}
 
 Work = Callable[[], object]
 
@@ -65,8 +71,9 @@ def ratio(one: list[float], other: list[float]) -> float:
 def bare_products(work: Work, device: torch.device) -> tuple[Work, float]:
     """Returns work that does nothing but the dense matrix products of some other work, in float32, and their FLOPs.
 
-    Every aten::mm and aten::addmm is recorded with the shapes and strides of its factors and repeated on random
-    matrices, those of one shape on the same one. Products of small matrices, one for each image, are not among them.
+    Every aten::mm, aten::addmm and popgen::linear is recorded with the shapes and strides of its factors and repeated
+    by the same library on random matrices, those of one shape on the same one. Products of small matrices, one for each
+    image, are not among them.
     """
     matrices: dict[tuple, torch.Tensor] = {}
     calls: list[tuple[Callable, list[torch.Tensor]]] = []
@@ -76,14 +83,16 @@ def bare_products(work: Work, device: torch.device) -> tuple[Work, float]:
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal flops
             if function in PRODUCTS:
-                factors = [argument for argument in args if isinstance(argument, torch.Tensor)]
-                keys = [(place, *f.shape, *f.stride()) for place, f in enumerate(factors)]
-                for key, f in zip(keys, factors, strict=True):
-                    if key not in matrices:
+                repeated = []
+                for place, f in enumerate(args):
+                    key = None if f is None else (place, *f.shape, *f.stride())
+                    if key is not None and key not in matrices:
                         extent = 1 + sum((size - 1) * step for size, step in zip(f.shape, f.stride(), strict=True))
                         matrices[key] = torch.randn(extent, device=device).as_strided(f.shape, f.stride())
-                calls.append((torch.mm if len(factors) == 2 else torch.addmm, [matrices[key] for key in keys]))
-                flops += 2.0 * factors[-2].shape[0] * factors[-1].shape[0] * factors[-1].shape[1]
+                    repeated.append(None if key is None else matrices[key])
+                calls.append((function, repeated))
+                left, right = args[PRODUCTS[function]]
+                flops += 2.0 * left.numel() * right.numel() / left.shape[-1]
             return function(*args, **(kwargs or {}))
 
     with Record():

@@ -23,7 +23,7 @@ Recorded = tuple[Callable[[], object], Any]
 PRECISIONS = ("fp32", "tf32", "bf16")
 # Relative difference that a compiled function's values and gradients may show, at full and at reduced precision.
 COMPILED_TOLERANCE, REDUCED_TOLERANCE = 1e-4, 5e-2
-# What rounding may add to a single number, relative to the largest beside it: a KL near 0 is a difference of large ones.
+# What rounding may add to a single number, relative to the largest beside it: a KL near 0 is a difference.
 ROUNDING = 1e-6
 
 

@@ -63,7 +63,9 @@ def test_second_derivatives():
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (None, 0, 0), (0, 0, None), (1, 2, 1), (None, None, 0)])
+@pytest.mark.parametrize(
+    "in_dims", [(0, 0, 0), (0, None, None), (None, 0, 0), (0, 0, None), (1, 2, 1), (None, None, 0)]
+)
 @pytest.mark.parametrize("shape", [(5,), (6, 5), (2, 6, 5)])
 def test_mapped_over_replicas(in_dims: tuple[int | None, ...], shape: tuple[int, ...]):
     single = [torch.randn(shape), torch.randn(3, 5), torch.randn(3)]
