@@ -356,7 +356,10 @@ def _display(scope: str, selector: str, parameter: str) -> str:
 
 
 def _settings(unused: set[_BindingKey]) -> dict[str, bool | int | float | str]:
-    """Returns what the configuration binds and uses, by short name; parts are given by theirs, None and lists as text."""
+    """Returns what the configuration binds and uses, by short name; parts are given by theirs, None and lists as text.
+
+    Dictionaries are left out: they say the same in any order.
+    """
     settings: dict[str, bool | int | float | str] = {}
     for (scope, selector), parameters in gin.config._CONFIG.items():
         for parameter, value in parameters.items():
@@ -364,9 +367,10 @@ def _settings(unused: set[_BindingKey]) -> dict[str, bool | int | float | str]:
                 if value.configurable.selector == MACRO:
                     continue  # the macro has a row of its own
                 value = value.configurable.name
-            if _BindingKey(scope, selector, parameter) not in unused:
-                shown = value if isinstance(value, bool | int | float | str) else repr(value)
-                settings[_display(scope, selector, parameter)] = shown
+            if value is None or isinstance(value, list | tuple):
+                value = repr(value)
+            if isinstance(value, bool | int | float | str) and _BindingKey(scope, selector, parameter) not in unused:
+                settings[_display(scope, selector, parameter)] = value
     return settings
 
 
