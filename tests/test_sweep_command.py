@@ -90,26 +90,21 @@ def test_a_sweep_with_a_point_that_fails_is_resumed_and_grows(workspace):
     }
     losses = [float(row["best_loss"]) for row in list(rows.values())[:2]]
     assert losses == sorted(losses)
-    assert workspace.succeed("sweep", "--sweep_dir=swept", "--table_only").count("finished") == 2
 
     columns, metrics, shown = hyper_parameter_rows(swept)
     assert columns == ["Experiment.batch_size"] and "best/loss" in metrics
     assert {name: row["Experiment.batch_size"] for name, row in shown.items()} == {
-        "Experiment.batch_size=10": 10.0,
-        "Experiment.batch_size=20": 20.0,
+        name: float(name.partition("=")[2])
+        for name in rows  # also of the one that failed, which has no loss
     }
     for name, row in shown.items():
-        assert row["best/loss"] == pytest.approx(float(rows[name]["best_loss"]), rel=1e-6)
-
-    line = workspace.fail("sweep", *SMALL, TOO_MANY, "--gin_bindings=Experiment.num_steps = 6")
-    assert "Experiment.num_steps: 4 -> 6" in line and "--reconfigure" in line and "nothing was started" in line
+        if name != "Experiment.batch_size=1000":
+            assert row["best/loss"] == pytest.approx(float(rows[name]["best_loss"]), rel=1e-6)
 
 
-def test_mistakes_are_one_line_and_nothing_starts(workspace):
-    line = workspace.fail("sweep", *SMALL, "--sweep=LATENT_DIM = [2, 3]", "--sweep=Adam.learning_rate = [1e-3]")
-    assert "did you mean" in line and "at the point Adam.learning_rate=0.001,LATENT_DIM=2" in line
-    line = workspace.fail("sweep", *SMALL, "--sweep=LATENT_DIM = [2, 0]")
-    assert "latent_dim" in line and "at the point LATENT_DIM=0" in line
+def test_a_mistake_is_one_line_and_nothing_starts(workspace):
+    line = workspace.fail("sweep", *SMALL, "--sweep=LATENT_DIM = [2, 3]", "--sweep=Adam.lrate = [1e-3]")
+    assert "did you mean lr?" in line and "at the point Adam.lrate=0.001,LATENT_DIM=2" in line
     assert not (workspace.path / "swept").exists()
 
 
@@ -118,11 +113,7 @@ def test_more_mistakes(workspace):
     def refused(*arguments: str) -> str:
         return workspace.fail("sweep", *SMALL, *arguments)
 
-    assert "values from 0 to 2" in refused("--sweep=Squares.largest = [1.0, 2.0]")
-    values = "[1e-3, 1e-4]"
-    assert "same configuration" in refused(f"--sweep=Adam.lr = {values}", f"--sweep=torch.optim.Adam.lr = {values}")
     assert "LATENT_DIM twice" in refused("--sweep=LATENT_DIM = [2]", "--sweep=LATENT_DIM = [3]")
-    assert "both swept and bound" in refused("--sweep=HIDDEN_DIM = [2]")
     assert "must be given" in refused()
     assert "sort_by must be one of" in refused("--sweep=LATENT_DIM = [2]", "--sort_by=los")
     assert "max_parallel must be" in refused("--sweep=LATENT_DIM = [2]", "--max_parallel=0")

@@ -47,7 +47,7 @@ class Interval(NamedTuple):
         low, high = (math.log(bound) if self.is_log else bound for bound in (self.low, self.high))
         drawn = source.uniform(low, high)
         rounded = float(f"{math.exp(drawn) if self.is_log else drawn:.{DIGITS}g}")
-        return repr(min(max(rounded, float(self.low)), float(self.high)))
+        return repr(min(max(rounded, self.low), self.high))
 
 
 def parse(expressions: Sequence[str]) -> dict[str, Choices | Interval]:
@@ -209,7 +209,8 @@ def _parse_range(name: str, form: str, text: str) -> Choices | Interval:
         return Choices(range(*arguments))
     if len(arguments) != 2:
         raise ArgumentError(f"{given} must have two numbers, the lowest and the highest")
-    low, high = (check_number(f"{given}: a bound", argument) for argument in arguments)
+    numbers = [float(argument) if isinstance(argument, int) else argument for argument in arguments]
+    low, high = (check_number(f"{given}: a bound", number) for number in numbers)
     if low >= high:
         raise ArgumentError(f"{given} must have the lower number first, and a higher one")
     if form == "log_uniform" and low <= 0.0:
@@ -224,7 +225,7 @@ def _items(name: str, text: str) -> list[str]:
         tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.string.strip()]
     except (tokenize.TokenError, SyntaxError):
         raise unreadable from None
-    if not tokens or tokens[0].string != "[":
+    if not tokens or tokens[0].string != "[" or any(token.type == tokenize.ERRORTOKEN for token in tokens):
         raise unreadable
     items, depth, start = [], 0, 1
     for token in tokens:

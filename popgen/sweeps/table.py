@@ -35,7 +35,7 @@ class Row:
     run: Run
     state: str
     step: int
-    results: Mapping[str, float]
+    results: Mapping[str, int | float]
 
 
 def check_result(sort_by: str, runs: Sequence[Run]) -> None:
@@ -178,7 +178,7 @@ def _is_seed(name: str) -> bool:
     return name == SEED or name.endswith(f".{SEED}")
 
 
-def _shown(value: float | None) -> str:
+def _shown(value: int | float | None) -> str:
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
