@@ -35,6 +35,10 @@ flags.DEFINE_bool("reconfigure", False, "Continue earlier runs under a changed c
 
 def main() -> None:
     """Trains every point that is not finished, and prints the table."""
+    if not FLAGS.gin_file and not FLAGS.sweep_dir:
+        raise PopgenError(
+            "--gin_file and --sweep, or --sweep_dir and --table_only must be given; --help lists the options"
+        )
     names = "+".join(pathlib.Path(gin_file).stem for gin_file in FLAGS.gin_file)
     sweep = SweepDirectory(pathlib.Path(FLAGS.sweep_dir) if FLAGS.sweep_dir else default_root() / f"{names}_sweep")
     if FLAGS.table_only:

@@ -114,7 +114,8 @@ def test_more_mistakes(workspace):
         return workspace.fail("sweep", *SMALL, *arguments)
 
     assert "LATENT_DIM twice" in refused("--sweep=LATENT_DIM = [2]", "--sweep=LATENT_DIM = [3]")
-    assert "must be given" in refused()
+    assert "--gin_file and --sweep must be given" in refused()
+    assert "--sweep_dir and --table_only must be given" in workspace.fail("sweep", "--table_only")
     assert "sort_by must be one of" in refused("--sweep=LATENT_DIM = [2]", "--sort_by=los")
     assert "max_parallel must be" in refused("--sweep=LATENT_DIM = [2]", "--max_parallel=0")
     assert "there is no sweep in 'swept'" in refused("--table_only")

@@ -74,7 +74,7 @@ def sorted_rows(rows: Sequence[Row], sort_by: str) -> list[Row]:
         >>> [row.run.name for row in sorted_rows(rows, "elbo")]
         ['b', 'a']
     """
-    sign = 1.0 if any(part in sort_by for part in LOWER_IS_BETTER) else -1.0
+    sign = _sign(sort_by)
     return sorted(rows, key=lambda row: sign * row.results[sort_by] if sort_by in row.results else math.inf)
 
 
@@ -110,7 +110,7 @@ def table(rows: Sequence[Row], sort_by: str) -> str:
 def over_seeds(rows: Sequence[Row], result: str) -> list[tuple[dict[str, str], float, float, int]]:
     """Returns values other than the seed, mean and standard deviation of a result, and how many finished runs had it.
 
-    They are in the order of the rows that are given; nothing is returned where no seed was swept.
+    The best mean is first; nothing is returned where no seed was swept.
 
     Example:
         >>> def row(seed, loss):
@@ -124,10 +124,11 @@ def over_seeds(rows: Sequence[Row], result: str) -> list[tuple[dict[str, str], f
         others = tuple((name, value) for name, value in row.run.values.items() if not _is_seed(name))
         if len(others) < len(row.run.values) and row.state == "finished" and result in row.results:
             groups.setdefault(others, []).append(row.results[result])
-    return [
+    summaries = [
         (dict(others), statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else math.nan, len(found))
         for others, found in groups.items()
     ]
+    return sorted(summaries, key=lambda summary: _sign(result) * summary[1])
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
@@ -168,6 +169,11 @@ def _row(sweep: pathlib.Path, run: Run) -> Row:
     else:
         state = "failed" if run.failure else "waiting"
     return Row(run, state, numbers.get("step", 0), results)
+
+
+def _sign(result: str) -> float:
+    """Returns 1 for a result that is better lower, -1 for one that is better higher."""
+    return 1.0 if any(part in result for part in LOWER_IS_BETTER) else -1.0
 
 
 def _values(row: Row, names: Sequence[str]) -> list[str]:
