@@ -74,8 +74,25 @@ def test_a_failure_is_the_last_line_and_stops_nothing(tmp_path: pathlib.Path) ->
     assert (tmp_path / "good.log").read_text() == "all is well\n"
 
 
+@pytest.fixture
+def in_background():
+    """What a shell does to the commands that a script starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_background")
+def test_a_process_in_the_background_can_interrupt_its_own(tmp_path: pathlib.Path) -> None:
+    check_that_a_signal_interrupts_every_process(tmp_path, signal.SIGTERM)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_interrupts_every_process_and_starts_no_other(tmp_path: pathlib.Path, number: int) -> None:
+    check_that_a_signal_interrupts_every_process(tmp_path, number)
+
+
+def check_that_a_signal_interrupts_every_process(tmp_path: pathlib.Path, number: int) -> None:
     jobs = [job(tmp_path, f"job{i}", PATIENT) for i in range(3)]
 
     def interrupt_when_both_run() -> None:

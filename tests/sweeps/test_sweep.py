@@ -76,6 +76,8 @@ def test_another_configuration_is_reported(sweep: SweepDirectory) -> None:
         assert part in str(refusal.value)
     _, jobs = plan(sweep, "LATENT_DIM = [2, 3, 4]", fixed=longer, reconfigure=True)
     assert ["--reconfigure" in job.command for job in jobs] == [True, True, False]
+    _, jobs = plan(sweep, "LATENT_DIM = [2]", fixed=("Experiment.log_every = 7",), reconfigure=True)
+    assert len(jobs) == 1  # every step was taken, but under another configuration
 
 
 def test_mistakes_name_the_point(sweep: SweepDirectory) -> None:
