@@ -1,1 +1,1 @@
-"""The commands: python -m launch.train, launch.evaluate, launch.sample, launch.probe."""
+"""The commands: python -m launch.train, launch.evaluate, launch.sample, launch.probe, launch.sweep."""

@@ -1,5 +1,6 @@
 """Trains an experiment from Gin configs: python -m launch.train --gin_file=configs/vamp_hsnf.gin."""
 
+import dataclasses
 import pathlib
 
 import torch
@@ -19,6 +20,7 @@ flags.DEFINE_string("run_dir", None, "Where the run is kept; default $EXPERIMENT
 flags.DEFINE_bool("dry_run", False, "Print configuration, parameter counts and shapes; train nothing.")
 flags.DEFINE_bool("overwrite", False, "Start anew, removing what an earlier run wrote.")
 flags.DEFINE_bool("reconfigure", False, "Continue an earlier run under a changed configuration.")
+flags.DEFINE_multi_string("hparam", [], "A setting that is a column of TensorBoard's HParams tab; default all.")
 
 
 def main() -> None:
@@ -26,20 +28,21 @@ def main() -> None:
     if FLAGS.overwrite and FLAGS.reconfigure:
         raise ConfigError("--overwrite starts anew and --reconfigure continues: give one of them")
     loaded = config.load(FLAGS.gin_file, FLAGS.gin_bindings)
+    configuration = dataclasses.replace(loaded.configuration, compared=tuple(FLAGS.hparam))
     if loaded.orphans:
         print(f"not used by this configuration: {', '.join(loaded.orphans)}")
     if FLAGS.dry_run:
-        print(loaded.configuration.operative)
+        print(configuration.operative)
         print(describe(loaded.experiment))
         return
     directory = RunDirectory(run_path())
     with directory.locked():
-        settle_earlier_run(directory, loaded.configuration.given)
+        settle_earlier_run(directory, configuration.given)
         print(
             f"run directory: {directory.path}\nfollow it with: tensorboard --logdir {directory.path}",
             flush=True,
         )
-        state = run(loaded.experiment, directory, loaded.configuration)
+        state = run(loaded.experiment, directory, configuration)
     print(f"finished at step {state.step}; the lowest loss was {state.best_loss:.3f} nats, at step {state.best_step}")
     for path in sorted(directory.samples_path.glob("best*")):
         print(f"samples: {path}")
@@ -62,10 +65,8 @@ def settle_earlier_run(directory: RunDirectory, given: str) -> None:
     """
     if FLAGS.overwrite:
         directory.clear()
-    if not directory.has_checkpoint() or FLAGS.reconfigure or not directory.config_path.is_file():
-        return
-    changed = config.differences(directory.config_path.read_text(), given)
-    if changed:
+    changed = config.changes_since(directory, given)
+    if changed and not FLAGS.reconfigure:
         raise RunDirectoryError(
             f"{directory.path} holds a run with another configuration ({'; '.join(changed)}): --reconfigure continues "
             "it under the new one, --overwrite starts anew, --run_dir names another place"

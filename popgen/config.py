@@ -25,6 +25,7 @@ from gin.config import ParseContext, ParsedBindingKey
 from popgen.errors import ConfigError, PopgenError
 from popgen.experiment import Configuration, Experiment
 from popgen.streams import stream_seed
+from popgen.training.run_directory import RunDirectory
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
@@ -92,6 +93,18 @@ def differences(old: str, new: str) -> list[str]:
     before, after = (_bindings_as_text(text) for text in (old, new))
     names = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
     return [f"{name}: {before.get(name, '(not set)')} -> {after.get(name, '(not set)')}" for name in names]
+
+
+def changes_since(directory: RunDirectory, given: str) -> list[str]:
+    """Returns how a configuration differs from that of the run in a directory; nothing where none has begun.
+
+    Example:
+        >>> changes_since(RunDirectory(pathlib.Path("nowhere")), "Experiment.seed = 3")
+        []
+    """
+    if not directory.has_checkpoint() or not directory.config_path.is_file():
+        return []
+    return differences(directory.config_path.read_text(), given)
 
 
 # --- parsing ---------------------------------------------------------------------------------------------------------
@@ -343,7 +356,10 @@ def _display(scope: str, selector: str, parameter: str) -> str:
 
 
 def _settings(unused: set[_BindingKey]) -> dict[str, bool | int | float | str]:
-    """Returns what the configuration binds and uses, by short name; parts are given by theirs."""
+    """Returns what the configuration binds and uses, by short name; parts are given by theirs, None and lists as text.
+
+    Dictionaries are left out: they say the same in any order.
+    """
     settings: dict[str, bool | int | float | str] = {}
     for (scope, selector), parameters in gin.config._CONFIG.items():
         for parameter, value in parameters.items():
@@ -351,6 +367,8 @@ def _settings(unused: set[_BindingKey]) -> dict[str, bool | int | float | str]:
                 if value.configurable.selector == MACRO:
                     continue  # the macro has a row of its own
                 value = value.configurable.name
+            if value is None or isinstance(value, list | tuple):
+                value = repr(value)
             if isinstance(value, bool | int | float | str) and _BindingKey(scope, selector, parameter) not in unused:
                 settings[_display(scope, selector, parameter)] = value
     return settings

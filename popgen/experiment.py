@@ -188,6 +188,7 @@ class Configuration:
         given: as it was asked for, includes and overrides merged.
         operative: every value that was used, defaults too.
         settings: what was bound, by short name, for the HParams tab.
+        compared: the settings that are columns there; all if there are none.
 
     Example: `run` takes one.
     """
@@ -195,6 +196,11 @@ class Configuration:
     given: str
     operative: str
     settings: Mapping[str, bool | int | float | str]
+    compared: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.compared:
+            check_choice("hparam", name, tuple(self.settings))
 
 
 def run(experiment: Experiment, directory: RunDirectory, configuration: Configuration) -> TrainState:
@@ -243,8 +249,8 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
     try:
         writer.text("config", configuration.given, state.step)
         writer.text("operative_config", configuration.operative, state.step)
-        compared = ["best/loss", *(f"evaluation/{name}" for name in experiment.evaluator.headline)]
-        writer.hyper_parameters(configuration.settings, compared)
+        metrics = ["best/loss", *(f"evaluation/{name}" for name in experiment.evaluator.headline)]
+        writer.hyper_parameters(configuration.settings, metrics, configuration.compared)
         recorder = Recorder(
             experiment.evaluator,
             experiment.selection_split,

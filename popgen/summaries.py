@@ -1,7 +1,7 @@
 """What a run shows: a small writer with TensorBoard behind it, and grids of images."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,11 +117,22 @@ class Writer:
         """Writes text, shown as it is (indented by four, which Markdown takes for code)."""
         self._writer.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
 
-    def hyper_parameters(self, settings: Mapping[str, bool | int | float | str], metrics: list[str]) -> None:
-        """Writes the row of this run in the HParams tab; the metrics are scalars written elsewhere, by full name."""
+    def hyper_parameters(
+        self, settings: Mapping[str, bool | int | float | str], metrics: Sequence[str], compared: Sequence[str] = ()
+    ) -> None:
+        """Writes the row of this run in the HParams tab.
+
+        Args:
+            settings: by name.
+            metrics: full names of scalars that are written elsewhere.
+            compared: the settings that are columns; all if there are none.
+        """
         from torch.utils.tensorboard.summary import hparams
 
-        for summary in hparams(dict(settings), dict.fromkeys(metrics, 0.0)):
+        columns = {name: settings[name] for name in compared or settings}
+        described, _, _ = hparams(columns, dict.fromkeys(metrics, 0.0))
+        _, start, end = hparams(dict(settings), {})
+        for summary in (described, start, end):
             self._writer._get_file_writer().add_summary(summary)
 
     def close(self) -> None:

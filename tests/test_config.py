@@ -163,8 +163,9 @@ def test_the_seed_alone_decides_the_first_weights():
 
 
 def test_settings_are_what_was_bound_and_used():
-    bindings = ["Experiment.optimizer = @torch.optim.SGD", "SGD.lr = 0.5"]
+    bindings = ["Experiment.optimizer = @torch.optim.SGD", "SGD.lr = 0.5", "Experiment.max_gradient_norm = None"]
     settings = config.load(VAE, bindings).configuration.settings
+    assert settings["Experiment.max_gradient_norm"] == "None"
     assert settings["SGD.lr"] == 0.5 and settings["LATENT_DIM"] == 40 and settings["VAE.encoder"] == "GaussianEncoder"
     assert "Adam.lr" not in settings and "SGD.momentum" not in settings
 

@@ -104,10 +104,11 @@ def test_text_is_shown_as_it_is(tmp_path: pathlib.Path) -> None:
     assert event.step == 5
 
 
-def test_hyper_parameters_are_read_back(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("compared", [(), ("Adam.lr", "VampPrior.initialisation")])
+def test_hyper_parameters_are_read_back(tmp_path: pathlib.Path, compared: tuple[str, ...]) -> None:
     settings = {"Adam.lr": 5e-4, "Experiment.seed": 3, "VampPrior.initialisation": "data", "BinaryMNIST.download": True}
     writer = Writer(tmp_path)
-    writer.hyper_parameters(settings, ["best/loss", "evaluation/log_p_x"])
+    writer.hyper_parameters(settings, ["best/loss", "evaluation/log_p_x"], compared)
     writer.scalars("best", {"loss": 90.0}, 1)
     writer.close()
     content = read(tmp_path).summary_metadata
@@ -119,6 +120,7 @@ def test_hyper_parameters_are_read_back(tmp_path: pathlib.Path) -> None:
     experiment = hparams_metadata.parse_experiment_plugin_data(
         content[hparams_metadata.EXPERIMENT_TAG].plugin_data.content
     )
+    assert [info.name for info in experiment.hparam_infos] == list(compared or settings)
     assert [metric.name.tag for metric in experiment.metric_infos] == ["best/loss", "evaluation/log_p_x"]
     assert len(list(tmp_path.iterdir())) == 1, "one run is one event file, not a folder of its own for HParams"
 

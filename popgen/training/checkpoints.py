@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from popgen.errors import CheckpointError, RunDirectoryError
+from popgen.errors import CheckpointError, RunDirectoryError, reason_of
 
 FORMAT = "popgen checkpoint"
 VERSION = 1
@@ -84,6 +84,28 @@ def load(path: pathlib.Path) -> dict[str, Any]:
         return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise CheckpointError(f"{path} holds more than tensors, numbers and strings, and is not loaded") from error
+
+
+def load_numbers(path: pathlib.Path) -> dict[str, int | float | str]:
+    """Returns the numbers and strings at the top of a checkpoint; its tensors are not read, nor its checksum formed.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or not a checkpoint.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(pathlib.Path(folder) / "latest.ckpt", {"step": 3, "weight": torch.ones(2)})
+        ...     load_numbers(pathlib.Path(folder) / "latest.ckpt")
+        {'step': 3}
+    """
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint of popgen, or is damaged: {reason_of(error)}") from error
+    return {name: value for name, value in contents.items() if isinstance(value, int | float | str)}
 
 
 def _split(path: pathlib.Path, data: bytes) -> tuple[bytes, dict[str, Any]]:

@@ -106,7 +106,7 @@ class RunDirectory:
             self.checkpoints_path.mkdir(parents=True, exist_ok=True)
             self.samples_path.mkdir(exist_ok=True)
             lock = FileLock(self.path / LOCK_NAME)
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=0.5)  # long enough for `is_in_use` of another process to let go
         except Timeout:
             raise RunDirectoryError(
                 f"the run directory {self.path} is in use by another process; wait for it, or name another with "
@@ -121,6 +121,17 @@ class RunDirectory:
             yield
         finally:
             lock.release()
+
+    def is_in_use(self) -> bool:
+        """Whether some process trains in it."""
+        path = self.path / LOCK_NAME
+        if not path.is_file():
+            return False
+        try:
+            with FileLock(path, timeout=0):
+                return False
+        except Timeout:
+            return True
 
     def clear(self) -> None:
         """Removes what an earlier run wrote, and nothing else."""

@@ -1,0 +1,1 @@
+"""Sweeps: what points there are, the processes that train them, and how they compare."""
