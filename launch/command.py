@@ -1,20 +1,30 @@
 """What the commands share: one clear line for a user's mistake, and the run behind `--run_dir`."""
 
+import contextlib
+import errno
 import os
 import pathlib
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 from absl import app, flags
 
 from popgen import config
-from popgen.errors import PopgenError, RunDirectoryError
+from popgen.errors import PopgenError, RunDirectoryError, StoppedError
 from popgen.training.run_directory import RunDirectory
+
+STOPPED = 75  # exit status of a run that was asked to stop: "try again later", EX_TEMPFAIL of sysexits.h
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
-    """Parses the flags and calls `main`; a user's mistake becomes one line on standard error and exit status 1."""
+    """Parses the flags and calls `main`; a user's mistake or a bad disk becomes one line on standard error.
+
+    The exit status is then 1, and 75 for a run that was asked to stop.
+    """
 
     def guarded(arguments: list[str]) -> None:
         try:
@@ -24,6 +34,14 @@ def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
             if len(arguments) > 1:
                 raise PopgenError(f"unexpected argument {arguments[1]!r}; options begin with --")
             main()
+        except StoppedError as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(STOPPED)
+        except OSError as error:
+            if error.errno not in OF_THE_DISK:
+                raise
+            print(f"error: cannot write: {error}", file=sys.stderr)
+            sys.exit(1)
         except PopgenError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
@@ -32,6 +50,26 @@ def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
             sys.exit(130)
 
     app.run(guarded)
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Returns a function that says whether SIGTERM or Ctrl-C asked to stop; a second Ctrl-C interrupts at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+        os.write(2, b"stopping after this step; Ctrl-C interrupts at once\n")  # print is not safe in a handler
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def as_typed() -> str:
