@@ -2,17 +2,13 @@
 
 import dataclasses
 import functools
-import itertools
 import pathlib
-import time
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
 from popgen.datasets.images import ImageData, binarise_once, prepare_images
@@ -125,15 +121,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return path
 
 
-@pytest.fixture(autouse=True, scope="module")
-def seconds_pass() -> Iterator[None]:
-    """Lets time pass between writers: TensorBoard sorts files by the second at which their process started."""
-    clock = itertools.count(int(time.time()))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(event_file_writer, "time", types.SimpleNamespace(time=lambda: next(clock)))
-        yield
-
-
 # --- interruption ----------------------------------------------------------------------------------------------------
 
 
@@ -212,16 +199,6 @@ def test_another_model_or_optimizer_is_refused_and_nothing_is_lost(what: str, tm
     assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-def test_a_damaged_latest_checkpoint_is_refused_and_kept(tmp_path: pathlib.Path) -> None:
-    run_in(tmp_path, num_steps=3)
-    latest = RunDirectory(tmp_path).checkpoint_path("latest")
-    damaged = latest.read_bytes()[:-10]
-    latest.write_bytes(damaged)
-    with pytest.raises(CheckpointError, match=r"latest\.ckpt"):
-        run_in(tmp_path)
-    assert latest.read_bytes() == damaged
-
-
 # --- the best checkpoint ---------------------------------------------------------------------------------------------
 
 
@@ -281,7 +258,7 @@ class BecomesInfinite(NegativeELBO):
 
 def test_a_diverged_run_keeps_what_was_good(tmp_path: pathlib.Path) -> None:
     with pytest.raises(TrainingError, match="the loss became inf at step 8"):
-        run_in(tmp_path, objective=BecomesInfinite())
+        run_in(tmp_path, objective=BecomesInfinite(), max_skipped_steps=0)
     latest = RunDirectory(tmp_path).load_checkpoint("latest")
     assert latest["step"] == 6
     assert all(bool(torch.isfinite(tensor).all()) for tensor in latest["parameters"].values())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from popgen.errors import ArgumentError, TrainingError
+from popgen.errors import ArgumentError
 from popgen.losses import elbo
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow, PlanarFlow
@@ -181,6 +181,9 @@ def test_averaging_may_be_switched_on_and_off_between_runs():
     assert_same(state_from_tensors(tensors[1], fresh[1]).weight_average, tensors[1]["parameters"])
 
 
+NOTHING_SKIPPED = {"skipped_steps": torch.tensor(0.0), "skipped_in_a_row": torch.tensor(0.0)}
+
+
 class Calls:
     """Hooks that write down when they were called."""
 
@@ -215,27 +218,13 @@ def test_loop_logs_the_mean_since_the_last_time():
 
     def step(state, batch):
         metrics = {"loss": torch.tensor(float(next(losses))), "gradient_norm": torch.tensor(1.0)}
-        return dataclasses.replace(state, step=state.step + 1), metrics
+        return dataclasses.replace(state, step=state.step + 1), metrics | NOTHING_SKIPPED
 
     calls = Calls(2, 100, 100)
     state = initial_state(tiny_vae(), torch.optim.Adam, seed=0)
     train(state, step, lambda step, generator: batch_of(step), 6, calls.hooks)
     assert [means["loss"] for means in calls.logged.values()] == [1.5, 3.5, 5.5]
     assert all(means["steps_per_second"] > 0 for means in calls.logged.values())
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(value):
-    def step(state, batch):
-        loss = value if state.step == 4 else 1.0
-        metrics = {"loss": torch.tensor(loss), "gradient_norm": torch.tensor(1.0)}
-        return dataclasses.replace(state, step=state.step + 1), metrics
-
-    calls = Calls(3, 6, 6)
-    state = initial_state(tiny_vae(), torch.optim.Adam, seed=0)
-    with pytest.raises(TrainingError, match="the loss became (nan|inf) at step 5"):
-        train(state, step, lambda step, generator: batch_of(step), 12, calls.hooks)
-    assert calls.evaluated == calls.saved == [] and list(calls.logged) == [3]
 
 
 class WithBuffers(nn.Module):
