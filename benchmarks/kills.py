@@ -28,9 +28,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from benchmarks.measure import table
-from launch.command import STOPPED, stop_requests
+from launch.command import STOPPED, guarded, stop_requests
 from popgen.datasets.images import ImageData, prepare_images
-from popgen.errors import StoppedError
 from popgen.evaluation.vqvae import VQVAEEvaluator
 from popgen.experiment import Configuration, Experiment, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
@@ -91,25 +90,30 @@ def make_experiment(kind: str, **changes: Any) -> Experiment:
     return Experiment(**(settings | changes))
 
 
-def train_in(path: pathlib.Path, kind: str) -> None:
+def train_in(path: pathlib.Path, kind: str, **changes: Any) -> None:
     """Trains an experiment in a directory, or goes on with it."""
     directory = RunDirectory(path)
     with directory.locked(), stop_requests() as stop:
-        run(make_experiment(kind), directory, Configuration("given", "operative", {}), stop)
+        run(make_experiment(kind, **changes), directory, Configuration("given", "operative", {}), stop)
 
 
-def forked(work: Callable[[], None]) -> int:
-    """Returns the process that does some work; its exit status is 0, 1 after an error, or 75 where it was stopped."""
+def forked(work: Callable[[], None], log: pathlib.Path | None = None) -> int:
+    """Returns the process that does some work as a command does it; its exit status is 2 after an unexpected error.
+
+    Args:
+        work: what it does.
+        log: where its standard error goes.
+    """
     process = os.fork()
     if process:
         return process
-    status, stderr = 1, os.dup(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    status, stderr = 2, os.dup(2)
+    os.dup2(os.open(os.devnull if log is None else log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     try:
-        work()
+        guarded(work)
         status = 0
-    except StoppedError:
-        status = STOPPED
+    except SystemExit as leaving:
+        status = int(leaving.code or 0)
     except BaseException:
         os.dup2(stderr, 2)
         traceback.print_exc()
@@ -147,6 +151,11 @@ def disturbed(work: Callable[[], None], way: str, seconds: float, choice: random
         process = forked(work)
         time.sleep(choice.uniform(0.0, seconds))
         os.kill(process, signal.SIGTERM if way == "stop" else signal.SIGKILL)
+    return ended(process)
+
+
+def ended(process: int) -> int:
+    """Returns how a process ended, once it has: its exit status, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
@@ -213,7 +222,7 @@ def torment(kind: str, kills: int, folder: pathlib.Path, choice: random.Random) 
     """
     reference, path = folder / f"{kind}-reference", folder / kind
     started = time.perf_counter()
-    status = os.waitstatus_to_exitcode(os.waitpid(forked(lambda: train_in(reference, kind)), 0)[1])
+    status = ended(forked(lambda: train_in(reference, kind)))
     assert status == 0, "the run that nothing disturbs fails"
     seconds = time.perf_counter() - started
     happened: collections.Counter[str] = collections.Counter()
@@ -221,7 +230,7 @@ def torment(kind: str, kills: int, folder: pathlib.Path, choice: random.Random) 
         way = choice.choice(WAYS) if sum(happened[each] for each in WAYS) < kills else "none"
         work = functools.partial(train_in, path, kind)
         if way == "none":
-            status = os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1])
+            status = ended(forked(work))
         else:
             status = disturbed(work, way, 0.7 * seconds, choice)
         if status in (-signal.SIGKILL, -signal.SIGTERM, STOPPED):

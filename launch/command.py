@@ -21,35 +21,40 @@ OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 
 
 def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
-    """Parses the flags and calls `main`; a user's mistake or a bad disk becomes one line on standard error.
+    """Parses the flags and calls `main` as `guarded` does."""
 
-    The exit status is then 1, and 75 for a run that was asked to stop.
+    def checked(arguments: list[str]) -> None:
+        missing = [f"--{name}" for name in required if not flags.FLAGS[name].value]
+        if missing:
+            raise PopgenError(f"{' and '.join(missing)} must be given; --help lists the options")
+        if len(arguments) > 1:
+            raise PopgenError(f"unexpected argument {arguments[1]!r}; options begin with --")
+        main()
+
+    app.run(lambda arguments: guarded(lambda: checked(arguments)))
+
+
+def guarded(main: Callable[[], None]) -> None:
+    """Calls `main`; a user's mistake or a bad disk becomes one line on standard error.
+
+    The exit status is then 1; it is 75 for a run that was asked to stop, and 130 for what was interrupted at once.
     """
-
-    def guarded(arguments: list[str]) -> None:
-        try:
-            missing = [f"--{name}" for name in required if not flags.FLAGS[name].value]
-            if missing:
-                raise PopgenError(f"{' and '.join(missing)} must be given; --help lists the options")
-            if len(arguments) > 1:
-                raise PopgenError(f"unexpected argument {arguments[1]!r}; options begin with --")
-            main()
-        except StoppedError as stopped:
-            print(stopped, file=sys.stderr)
-            sys.exit(STOPPED)
-        except OSError as error:
-            if error.errno not in OF_THE_DISK:
-                raise
-            print(f"error: cannot write: {error}", file=sys.stderr)
-            sys.exit(1)
-        except PopgenError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            print("interrupted; the same command continues a training run from its latest checkpoint", file=sys.stderr)
-            sys.exit(130)
-
-    app.run(guarded)
+    try:
+        main()
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(STOPPED)
+    except PopgenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        print(f"error: cannot write: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues a training run from its latest checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextlib.contextmanager

@@ -101,8 +101,9 @@ class RunDirectory:
     def checkpoint_names(self) -> list[str]:
         """Returns the names of the checkpoints that there are: latest, previous, steps from the newest on, best."""
         stems = (path.stem.removeprefix("step_") for path in self.checkpoints_path.glob("step_*.ckpt"))
-        steps = sorted((stem for stem in stems if stem.isdecimal()), key=int, reverse=True)
-        return [name for name in ("latest", "previous", *steps, "best") if self.checkpoint_path(name).is_file()]
+        steps = sorted((int(stem) for stem in stems if stem.isdecimal()), reverse=True)
+        names = ("latest", "previous", *map(str, steps), "best")
+        return [name for name in names if self.checkpoint_path(name).is_file()]
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to continue."""
@@ -133,7 +134,7 @@ class RunDirectory:
         except CheckpointError:
             return None
 
-    def newest_checkpoint(self, last_step: float = math.inf) -> Found | None:
+    def newest_checkpoint(self, last_step: int | None = None) -> Found | None:
         """Returns the newest checkpoint that is whole and not of a later step, or None if there is none at all.
 
         `latest` is the newest where it is whole; `previous`, the newest one that was kept, and `best` are looked at
@@ -142,17 +143,18 @@ class RunDirectory:
         Raises:
             CheckpointError: if there are some, and all are damaged.
         """
+        limit = math.inf if last_step is None else last_step
         found: list[Found] = []
         damaged: list[str] = []
         for name in self.checkpoint_names():
-            if name.isdecimal() and (int(name) > last_step or any(other.name.isdecimal() for other in found)):
+            if name.isdecimal() and (int(name) > limit or any(other.name.isdecimal() for other in found)):
                 continue
             try:
                 tensors = checkpoints.load(self.checkpoint_path(name))
             except CheckpointError as error:
                 damaged.append(str(error))
                 continue
-            if tensors["step"] <= last_step:
+            if tensors["step"] <= limit:
                 found.append(Found(name, tensors, ()))
                 if name == "latest":
                     break
@@ -164,16 +166,19 @@ class RunDirectory:
     def continue_from(self, found: Found) -> bool:
         """Makes the files fit the checkpoint that a run continues from, and returns whether its best one is there.
 
-        What was passed over is named in one line. A damaged `latest` is moved aside, lest it become `previous` in place
-        of a good one. `best` is to be that of the history which is continued: it may be damaged, or the process may
-        have been killed between `latest` and `best`. One of a later step is left: the run comes to that step again.
+        What was passed over is named in one line. A damaged `latest` is moved aside and written anew, lest it become
+        `previous` in place of a good one. `best` is to be that of the history which is continued: it may be damaged, or
+        the process may have been killed between `latest` and `best`. One of a later step is left: the run comes to that
+        step again.
         """
         step, best_step = found.tensors["step"], found.tensors["best_step"]
         if found.damaged:
             print(f"{'; '.join(found.damaged)}; continuing from {found.name}, step {step}", file=sys.stderr, flush=True)
-        latest = self.checkpoint_path("latest")
-        if found.name != "latest" and latest.is_file():
-            os.replace(latest, latest.with_suffix(".damaged"))
+        if found.name != "latest":
+            latest = self.checkpoint_path("latest")
+            if latest.is_file():
+                os.replace(latest, latest.with_suffix(".damaged"))
+            checkpoints.save(latest, found.tensors)
         best = self._load_whole("best")
         if best_step == 0 or (best is not None and best["step"] >= best_step):
             return True
