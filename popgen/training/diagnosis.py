@@ -100,7 +100,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """
     if isinstance(value, Tensor):
         yield value
-    elif not isinstance(value, nn.Module):
+    elif not isinstance(value, nn.Module | type):
         parts = value if isinstance(value, list | tuple) else value if isinstance(value, Mapping) else vars_of(value)
         for part in parts.values() if isinstance(parts, Mapping) else parts:
             yield from tensors_in(part)
