@@ -3,11 +3,12 @@
 from absl import flags
 
 from launch import command
+from popgen.datasets.data import first_examples
 from popgen.errors import UnfinishedEvaluationError, check_integer
 from popgen.evaluation.annealed import check_by_annealing, describe_check
 from popgen.evaluation.image_table import ImageTable, Shard
 from popgen.execution import PRECISIONS
-from popgen.experiment import evaluate_model, first_examples, prepare
+from popgen.experiment import evaluate_model, prepare
 from popgen.summaries import Writer
 from popgen.training.records import EvaluationFiles
 from popgen.training.weights import WEIGHTS, model_of_checkpoint

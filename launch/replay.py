@@ -4,7 +4,7 @@ from absl import flags
 
 from launch import command
 from popgen.errors import check_integer
-from popgen.experiment import replay
+from popgen.replay import replay
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run_dir", None, "The run directory that training wrote; nothing in it is changed.")

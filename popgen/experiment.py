@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import popgen
-from popgen.datasets.data import Data, Dataset
+from popgen.datasets.data import Data, Dataset, first_examples
 from popgen.errors import (
     ArgumentError,
     DivergedError,
@@ -28,13 +27,13 @@ from popgen.errors import (
 )
 from popgen.evaluation.evaluator import Evaluator, ImageEvaluator, VAEEvaluator
 from popgen.evaluation.image_table import ImageTable, Shard
+from popgen.evaluation.progress import show_mean
 from popgen.evaluation.shown import save_shown
 from popgen.execution import PRECISIONS, check_precision, hardware
 from popgen.models.model import Model
 from popgen.optim.schedules import Schedule
 from popgen.summaries import Writer
 from popgen.training.captured_step import CapturedStep
-from popgen.training.diagnosis import Diagnosis, diagnose
 from popgen.training.files import write_whole
 from popgen.training.loop import DrawBatch, Hooks, Step, train
 from popgen.training.objectives import NegativeELBO, Objective
@@ -223,13 +222,8 @@ def run(
 ) -> TrainState:
     """Trains an experiment, from its newest checkpoint if it has one, and returns its last state.
 
-    The caller holds the directory's lock.
-
-    Args:
-        experiment: what is run.
-        directory: where.
-        configuration: is kept with the results.
-        stop: asked before every step, and while the final evaluation lasts; where it says so, the state is saved.
+    The caller holds the directory's lock. `stop` is asked before every step, and while the final evaluation lasts;
+    where it says so, the state is saved.
 
     Raises:
         DataError: if the data cannot be loaded or does not fit the model.
@@ -362,27 +356,6 @@ def starting_state(experiment: Experiment, model: Model, data: Data, found: Foun
     return first_state(experiment, model)
 
 
-def replay(experiment: Experiment, directory: RunDirectory, step: int) -> Diagnosis:
-    """Returns what is not finite in a step of a run, recomputed from the last good checkpoint before it.
-
-    Nothing is written. The steps on the way are taken as the run takes them, the last one plainly.
-
-    Raises:
-        CheckpointError: if there are checkpoints before the step, and all are damaged or of another model.
-
-    Example: `python -m launch.replay` calls it.
-    """
-    check_integer("step", step, minimum=1)
-    data, model = prepare(experiment, experiment.torch_device())
-    state = starting_state(experiment, model, data, directory.newest_checkpoint(step - 1))
-    train_step, draw_batch = training_functions(experiment, model, data)
-    for _ in tqdm(range(state.step, step - 1), unit="step", disable=None, dynamic_ncols=True):
-        state, _ = train_step(state, draw_batch(state.step, state.generators["binarisation"]))
-    last_step = plain_step(dataclasses.replace(experiment, compile=False), model)
-    batches = data.batches(experiment.batch_size, experiment.seed)
-    return diagnose(last_step, state, batches.draw(state.step, state.generators["binarisation"]))
-
-
 def training_functions(experiment: Experiment, model: Model, data: Data) -> tuple[Step, DrawBatch]:
     """Returns the training step of an experiment and what draws its batches, for `popgen.training.loop.train`.
 
@@ -443,7 +416,7 @@ def evaluate_model(
     evaluator, started = experiment.evaluator, time.perf_counter()
     evaluator.check_num_samples("num_samples", num_samples)
     with tqdm(total=len(examples), unit="example", disable=None, dynamic_ncols=True) as bar:
-        progress = _show_mean(bar, evaluator.progress_text, stop)
+        progress = show_mean(bar, evaluator.progress_text, stop)
         evaluate: Callable[..., dict[str, Any]] = evaluator.evaluate
         if table is not None and isinstance(evaluator, ImageEvaluator):
             evaluate = functools.partial(evaluate, table=table)
@@ -469,35 +442,3 @@ def evaluate_model(
         "torch_version": torch.__version__,
         "python_version": platform.python_version(),
     }
-
-
-def first_examples(data: Data, num_examples: int | None) -> Any:
-    """Returns the first test examples; None for all.
-
-    Raises:
-        ArgumentError: if there are fewer.
-
-    Example: `run` calls it.
-    """
-    if num_examples is None:
-        return data.test
-    check_integer("num_examples", num_examples, minimum=1)
-    if num_examples > len(data.test):
-        raise ArgumentError(f"num_examples must be at most the {len(data.test)} test examples, got {num_examples}")
-    return data.test[:num_examples]
-
-
-def _show_mean(bar: tqdm, text: str, stop: Callable[[], bool]) -> Callable[[Tensor], None]:
-    """Returns a function that moves a bar on by some examples, shows the mean of all so far, and may stop."""
-    total = 0.0
-
-    def show(values: Tensor) -> None:
-        nonlocal total
-        if stop():
-            raise StoppedError("stopped during the evaluation; the same command goes on with it")
-        if not bar.disable:
-            total += values.sum().item()
-            bar.update(len(values))
-            bar.set_postfix_str(text.format(total / bar.n))
-
-    return show

@@ -17,10 +17,11 @@ from torch import Tensor
 from popgen.datasets.images import ImageData, binarise_once, prepare_images
 from popgen.errors import ArgumentError, CheckpointError, DivergedError, StoppedError, TrainingError
 from popgen.evaluation.likelihood import evaluate_elbo
-from popgen.experiment import Configuration, Experiment, first_state, plain_step, prepare, replay, run
+from popgen.experiment import Configuration, Experiment, first_state, plain_step, prepare, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import PlanarFlow
 from popgen.nn.vamp_prior import VampPrior
+from popgen.replay import replay
 from popgen.training import checkpoints
 from popgen.training.diagnosis import diagnose
 from popgen.training.objectives import NegativeELBO
