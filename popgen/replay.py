@@ -17,7 +17,7 @@ def replay(experiment: Experiment, directory: RunDirectory, step: int) -> Diagno
     Raises:
         CheckpointError: if there are checkpoints before the step, and all are damaged or of another model.
 
-    Example: `launch.replay` prints it.
+    Example: `main` of `launch.replay` prints it.
     """
     data, model = prepare(experiment, experiment.torch_device())
     state = starting_state(experiment, model, data, directory.newest_checkpoint(step - 1))
