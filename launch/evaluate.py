@@ -3,18 +3,19 @@
 from absl import flags
 
 from launch import command
+from popgen.datasets.data import first_examples
 from popgen.errors import UnfinishedEvaluationError, check_integer
 from popgen.evaluation.annealed import check_by_annealing, describe_check
 from popgen.evaluation.image_table import ImageTable, Shard
 from popgen.execution import PRECISIONS
-from popgen.experiment import evaluate_model, first_examples, prepare
+from popgen.experiment import evaluate_model, prepare
 from popgen.summaries import Writer
 from popgen.training.records import EvaluationFiles
 from popgen.training.weights import WEIGHTS, model_of_checkpoint
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
-flags.DEFINE_string("checkpoint", "best", "best, latest, or a step that was kept.")
+flags.DEFINE_string("checkpoint", "best", "best, latest, previous, or a step that was kept.")
 flags.DEFINE_integer("num_samples", None, "Samples for each example; default 5,000 for a VAE.")
 flags.DEFINE_integer("num_examples", None, "Test examples, from the first; default all.")
 flags.DEFINE_alias("num_images", "num_examples")
