@@ -5,12 +5,17 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags
 
 from popgen import config
+from popgen.config.foreign import check_files
 from popgen.errors import PopgenError, RunDirectoryError
+from popgen.experiment import Experiment
 from popgen.training.run_directory import RunDirectory
+
+TRUST_CONFIG = "Build whatever the run's config.gin names, other code than popgen's and torch's too, which then runs."
 
 
 def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
@@ -25,7 +30,7 @@ def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
                 raise PopgenError(f"unexpected argument {arguments[1]!r}; options begin with --")
             main()
         except PopgenError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted; the same command continues a training run from its latest checkpoint", file=sys.stderr)
@@ -40,13 +45,30 @@ def as_typed() -> str:
     return shlex.join(["python", "-m", f"launch.{module}", *sys.argv[1:]])
 
 
-def existing_run(run_dir: str) -> tuple[RunDirectory, config.LoadedConfig]:
-    """Returns the run in a directory, and what its configuration describes.
+def printable(text: str) -> str:
+    """Returns a text in one line, what is no character as Python writes it: it may quote what somebody else wrote."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def existing_run(run_dir: str, checkpoint: str, trust_config: bool) -> tuple[RunDirectory, Experiment, dict[str, Any]]:
+    """Returns the run in a directory, the experiment that its configuration describes, and a checkpoint.
+
+    Args:
+        run_dir: that training wrote.
+        checkpoint: best, latest, or a step that was kept.
+        trust_config: whether its configuration may name whatever it likes; else see `popgen.config.foreign`.
 
     Raises:
-        RunDirectoryError: if there is no run.
+        RunDirectoryError: if there is no run, or what is there is not what training writes.
+        CheckpointError: if the checkpoint is missing or damaged.
+        ConfigError: if the configuration cannot be built, or may not be.
     """
     directory = RunDirectory(pathlib.Path(run_dir))
     if not directory.config_path.is_file():
         raise RunDirectoryError(f"there is no run in {run_dir!r} (no config.gin); --run_dir names what training wrote")
-    return directory, config.load([os.path.abspath(directory.config_path)])
+    if trust_config:
+        loaded = config.load([os.path.abspath(directory.config_path)])
+        return directory, loaded.experiment, directory.load_checkpoint(checkpoint)
+    check_files(directory.path)
+    tensors = directory.load_checkpoint(checkpoint)
+    return directory, config.load_foreign(directory.config_path, tensors).experiment, tensors
