@@ -104,9 +104,11 @@ def _load(overridden: "dict[_BindingKey, str]", limit: foreign.SizeLimit | None 
     given = gin.config_str() + "\n"
     _order_as_in_signatures()
     if limit is not None:
-        with limit, translated("cannot build the experiment"):
+        with limit:
             _build()
     experiment = _build()
+    with translated("cannot build the experiment"):
+        experiment.optimizer(list(experiment.model.parameters()))  # to try it
     unused = _unused_bindings()
     _check_overrides_used(overridden, unused)
     orphans = sorted({display(*key) for key in unused if key not in overridden})
@@ -266,7 +268,7 @@ def _check_macro(name: str, binding: str) -> None:
 
 
 def _build() -> Experiment:
-    """Returns the experiment, its model built from the seed; also calls the optimizer's factory once, to try it."""
+    """Returns the experiment, its model built from the seed."""
     selectors = [selector for _, selector in gin.config._CONFIG if selector.endswith("experiment.Experiment")]
     if not selectors:
         raise ConfigError("the configuration binds nothing of popgen.experiment.Experiment, so there is nothing to run")
@@ -275,9 +277,7 @@ def _build() -> Experiment:
         if isinstance(seed, gin.config.ConfigurableReference):  # a macro
             seed = seed.scoped_configurable_fn()
         torch.manual_seed(stream_seed(seed, "model"))
-        experiment = gin.get_configurable(Experiment)()
-        experiment.optimizer(list(experiment.model.parameters()))
-    return experiment
+        return gin.get_configurable(Experiment)()
 
 
 def _order_as_in_signatures() -> None:
