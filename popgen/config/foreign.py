@@ -164,9 +164,12 @@ def check_part(name: str, path: Sequence[object]) -> None:
         )
 
 
-def _is_allowed(part: Any) -> bool:
+def _is_allowed(part: object) -> bool:
     """Whether something is a class of a module that may be built, under its own name there."""
-    if not isinstance(part, type) or vars(sys.modules[part.__module__]).get(part.__name__) is not part:
+    if not isinstance(part, type):
+        return False
+    found: object = vars(sys.modules[part.__module__]).get(part.__name__)
+    if found is not part:
         return False
     return any(
         # Of datasets nothing is asked but a method, so they need not descend from `Dataset`.
