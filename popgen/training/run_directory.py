@@ -12,6 +12,7 @@ from popgen.errors import CheckpointError, RunDirectoryError
 from popgen.training import checkpoints
 
 LOCK_NAME = ".lock"
+MAX_DIGITS = 19  # of a step
 # Everything that a run writes; starting anew removes these and nothing else.
 CONTENTS = (
     "config.gin",
@@ -68,7 +69,7 @@ class RunDirectory:
         Raises:
             CheckpointError: if the name is none of these.
         """
-        if name.isdecimal():
+        if name.isdecimal() and len(name) <= MAX_DIGITS:
             name = f"step_{int(name):08d}"
         elif name not in ("latest", "best"):
             raise CheckpointError(f"checkpoint must be best, latest or a step, got {name!r}")
@@ -82,14 +83,15 @@ class RunDirectory:
         """Returns the contents of a checkpoint by name.
 
         Raises:
-            CheckpointError: if it is missing (the message lists what there is) or damaged.
+            CheckpointError: if it is missing (the message lists what there is), damaged, or
+                of something else than a training state.
         """
         path = self.checkpoint_path(name)
         if not path.is_file():
             found = sorted(file.stem for file in self.checkpoints_path.glob("*.ckpt"))
             there = f"there are: {', '.join(found)}" if found else "it has no checkpoints yet"
             raise CheckpointError(f"{self.path} has no checkpoint {name!r}; {there}")
-        return checkpoints.load(path)
+        return checkpoints.load_state(path)
 
     def save_checkpoint(self, name: str, contents: dict[str, Any]) -> None:
         """Writes a checkpoint by name, atomically."""
