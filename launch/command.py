@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from absl import app, flags
 
 from popgen import config
 from popgen.config.foreign import check_files
-from popgen.errors import PopgenError, RunDirectoryError
+from popgen.errors import PopgenError, RunDirectoryError, reason_of
 from popgen.experiment import Experiment
 from popgen.training.run_directory import RunDirectory
 
@@ -32,6 +33,11 @@ def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
         except PopgenError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
             sys.exit(1)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"error: there is not enough memory: {printable(reason_of(error))}", file=sys.stderr)
+            sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted; the same command continues a training run from its latest checkpoint", file=sys.stderr)
             sys.exit(130)
@@ -43,6 +49,11 @@ def as_typed() -> str:
     """Returns the command that is running, with the module's name in place of the file's."""
     module = pathlib.Path(sys.argv[0]).stem
     return shlex.join(["python", "-m", f"launch.{module}", *sys.argv[1:]])
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory could not be had: of Python and numpy, of a GPU, or of torch on the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def printable(text: str) -> str:

@@ -83,8 +83,7 @@ class RunDirectory:
         """Returns the contents of a checkpoint by name.
 
         Raises:
-            CheckpointError: if it is missing (the message lists what there is), damaged, or
-                of something else than a training state.
+            CheckpointError: if it is missing (the message lists what there is), damaged, or no training state.
         """
         path = self.checkpoint_path(name)
         if not path.is_file():
