@@ -25,6 +25,7 @@ import numpy as np
 import soundfile
 import torch
 import torch.utils.tensorboard  # here, for instrumenting all of torch takes a minute
+from torch._weights_only_unpickler import Unpickler
 
 with atheris.instrument_imports(include=["popgen", "gin"]):
     from popgen import config
@@ -170,8 +171,8 @@ class Checkpoint(Target):
 
     def __init__(self, folder: pathlib.Path) -> None:
         super().__init__(folder)
-        self.whole = state_to_tensors(self.state())
-        checkpoints.save(self.path, self.whole)
+        checkpoints.save(self.path, state_to_tensors(self.state()))
+        Unpickler.load = atheris.instrument_func(Unpickler.load)
         with zipfile.ZipFile(self.path) as archive:
             self.entries = {name: archive.read(name) for name in archive.namelist()}
         (self.pickle,) = (name for name in self.entries if name.endswith("/data.pkl"))
