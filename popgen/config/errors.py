@@ -38,7 +38,7 @@ def translated(doing: str) -> Iterator[None]:
             original = original.__context__
         if isinstance(original, PopgenError):
             raise original from None
-        raise ConfigError(f"{doing}: {_one_line(error, original)}{_suggestion(original)}") from error
+        raise ConfigError(f"{doing}: {_shortened(_one_line(error, original))}{_suggestion(original)}") from error
 
 
 def _one_line(error: BaseException, original: BaseException) -> str:
@@ -49,11 +49,13 @@ def _one_line(error: BaseException, original: BaseException) -> str:
     else:
         problem = str(original).partition(" in config string:")[0]  # gin appends the whole configuration
         text = problem if error is original else problem + str(error).removeprefix(str(original))
-    if len(text) > MAX_LENGTH:
-        text = f"{text[: MAX_LENGTH // 2]} … {text[-MAX_LENGTH // 2 :]}"
-    text = re.sub(r"\n\s*In call to configurable '(\w+)' \(.*?\)(?=\n|$)", _bound_values, text)
+    text = re.sub(r"\n\s*In call to configurable '(\w+)' \(.*?\)(?=\n|$)", _bound_values, _shortened(text))
     lines = [line.strip() for line in text.splitlines() if line.strip().strip("^")]
     return " ".join(lines) or type(original).__name__
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_LENGTH else f"{text[: MAX_LENGTH // 2]} … {text[-MAX_LENGTH // 2 :]}"
 
 
 def _bound_values(match: re.Match[str]) -> str:

@@ -45,7 +45,7 @@ TRUST = "if you trust whoever wrote this run, add --trust_config"
 MAX_BYTES = 64 * 1024  # of a configuration; the longest of ours has four thousand
 MAX_VALUES = 100_000  # that a configuration may come to, its macros put in
 SPARE_ELEMENTS = 2**24  # that building may take beside what the checkpoint holds
-SPARE_OPERATIONS = 100_000
+SPARE_OPERATIONS = 10_000
 
 
 def read_text(path: pathlib.Path) -> str:
