@@ -355,7 +355,10 @@ def test_no_more_is_built_than_the_checkpoint_holds(name: str, run: pathlib.Path
     text = text.replace(old, new).replace("import torch.optim\n", f"import torch.optim\n{imports}")
     (run / "config.gin").write_text(text)
     line = refusal(run)
-    assert "builds more than its checkpoint holds" in line or "cannot build the experiment" in line, line
+    wanted = (
+        "cannot build the experiment" if name == "more than numbers go" else "builds more than its checkpoint holds"
+    )
+    assert wanted in line, line
 
 
 # --- what is read and written ----------------------------------------------------------------------------------------
@@ -516,14 +519,16 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     "a type": lambda: saved({"step": torch.float32}),
 }  # fmt: skip
 
+PACKED = ("an empty archive", "a bomb", "an archive that overlaps", "another format before it")
+REFUSALS = {"what holds itself": "holds no training state"} | dict.fromkeys(PACKED, "is not as torch writes it")
+
 
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_no_checkpoint_is_more_than_its_bytes(name: str, run: pathlib.Path) -> None:
     (run / "checkpoints" / "best.ckpt").write_bytes(sealed(ARCHIVES[name]()))
     started = time.perf_counter()
     line = refusal(run, CheckpointError)
-    packed = name in ("a bomb", "an archive that overlaps", "another format before it")
-    assert ("is not as torch writes it" if packed else "holds more than tensors, numbers and strings") in line
+    assert REFUSALS.get(name, "holds more than tensors, numbers and strings") in line
     assert "best.ckpt" in line and time.perf_counter() - started < 5.0
     assert not pathlib.Path("trace").exists()
 
@@ -541,7 +546,7 @@ FIELDS: dict[str, list[Any]] = {
     "parameters": [[], None, {"a": 1}, {"a": "b"}, {3: torch.ones(1)}],
     "buffers": [[], None, {"a": [torch.ones(1)]}],
     "auxiliary": [[], None, {"a": 1.0}],
-    "optimizer": [None, {}, {"state": []}, *({"state": {}, "param_groups": groups} for groups in ({}, [{"lr": 1}], [3]))],
+    "optimizer": [None, {}, {"state": []}, *({"state": {}, "param_groups": groups} for groups in ({}, [{}], [3]))],
     "optimizer_name": [3, None],
     "optimizer_defaults": [[], None],
     "weight_average": [[], {"a": 3}],
