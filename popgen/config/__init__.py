@@ -85,7 +85,7 @@ def load_foreign(gin_file: pathlib.Path, checkpoint: Mapping[str, Any]) -> Loade
         ConfigError: as `load`, and naming what is not allowed.
         ArgumentError: if a value is outside its domain.
 
-    Example: `launch.command.existing_run` calls it.
+    Example: `existing_run` calls it.
     """
     gin.clear_config()
     text = foreign.read_text(gin_file)

@@ -54,7 +54,7 @@ def read_text(path: pathlib.Path) -> str:
     Raises:
         ConfigError: if it cannot be read, is too long to be one, or is not text.
 
-    Example: `popgen.config.load_foreign` calls it.
+    Example: `load_foreign` calls it.
     """
     try:
         with path.open("rb") as file:
@@ -185,7 +185,7 @@ def check_number_of_values() -> None:
     Raises:
         ConfigError: if it does, or something is made of itself.
 
-    Example: `popgen.config.load_foreign` calls it, once gin has parsed the text.
+    Example: `load_foreign` calls it, once gin has parsed the text.
     """
     known: dict[tuple[str, tuple[str, ...]], int | None] = {}
 

@@ -98,7 +98,7 @@ def load_state(path: pathlib.Path) -> dict[str, Any]:
     Raises:
         CheckpointError: as `load`, and if a field is missing or of another kind.
 
-    Example: `popgen.training.run_directory.RunDirectory.load_checkpoint` calls it.
+    Example: `load_checkpoint` of a run directory calls it.
     """
     contents = load(path)
     for name, (described, fits) in FIELDS.items():
