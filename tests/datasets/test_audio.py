@@ -120,7 +120,7 @@ def test_no_file_and_a_folder_and_no_bytes(tmp_path: pathlib.Path) -> None:
 def test_a_format_that_cannot_be_searched(tmp_path: pathlib.Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.full(1_600, 0.25), 8_000, subtype="GSM610")
     waveform = read_audio(tmp_path / "a.wav")
-    assert 1_600 <= len(waveform) <= 1_920 and abs(waveform[800:].mean() - 0.25) < 0.05
+    assert 1_600 <= len(waveform) <= 1_920 and abs(waveform[:100].mean() - 0.25) < 0.1
 
 
 def test_the_length_in_a_header_is_not_believed(tmp_path: pathlib.Path) -> None:
