@@ -111,11 +111,12 @@ def check_text(text: str) -> None:
                 check_import(statement.module)
             context.process_import(statement)
         elif isinstance(statement, config_parser.IncludeStatement):
-            raise ConfigError(f"the configuration includes {statement.filename!r}, and a saved one includes nothing")
+            included = repr(statement.filename)
+            raise ConfigError(f"the configuration includes {included}, and a saved one includes nothing; {TRUST}")
         elif isinstance(statement, config_parser.BlockDeclaration) or statement.arg_name:
             names.append(statement.selector)
         if not context._dynamic_registration:
-            raise ConfigError(f"a saved configuration begins with {DYNAMIC_REGISTRATION!r}, and this one does not")
+            raise ConfigError(f"the configuration does not begin with {DYNAMIC_REGISTRATION!r}; {TRUST}")
         for name in names:
             check_part(name, context._resolve_selector(name)[1])
 
