@@ -337,6 +337,12 @@ SIZES = {
         "vae.VAE.flow = @torch.nn.Linear()\ntorch.nn.Linear.in_features = 100_000\n"
         "torch.nn.Linear.out_features = 100_000\ntorch.nn.Linear.device = 'cpu'",
     ),
+    "dilations without end": (
+        "vae.VAE.flow = None",
+        "vae.VAE.flow = @popgen.nn.cpc.CausalConvContext()\npopgen.nn.cpc.CausalConvContext.input_dim = 1\n"
+        "popgen.nn.cpc.CausalConvContext.context_dim = 1\n"
+        "popgen.nn.cpc.CausalConvContext.num_layers = 1_000_000_000",
+    ),
     "layers without end": (
         "vae.VAE.flow = None",
         "vae.VAE.flow = @popgen.nn.pixelcnn.GatedPixelCNN()\npopgen.nn.pixelcnn.GatedPixelCNN.num_codes = 2\n"
@@ -351,7 +357,8 @@ def test_no_more_is_built_than_the_checkpoint_holds(name: str, run: pathlib.Path
     old, new = SIZES[name]
     text = (run / "config.gin").read_text()
     assert old in text, text
-    imports = "import popgen.nn.vamp_prior\nimport popgen.nn.flows.planar\nimport popgen.nn.pixelcnn\nimport torch.nn\n"
+    modules = ("popgen.nn.vamp_prior", "popgen.nn.flows.planar", "popgen.nn.pixelcnn", "popgen.nn.cpc", "torch.nn")
+    imports = "".join(f"import {module}\n" for module in modules)
     text = text.replace(old, new).replace("import torch.optim\n", f"import torch.optim\n{imports}")
     (run / "config.gin").write_text(text)
     line = refusal(run)
