@@ -260,7 +260,12 @@ def test_the_commands_refuse_in_one_line(name: str, run: pathlib.Path) -> None:
 
 # --- text ------------------------------------------------------------------------------------------------------------
 
-LAUGHS = "\n".join(f"M{i} = [%M{i + 1}, %M{i + 1}, %M{i + 1}, %M{i + 1}]" for i in range(30)) + "\nM30 = 1"
+
+def laughs(depth: int) -> str:
+    """Returns macros, of which each is the next one four times over."""
+    return "\n".join(f"M{i} = [%M{i + 1}, %M{i + 1}, %M{i + 1}, %M{i + 1}]" for i in range(depth)) + f"\nM{depth} = 1\n"
+
+
 TEXTS = {
     "another file": (HEAD + 'include "configs/vae.gin"', "includes 'configs/vae.gin'"),
     "a secret file": (HEAD + 'include "/etc/passwd"', "includes '/etc/passwd'"),
@@ -273,8 +278,8 @@ TEXTS = {
     "a macro of itself": (HEAD + "A = %A\nexperiment.Experiment.seed = %A", "of itself"),
     "macros of one another": (HEAD + "A = %B\nB = [%A]\nexperiment.Experiment.seed = %A", "of itself"),
     "a part of itself": (HEAD + "experiment.Experiment.model = @experiment.Experiment()", "of itself"),
-    "macros of macros": (HEAD + LAUGHS + "\nexperiment.Experiment.pretrained = %M0", "more than 100,000 values"),
-    "macros as keys": (HEAD + LAUGHS + "\nexperiment.Experiment.pretrained = {%M0: 1}", "values"),
+    "macros of macros": (HEAD + laughs(30) + "experiment.Experiment.pretrained = %M0", "more than 100,000 values"),
+    "macros as keys": (HEAD + laughs(7) + "experiment.Experiment.pretrained = {%M0: 1, (%M0,): 2, (%M0, 1): 3}", "values"),
     "deep lists": (HEAD + f"experiment.Experiment.seed = {'[' * 9_000}{']' * 9_000}", "recursion"),
     "deep tuples": (HEAD + f"experiment.Experiment.seed = {'(' * 20_000}", "cannot parse"),
     "long": (HEAD + "# " + "x" * 70_000, "longer than 65,536 bytes"),
