@@ -1,6 +1,6 @@
 """Gin at the boundary: files and bindings in, an `Experiment` and its configuration as text out.
 
-The only module that imports gin. Config files use dynamic registration, so any class or function, the user's own too,
+The only package that imports gin. Config files use dynamic registration, so any class or function, the user's own too,
 is configurable as it is. Under dynamic registration gin resolves names through a file's imports alone; for bindings on
 the command line we want short names (`Experiment.seed = 3`) as well as parts the files never mention
 (`Experiment.optimizer = @torch.optim.SGD`). So what a binding refers to is first registered under the files' own
