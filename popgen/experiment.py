@@ -299,7 +299,7 @@ def run(
         try:
             state = train(state, *training_functions(experiment, model, data), experiment.num_steps, hooks)
         except DivergedError as error:
-            replay = f"python -m launch.replay --run_dir={directory.path} --step={error.step}"
+            replay = f"python -m launch.replay --run_dir={directory.path} --step={error.step} --trust_config"
             raise DivergedError(f"{error}. What went wrong where: {replay}", error.step) from error
         if stop():
             raise StoppedError(f"stopped at step {state.step}, which is saved; the same command goes on from there")

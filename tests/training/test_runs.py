@@ -423,7 +423,7 @@ def test_skipped_steps_and_an_interruption(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DivergedError, match="5 steps in a row were skipped") as caught:
         run_in(tmp_path / "other", objective=bad, max_skipped_steps=4)
     assert caught.value.step == 4
-    assert str(caught.value).endswith(f"python -m launch.replay --run_dir={tmp_path / 'other'} --step=4")
+    assert str(caught.value).endswith(f"python -m launch.replay --run_dir={tmp_path / 'other'} --step=4 --trust_config")
 
 
 def test_a_replay_names_what_was_not_finite_first(tmp_path: pathlib.Path) -> None:
