@@ -199,8 +199,10 @@ def load_numbers(path: pathlib.Path) -> dict[str, int | float | str]:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # as above
         raise CheckpointError(f"{path} is not a checkpoint of popgen, or is damaged: {reason_of(error)}") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path} is not a checkpoint of popgen")
     return {name: value for name, value in contents.items() if isinstance(value, int | float | str)}
 
 
