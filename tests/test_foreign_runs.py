@@ -425,7 +425,7 @@ def test_pipes_are_refused(run: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "best/../../x", "9" * 5_000, "", "\0", "latest.ckpt"])
 def test_names_of_checkpoints_name_no_paths(name: str, run: pathlib.Path) -> None:
-    with pytest.raises(CheckpointError, match="checkpoint must be best, latest or a step"):
+    with pytest.raises(CheckpointError, match="checkpoint must be best, latest, previous or a step"):
         command.existing_run(str(run), name, trust_config=False)
 
 

@@ -50,7 +50,7 @@ def test_a_run_is_evaluated_while_it_trains_stopped_and_replayed(workspace: Work
     match = re.fullmatch(r"stopped at step (\d+), which is saved; the same command goes on from there", lines[1])
     assert match and lines[0] == "stopping after this step; Ctrl-C interrupts at once"
     assert torch.load(workspace.path / "run/checkpoints/latest.ckpt", weights_only=True)["step"] == int(match[1])
-    printed = workspace.succeed("replay", "--run_dir=run", "--step=2")
+    printed = workspace.succeed("replay", "--run_dir=run", "--step=2", "--trust_config")
     assert re.match(r"step 2: loss \d+\.\d+, gradient norm \d+\.?\d*\neverything in it is finite\n", printed)
 
 
