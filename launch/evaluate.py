@@ -14,7 +14,7 @@ from popgen.training.weights import WEIGHTS, model_of_checkpoint
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
-flags.DEFINE_string("checkpoint", "best", "best, latest, or a step that was kept.")
+flags.DEFINE_string("checkpoint", "best", "best, latest, previous, or a step that was kept.")
 flags.DEFINE_integer("num_samples", None, "Samples for each example; default 5,000 for a VAE.")
 flags.DEFINE_integer("num_examples", None, "Test examples, from the first; default all.")
 flags.DEFINE_alias("num_images", "num_examples")

@@ -17,12 +17,15 @@ from popgen.evaluation.representations import (
 )
 from popgen.experiment import prepare
 from popgen.summaries import Writer
+from popgen.training.files import write_whole
 from popgen.training.weights import WEIGHTS, model_of_checkpoint
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
 flags.DEFINE_string("target", None, "The label that is told from single frames, such as speaker or digit.")
-flags.DEFINE_string("checkpoint", "latest", "best, latest, or a step that was kept; best was chosen on test data.")
+flags.DEFINE_string(
+    "checkpoint", "latest", "best, latest, previous, or a step that was kept; best was chosen on test data."
+)
 flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
 flags.DEFINE_integer("frames_per_recording", 20, "At most so many, chosen at random, in training and test.")
 flags.DEFINE_list("stacked", ["12", "24"], "Numbers of frames that are put together as plain features.")
@@ -78,7 +81,7 @@ def main() -> None:
         writer.scalars(f"probe_{target}/{row.representation}", curves, tensors["step"])
     writer.close()
     path = directory.path / f"probe_{target}_step{tensors['step']:08d}_{FLAGS.weights}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_whole(path, (json.dumps(record, indent=2) + "\n").encode())
     print(f"step {tensors['step']}, {FLAGS.weights} weights: {path}")
 
 

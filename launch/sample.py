@@ -15,7 +15,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
 flags.DEFINE_string("out", None, "The PNG to write; sounds go beside it as WAV files.")
 flags.DEFINE_integer("num_samples", None, "Samples, and at most as many of others; default 64 images or 8 sounds.")
-flags.DEFINE_string("checkpoint", "best", "best, latest, or a step that was kept.")
+flags.DEFINE_string("checkpoint", "best", "best, latest, previous, or a step that was kept.")
 flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
 flags.DEFINE_integer("seed", 0, "Of the draws.")
 

@@ -1,4 +1,7 @@
-"""Trains an experiment from Gin configs: python -m launch.train --gin_file=configs/vamp_hsnf.gin."""
+"""Trains an experiment from Gin configs: python -m launch.train --gin_file=configs/vamp_hsnf.gin.
+
+SIGTERM or Ctrl-C stops it after the step in progress, saved, with exit status 75; the same command goes on.
+"""
 
 import dataclasses
 import pathlib
@@ -42,7 +45,8 @@ def main() -> None:
             f"run directory: {directory.path}\nfollow it with: tensorboard --logdir {directory.path}",
             flush=True,
         )
-        state = run(loaded.experiment, directory, configuration)
+        with command.stop_requests() as stop:
+            state = run(loaded.experiment, directory, configuration, stop)
     print(f"finished at step {state.step}; the lowest loss was {state.best_loss:.3f} nats, at step {state.best_step}")
     for path in sorted(directory.samples_path.glob("best*")):
         print(f"samples: {path}")

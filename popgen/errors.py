@@ -36,6 +36,22 @@ class TrainingError(PopgenError):
     """Training that cannot go on, for example because the loss is no longer finite."""
 
 
+class DivergedError(TrainingError):
+    """Training that cannot go on, since too many steps in a row were skipped.
+
+    Attributes:
+        step: the first of them.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class StoppedError(PopgenError):
+    """A run that was asked to stop, and has saved where it is."""
+
+
 class UnfinishedEvaluationError(PopgenError):
     """An evaluation whose other shards are not finished yet."""
 

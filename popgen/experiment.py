@@ -5,6 +5,7 @@ Plain Python: Gin builds an `Experiment` once and is not seen again.
 
 import dataclasses
 import functools
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,15 @@ from tqdm import tqdm
 
 import popgen
 from popgen.datasets.data import Data, Dataset
-from popgen.errors import ArgumentError, check_choice, check_integer, check_number, reason_of
+from popgen.errors import (
+    ArgumentError,
+    DivergedError,
+    StoppedError,
+    check_choice,
+    check_integer,
+    check_number,
+    reason_of,
+)
 from popgen.evaluation.evaluator import Evaluator, ImageEvaluator, VAEEvaluator
 from popgen.evaluation.image_table import ImageTable, Shard
 from popgen.evaluation.shown import save_shown
@@ -25,18 +34,20 @@ from popgen.models.model import Model
 from popgen.optim.schedules import Schedule
 from popgen.summaries import Writer
 from popgen.training.captured_step import CapturedStep
+from popgen.training.diagnosis import Diagnosis, diagnose
+from popgen.training.files import write_whole
 from popgen.training.loop import DrawBatch, Hooks, Step, train
 from popgen.training.objectives import NegativeELBO, Objective
 from popgen.training.recorder import Recorder
 from popgen.training.records import EvaluationFiles
-from popgen.training.run_directory import RunDirectory
+from popgen.training.run_directory import Found, RunDirectory
 from popgen.training.state import (
     OptimizerFactory,
     TrainState,
     initial_state,
     state_from_tensors,
 )
-from popgen.training.step import make_train_step
+from popgen.training.step import TrainStep, check_can_skip, make_train_step
 from popgen.training.weights import initialise, model_of_checkpoint
 
 SELECTION_SPLITS = ("test", "validation")
@@ -65,6 +76,9 @@ class Experiment:
             latent variables it is -ELBO at β = 1.
         weight_average_decay: of the exponential moving average of the weights; None for no average.
         max_gradient_norm: gradients with a larger norm are scaled down to it; None for no limit.
+        skip_gradient_norm: steps whose gradient has a larger norm are skipped, as are those whose loss or gradient is
+            not finite; None for no limit.
+        max_skipped_steps: steps in a row that may be skipped before the run stops; 0 stops at the first.
         final_num_samples: samples for each example of an evaluation when training ends (importance samples of a VAE);
             0 for no evaluation (`launch.evaluate` makes one at any time).
         final_num_examples: test examples of that evaluation; None for all.
@@ -103,6 +117,8 @@ class Experiment:
     selection_split: str = "test"
     weight_average_decay: float | None = 0.9999
     max_gradient_norm: float | None = None
+    skip_gradient_norm: float | None = None
+    max_skipped_steps: int = 10
     final_num_samples: int = 0
     final_num_examples: int | None = None
     device: str = "auto"
@@ -118,6 +134,7 @@ class Experiment:
             ("eval_every", 1),
             ("log_every", 1),
             ("checkpoint_every", 1),
+            ("max_skipped_steps", 0),
             ("final_num_samples", 0),
         ):
             check_integer(f"Experiment.{name}", getattr(self, name), minimum)
@@ -126,8 +143,9 @@ class Experiment:
         check_choice("Experiment.selection_split", self.selection_split, SELECTION_SPLITS)
         if self.weight_average_decay is not None:
             check_number("Experiment.weight_average_decay", self.weight_average_decay, minimum=0.0, maximum=1.0)
-        if self.max_gradient_norm is not None:
-            check_number("Experiment.max_gradient_norm", self.max_gradient_norm, minimum=0.0)
+        for name in ("max_gradient_norm", "skip_gradient_norm"):
+            if getattr(self, name) is not None:
+                check_number(f"Experiment.{name}", getattr(self, name), minimum=0.0)
         for name, described, fits in (
             ("model", "a Model (see popgen.models.model), such as @VAE()", isinstance(self.model, Model)),
             ("dataset", "an object with a load() method", hasattr(self.dataset, "load")),
@@ -203,16 +221,28 @@ class Configuration:
             check_choice("hparam", name, tuple(self.settings))
 
 
-def run(experiment: Experiment, directory: RunDirectory, configuration: Configuration) -> TrainState:
-    """Trains an experiment, from its latest checkpoint if it has one, and returns its last state.
+def run(
+    experiment: Experiment,
+    directory: RunDirectory,
+    configuration: Configuration,
+    stop: Callable[[], bool] = lambda: False,
+) -> TrainState:
+    """Trains an experiment, from its newest checkpoint if it has one, and returns its last state.
 
     The caller holds the directory's lock.
+
+    Args:
+        experiment: what is run.
+        directory: where.
+        configuration: is kept with the results.
+        stop: asked before every step, and while the final evaluation lasts; where it says so, the state is saved.
 
     Raises:
         DataError: if the data cannot be loaded or does not fit the model.
         ArgumentError: if the data is too small for the batch, the model or the final evaluation.
-        CheckpointError: if the latest checkpoint is damaged or of another model.
+        CheckpointError: if every checkpoint is damaged, or the newest is of another model.
         TrainingError: if the loss is no longer finite.
+        StoppedError: if it was stopped; the same call goes on.
 
     Example:
         >>> import pathlib
@@ -236,14 +266,13 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
     check_precision("Experiment.precision", experiment.precision, device)
     data, model = prepare(experiment, device)
     final_examples = first_examples(data, experiment.final_num_examples)  # an error now rather than after the last step
-    if not directory.has_checkpoint():
-        initialise(model, experiment.pretrained, data.train, experiment.seed)
-    state = first_state(experiment, model)
-    if directory.has_checkpoint():
-        state = state_from_tensors(directory.load_checkpoint("latest"), state)
+    found = directory.newest_checkpoint()
+    state = starting_state(experiment, model, data, found)
+    if found is not None and not directory.continue_from(found):
+        state = dataclasses.replace(state, best_loss=math.inf, best_step=0)
     # Written only now that everything is built and loaded: a mistake leaves an earlier run as it was.
-    directory.config_path.write_text(configuration.given)
-    directory.operative_config_path.write_text(configuration.operative)
+    write_whole(directory.config_path, configuration.given.encode())
+    write_whole(directory.operative_config_path, configuration.operative.encode())
 
     writer = Writer(directory.path, purge_step=state.step + 1)
     try:
@@ -269,15 +298,25 @@ def run(experiment: Experiment, directory: RunDirectory, configuration: Configur
             evaluate=recorder.evaluate,
             checkpoint_every=experiment.checkpoint_every,
             checkpoint=recorder.checkpoint,
+            save=recorder.save,
+            stop=stop,
+            max_skipped_steps=experiment.max_skipped_steps,
         )
-        state = train(state, *training_functions(experiment, model, data), experiment.num_steps, hooks)
-        best = model_of_checkpoint(model, directory.load_checkpoint("best"))
+        try:
+            state = train(state, *training_functions(experiment, model, data), experiment.num_steps, hooks)
+        except DivergedError as error:
+            replay = f"python -m launch.replay --run_dir={directory.path} --step={error.step}"
+            raise DivergedError(f"{error}. What went wrong where: {replay}", error.step) from error
+        if stop():
+            raise StoppedError(f"stopped at step {state.step}, which is saved; the same command goes on from there")
+        tensors = directory.load_checkpoint("best")
+        best = model_of_checkpoint(model, tensors)
         save_shown(directory.samples_path / "best.png", recorder.shown(best))
         if experiment.final_num_samples:
-            num_samples, num_examples, step = experiment.final_num_samples, len(final_examples), state.best_step
+            num_samples, num_examples, step = experiment.final_num_samples, len(final_examples), tensors["step"]
             files = EvaluationFiles(directory.path, step, "raw", num_samples, num_examples)
             table = ImageTable(files.images)
-            record = evaluate_model(experiment, best, data, num_samples, num_examples, step, table=table)
+            record = evaluate_model(experiment, best, data, num_samples, num_examples, step, table=table, stop=stop)
             files.write(writer, record | {"checkpoint": "best", "weights": "raw"}, experiment.evaluator.headline)
     finally:
         writer.close()
@@ -302,11 +341,52 @@ def prepare(experiment: Experiment, device: torch.device) -> tuple[Data, Model]:
 def first_state(experiment: Experiment, model: Model) -> TrainState:
     """Returns the state before the first step.
 
+    Raises:
+        ArgumentError: if steps may be skipped, and the optimizer cannot be told on the device to skip one.
+
     Example: `run` calls it.
     """
     auxiliary = experiment.objective.initial_state(next(model.parameters()))
     average = experiment.weight_average_decay is not None
-    return initial_state(model, experiment.optimizer, experiment.seed, average, auxiliary)
+    state = initial_state(model, experiment.optimizer, experiment.seed, average, auxiliary)
+    if experiment.max_skipped_steps:
+        check_can_skip(state.optimizer, next(model.parameters()).device)
+    return state
+
+
+def starting_state(experiment: Experiment, model: Model, data: Data, found: Found | None) -> TrainState:
+    """Returns the state that a checkpoint holds, or that before the first step if there is none.
+
+    Raises:
+        CheckpointError: if the checkpoint is of another model, optimizer or kind of device.
+
+    Example: `run` calls it.
+    """
+    if found is not None:
+        return state_from_tensors(found.tensors, first_state(experiment, model))
+    initialise(model, experiment.pretrained, data.train, experiment.seed)
+    return first_state(experiment, model)
+
+
+def replay(experiment: Experiment, directory: RunDirectory, step: int) -> Diagnosis:
+    """Returns what is not finite in a step of a run, recomputed from the last good checkpoint before it.
+
+    Nothing is written. The steps on the way are taken as the run takes them, the last one plainly.
+
+    Raises:
+        CheckpointError: if there are checkpoints before the step, and all are damaged or of another model.
+
+    Example: `python -m launch.replay` calls it.
+    """
+    check_integer("step", step, minimum=1)
+    data, model = prepare(experiment, experiment.torch_device())
+    state = starting_state(experiment, model, data, directory.newest_checkpoint(step - 1))
+    train_step, draw_batch = training_functions(experiment, model, data)
+    for _ in tqdm(range(state.step, step - 1), unit="step", disable=None, dynamic_ncols=True):
+        state, _ = train_step(state, draw_batch(state.step, state.generators["binarisation"]))
+    last_step = plain_step(dataclasses.replace(experiment, compile=False), model)
+    batches = data.batches(experiment.batch_size, experiment.seed)
+    return diagnose(last_step, state, batches.draw(state.step, state.generators["binarisation"]))
 
 
 def training_functions(experiment: Experiment, model: Model, data: Data) -> tuple[Step, DrawBatch]:
@@ -316,8 +396,18 @@ def training_functions(experiment: Experiment, model: Model, data: Data) -> tupl
 
     Example: `run` calls it.
     """
-    batches = data.batches(experiment.batch_size, experiment.seed)
-    step = make_train_step(
+    step, batches = plain_step(experiment, model), data.batches(experiment.batch_size, experiment.seed)
+    if next(model.parameters()).is_cuda and experiment.cuda_graph:
+        return CapturedStep(step, batches), lambda step, generator: batches.indices(step)
+    return step, batches.draw
+
+
+def plain_step(experiment: Experiment, model: Model) -> TrainStep:
+    """Returns the training step of an experiment, which is not recorded.
+
+    Example: `training_functions` calls it.
+    """
+    return make_train_step(
         model,
         experiment.objective,
         0.0 if experiment.weight_average_decay is None else experiment.weight_average_decay,
@@ -325,10 +415,8 @@ def training_functions(experiment: Experiment, model: Model, data: Data) -> tupl
         experiment.compile,
         experiment.precision,
         experiment.learning_rate,
+        experiment.skip_gradient_norm,
     )
-    if next(model.parameters()).is_cuda and experiment.cuda_graph:
-        return CapturedStep(step, batches), lambda step, generator: batches.indices(step)
-    return step, batches.draw
 
 
 def evaluate_model(
@@ -340,6 +428,7 @@ def evaluate_model(
     step: int,
     precision: str = "fp32",
     table: ImageTable | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Returns the record of an evaluation on the test examples: its results, and what is needed to repeat it.
 
@@ -350,6 +439,7 @@ def evaluate_model(
         ArgumentError: if `num_samples`, `num_examples` or `precision` is outside its domain, or the table has several
             shards and the model is not one of images.
         UnfinishedEvaluationError: if other shards of the table are not finished.
+        StoppedError: if `stop`, which is asked from time to time, says so.
 
     Example: `run` calls it.
     """
@@ -359,7 +449,7 @@ def evaluate_model(
     evaluator, started = experiment.evaluator, time.perf_counter()
     evaluator.check_num_samples("num_samples", num_samples)
     with tqdm(total=len(examples), unit="example", disable=None, dynamic_ncols=True) as bar:
-        progress = _show_mean(bar, evaluator.progress_text)
+        progress = _show_mean(bar, evaluator.progress_text, stop)
         evaluate: Callable[..., dict[str, Any]] = evaluator.evaluate
         if table is not None and isinstance(evaluator, ImageEvaluator):
             evaluate = functools.partial(evaluate, table=table)
@@ -403,12 +493,14 @@ def first_examples(data: Data, num_examples: int | None) -> Any:
     return data.test[:num_examples]
 
 
-def _show_mean(bar: tqdm, text: str) -> Callable[[Tensor], None]:
-    """Returns a function that moves a bar on by some examples and shows the mean of all so far."""
+def _show_mean(bar: tqdm, text: str, stop: Callable[[], bool]) -> Callable[[Tensor], None]:
+    """Returns a function that moves a bar on by some examples, shows the mean of all so far, and may stop."""
     total = 0.0
 
     def show(values: Tensor) -> None:
         nonlocal total
+        if stop():
+            raise StoppedError("stopped during the evaluation; the same command goes on with it")
         if not bar.disable:
             total += values.sum().item()
             bar.update(len(values))

@@ -1,16 +1,12 @@
 """Whole runs on tiny images: what they leave behind, which checkpoint is best, that interruption changes nothing."""
 
 import dataclasses
-import itertools
 import json
-import time
-import types
 
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 
 from popgen.datasets.images import ImageData, prepare_images
 from popgen.errors import ArgumentError, CheckpointError, DataError, TrainingError
@@ -74,15 +70,6 @@ def events_of(directory: RunDirectory) -> EventAccumulator:
 
 def curve(events: EventAccumulator, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars(tag)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def seconds_pass():
-    """Lets time pass between writers: TensorBoard sorts files by the second at which their process started."""
-    clock = itertools.count(int(time.time()))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(event_file_writer, "time", types.SimpleNamespace(time=lambda: next(clock)))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,9 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import pathlib
-import time
-import types
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
 from popgen import config
@@ -120,15 +115,6 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {path: leaf for key, item in items for path, leaf in flat(item, f"{name}/{key}").items()}
     return {name: value}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def seconds_pass() -> Iterator[None]:
-    """Lets time pass between writers: TensorBoard sorts files by the second at which their process started."""
-    clock = itertools.count(int(time.time()))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(event_file_writer, "time", types.SimpleNamespace(time=lambda: next(clock)))
-        yield
 
 
 @pytest.fixture(scope="module")

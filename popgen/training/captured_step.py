@@ -59,7 +59,7 @@ class CapturedStep:
     def __init__(self, train_step: TrainStep, batches: Batches, record: Recorder = record_step) -> None:
         self.train_step, self.batches, self.record = train_step, batches, record
         self._warmed_up = 0
-        self._recorded_for: tuple = (None,) * 6
+        self._recorded_for: tuple = (None,) * 7
         self._replay: Callable[[], object] | None = None
         self._metrics: Metrics = {}
 
@@ -73,6 +73,7 @@ class CapturedStep:
             state.weight_average,
             state.optimizer,
             state.generators,
+            state.skipped,
         )
         if not all(map(operator.is_, tensors, self._recorded_for)):
             self._prepare(state, indices, list(settings))

@@ -5,11 +5,9 @@ in the comment field of that zip archive: the format's version and the SHA-256 d
 checks both before it reads a tensor.
 """
 
-import contextlib
 import hashlib
 import io
 import json
-import os
 import pathlib
 import pickle
 import struct
@@ -18,18 +16,20 @@ from typing import Any
 
 import torch
 
-from popgen.errors import CheckpointError, RunDirectoryError, reason_of
+from popgen.errors import CheckpointError, reason_of
+from popgen.training.files import write_whole
 
 FORMAT = "popgen checkpoint"
 VERSION = 1
 
 
-def save(path: pathlib.Path, contents: dict[str, Any]) -> None:
+def save(path: pathlib.Path, contents: dict[str, Any], keep: pathlib.Path | None = None) -> None:
     """Writes a checkpoint; a reader finds the old file or the whole new one, never a part. One writer at a time.
 
     Args:
         path: where to; its folder must exist.
         contents: nested dictionaries of tensors, numbers and strings.
+        keep: where the checkpoint that was there goes, once the new one is complete on the disk.
 
     Raises:
         RunDirectoryError: if it cannot be written.
@@ -46,19 +46,7 @@ def save(path: pathlib.Path, contents: dict[str, Any]) -> None:
     archive = buffer.getbuffer()
     header = {"format": FORMAT, "version": VERSION, "sha256": hashlib.sha256(archive).hexdigest()}
     comment = json.dumps(header).encode()
-    temporary = path.with_name(f".writing-{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(archive[:-2])
-            file.write(struct.pack("<H", len(comment)) + comment)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunDirectoryError(f"cannot write the checkpoint {path}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    write_whole(path, archive[:-2], struct.pack("<H", len(comment)) + comment, keep=keep, what="the checkpoint ")
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The training loop: steps, and what happens every so many of them."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from popgen.errors import TrainingError
+from popgen.errors import DivergedError
 from popgen.training.objectives import Metrics
 from popgen.training.state import TrainState
 
@@ -19,10 +20,15 @@ class Hooks(NamedTuple):
     """What the loop calls, and how often. Each is also called after the last step.
 
     Attributes:
-        log_every: steps between calls of `log(step, means)`, with the mean of every metric since the last call and
-            `steps_per_second`.
+        log_every: steps between calls of `log(step, means)`, with the mean of every metric over the steps taken since
+            the last call, `skipped_steps` in all and `steps_per_second`.
         eval_every: steps between calls of `evaluate(state) -> state`.
         checkpoint_every: steps between calls of `checkpoint(state)`.
+        save: called with the state after every evaluation, when all else is done, and when the loop is stopped.
+        stop: whether to stop before the next step.
+        max_skipped_steps: how many steps in a row may be skipped.
+
+    Example: `train` shows one.
     """
 
     log_every: int
@@ -31,6 +37,9 @@ class Hooks(NamedTuple):
     evaluate: Callable[[TrainState], TrainState]
     checkpoint_every: int
     checkpoint: Callable[[TrainState], None]
+    save: Callable[[TrainState], None] = lambda state: None
+    stop: Callable[[], bool] = lambda: False
+    max_skipped_steps: int = 0
 
 
 def train(
@@ -40,7 +49,7 @@ def train(
     num_steps: int,
     hooks: Hooks,
 ) -> TrainState:
-    """Returns the state after `num_steps` steps in all, counting those already taken.
+    """Returns the state after `num_steps` steps in all, counting those already taken, or where it was stopped.
 
     Args:
         state: where to start; it is consumed.
@@ -50,7 +59,7 @@ def train(
         hooks: logging, evaluation and checkpoints.
 
     Raises:
-        TrainingError: if the loss or the gradient is no longer finite, seen when metrics are next read.
+        DivergedError: if too many steps in a row were skipped, seen when metrics are next read.
 
     Example:
         >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
@@ -68,47 +77,63 @@ def train(
         4 ['beta', 'elbo', 'gradient_norm']
         4
     """
-    recent: list[Metrics] = []
-    clock = time.perf_counter()
-    first = state.step
-    with tqdm(total=num_steps, initial=first, unit="step", disable=None, dynamic_ncols=True) as bar:
-        while state.step < num_steps:
+    clock, timed_from, saved = time.perf_counter(), state.step, state.step
+    with tqdm(total=num_steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True) as bar:
+        while state.step < num_steps and not hooks.stop():
             batch = draw_batch(state.step, state.generators["binarisation"])
             state, metrics = train_step(state, batch)
-            recent.append(metrics)
+            state.recent.append(metrics)
             bar.update()
 
             last = state.step == num_steps
             evaluating = last or state.step % hooks.eval_every == 0
             checkpointing = last or state.step % hooks.checkpoint_every == 0
             if evaluating or checkpointing or state.step % hooks.log_every == 0:
-                means = _mean_metrics(recent, state.step)
-                means["steps_per_second"] = len(recent) / (time.perf_counter() - clock)
-                shown = f"ELBO {means['elbo']:.2f} nats" if "elbo" in means else f"loss {means['loss']:.3f}"
+                means = _mean_metrics(state.recent, state.step, hooks.max_skipped_steps)
+                means["steps_per_second"] = (state.step - timed_from) / (time.perf_counter() - clock)
+                shown = (
+                    f"ELBO {means['elbo']:.2f} nats" if "elbo" in means else f"loss {means.get('loss', math.nan):.3f}"
+                )
                 bar.set_postfix_str(shown)
                 hooks.log(state.step, means)
-                recent = []
+                state.recent.clear()
                 if evaluating:
                     state = hooks.evaluate(state)
                 if checkpointing:
                     hooks.checkpoint(state)
-                clock = time.perf_counter()
+                if evaluating:
+                    hooks.save(state)
+                    saved = state.step
+                clock, timed_from = time.perf_counter(), state.step
+    if state.step > saved:
+        if state.recent:
+            _mean_metrics(state.recent, state.step, hooks.max_skipped_steps)  # a run that has gone wrong is not saved
+        hooks.save(state)
     return state
 
 
-def _mean_metrics(recent: Sequence[Metrics], step: int) -> dict[str, float]:
-    """Returns the mean of each metric, read from the device once."""
+def _mean_metrics(recent: Sequence[Metrics], step: int, max_skipped_steps: int) -> dict[str, float]:
+    """Returns the mean of each metric over the steps that were taken, read from the device once.
+
+    Raises:
+        DivergedError: if more steps in a row were skipped than may be.
+    """
     names = list(recent[0])
-    table = torch.stack([torch.stack([metrics[name] for name in names]) for metrics in recent])
-    means = dict(zip(names, table.double().mean(0).tolist(), strict=True))
-    watched = [name for name in ("loss", "gradient_norm") if name in names]
-    values = table[:, [names.index(name) for name in watched]]
-    wrong = (~torch.isfinite(values)).nonzero()
-    if len(wrong):
-        row, column = wrong[0].tolist()
-        raise TrainingError(
-            f"the {watched[column].replace('_', ' ')} became {values[row, column].item()} at step "
-            f"{step - len(recent) + row + 1}; nothing was saved after the last checkpoint. A lower learning rate or "
-            "Experiment.max_gradient_norm may help"
+    table = torch.stack([torch.stack([metrics[name] for name in names]) for metrics in recent]).double().cpu()
+    columns = dict(zip(names, table.unbind(1), strict=True))
+    in_a_row = columns.pop("skipped_in_a_row")
+    for row in (in_a_row > max_skipped_steps).nonzero().flatten().tolist()[:1]:
+        wrong = next((name for name in ("loss", "gradient_norm") if not math.isfinite(columns[name][row])), None)
+        what = "gradient norm became too large," if wrong is None else f"{wrong.replace('_', ' ')} became"
+        value, number = columns[wrong or "gradient_norm"][row].item(), int(in_a_row[row])
+        last = step - len(recent) + row + 1
+        raise DivergedError(
+            f"the {what} {value:.6g} at step {last}"
+            + (f", and {number} steps in a row were skipped" if number > 1 else "")
+            + "; nothing was saved after the last checkpoint. A lower learning rate or Experiment.max_gradient_norm "
+            "may help",
+            step=last - number + 1,
         )
-    return means
+    skipped, taken = columns.pop("skipped_steps"), in_a_row == 0
+    means = {name: column[taken].mean().item() for name, column in columns.items()} if taken.any() else {}
+    return {**means, "skipped_steps": skipped[-1].item()}

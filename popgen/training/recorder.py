@@ -47,12 +47,11 @@ class Recorder:
         """Writes a point of the training curves."""
         self.writer.scalars("train", means, step)
 
-    def checkpoint(self, state: TrainState) -> None:
-        """Saves a checkpoint that is kept."""
-        self.directory.save_checkpoint(str(state.step), state_to_tensors(state))
-
     def evaluate(self, state: TrainState) -> TrainState:
-        """Writes the curves of the selection split, saves `latest`, and `best` if the loss is the lowest so far."""
+        """Writes the curves of the selection split, and pictures and sounds at ever longer intervals.
+
+        The state it returns has the lowest loss so far.
+        """
         model = model_with_weights(self.model, state.parameters, state.buffers)
         examples = self.data.split(self.selection_split)
         results = self.evaluator.validate(model, examples, self.seed)
@@ -65,18 +64,29 @@ class Recorder:
         curves = {**results, **self.evaluator.curves(model, examples)}
         self.writer.scalars(self.selection_split, curves, state.step)
         self.writer.scalars("train", self.evaluator.curves(model, self.data.train), state.step)
-
-        improved = loss < state.best_loss
-        if improved:
+        if loss < state.best_loss:
             state = dataclasses.replace(state, best_loss=loss, best_step=state.step)
         self.writer.scalars("best", {"loss": state.best_loss}, state.step)
-        tensors = state_to_tensors(state)
-        if improved:
-            self.directory.save_checkpoint("best", tensors)
-        self.directory.save_checkpoint("latest", tensors)
         if _is_power_of_two(state.step // self.eval_every) or state.step == self.num_steps:
             self._write_shown(model, state.step)
         return state
+
+    def checkpoint(self, state: TrainState) -> None:
+        """Saves a checkpoint that is kept."""
+        self.directory.save_checkpoint(str(state.step), state_to_tensors(state))
+
+    def save(self, state: TrainState) -> None:
+        """Saves `latest`, and `best` if the loss is the lowest so far.
+
+        A run continues from `latest`, so all else that belongs to its step is on the disk before it: curves, pictures
+        and the checkpoint that is kept. `best` alone comes after it, so that it is never of a history that was lost; a
+        run that continues writes it if it is missing, see `RunDirectory.continue_from`.
+        """
+        self.writer.sync()
+        tensors = state_to_tensors(state)
+        self.directory.save_checkpoint("latest", tensors)
+        if state.best_step == state.step:
+            self.directory.save_checkpoint("best", tensors)
 
     def shown(self, model: Model) -> dict[str, Shown]:
         """Returns the pictures and sounds of a model."""
@@ -84,7 +94,7 @@ class Recorder:
         return self.evaluator.show(model, self.data, self.evaluator.num_shown, generator)
 
     def _write_shown(self, model: Model, step: int) -> None:
-        """Writes pictures and sounds; called at ever longer intervals, so that a long run does not fill the disk."""
+        """Writes pictures and sounds; ever more rarely, so that a long run does not fill the disk."""
         shown = self.shown(model)
         write_shown(self.writer, shown, step)
         save_shown(self.directory.samples_path / f"step_{step:08d}.png", shown)

@@ -10,6 +10,7 @@ from typing import Any
 from popgen.evaluation.figures import evaluation_figure
 from popgen.evaluation.image_table import read_table
 from popgen.summaries import Writer
+from popgen.training.files import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class EvaluationFiles:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        self.record.write_text(json.dumps(strict, indent=2, allow_nan=False) + "\n")
+        write_whole(self.record, (json.dumps(strict, indent=2, allow_nan=False) + "\n").encode())
         if self.images.is_file():
             figure = evaluation_figure(read_table(self.images).columns())
             figure.savefig(self.figure)

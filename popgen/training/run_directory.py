@@ -1,10 +1,12 @@
 """A run directory: what lies where, and that only one process at a time trains in it."""
 
 import contextlib
+import math
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -12,11 +14,13 @@ from popgen.errors import CheckpointError, RunDirectoryError
 from popgen.training import checkpoints
 
 LOCK_NAME = ".lock"
-# Everything that a run writes; starting anew removes these and nothing else.
+NAMES = ("best", "latest", "previous")  # of checkpoints, beside those of steps
+# Everything that a run writes; starting anew removes these and nothing else. The configuration goes last: as long as
+# there is a checkpoint, it says of what.
 CONTENTS = (
-    "config.gin",
-    "operative_config.gin",
     "checkpoints/latest.ckpt",
+    "checkpoints/latest.damaged",
+    "checkpoints/previous.ckpt",
     "checkpoints/best.ckpt",
     "checkpoints/step_*.ckpt",
     "checkpoints/.writing-*.ckpt",
@@ -26,7 +30,27 @@ CONTENTS = (
     "evaluation_step*.csv",
     "evaluation_step*.png",
     "events.out.tfevents.*",
+    ".writing-evaluation_step*.json",
+    ".writing-*config.gin",
+    "operative_config.gin",
+    "config.gin",
 )
+
+
+class Found(NamedTuple):
+    """A checkpoint that is whole, and what was passed over.
+
+    Attributes:
+        name: "latest", "previous", "best" or the step.
+        tensors: its contents.
+        damaged: what is wrong with each newer one that was passed over.
+
+    Example: `RunDirectory.newest_checkpoint` returns one.
+    """
+
+    name: str
+    tensors: dict[str, Any]
+    damaged: tuple[str, ...]
 
 
 def default_root() -> pathlib.Path:
@@ -44,7 +68,7 @@ def default_root() -> pathlib.Path:
 class RunDirectory:
     """The files of one run.
 
-    `config.gin`, `operative_config.gin`, `checkpoints/{latest,best,step_00001000}.ckpt`, `samples/*.png`,
+    `config.gin`, `operative_config.gin`, `checkpoints/{latest,previous,best,step_00001000}.ckpt`, `samples/*.png`,
     `evaluation_*.{json,csv,png}` and TensorBoard's event files.
 
     Args:
@@ -63,37 +87,116 @@ class RunDirectory:
         self.samples_path = path / "samples"
 
     def checkpoint_path(self, name: str) -> pathlib.Path:
-        """Returns the path of the checkpoint "latest", "best" or of a step, given as digits.
+        """Returns the path of the checkpoint "latest", "previous", "best" or of a step, given as digits.
 
         Raises:
             CheckpointError: if the name is none of these.
         """
         if name.isdecimal():
             name = f"step_{int(name):08d}"
-        elif name not in ("latest", "best"):
-            raise CheckpointError(f"checkpoint must be best, latest or a step, got {name!r}")
+        elif name not in NAMES:
+            raise CheckpointError(f"checkpoint must be {', '.join(NAMES)} or a step, got {name!r}")
         return self.checkpoints_path / f"{name}.ckpt"
+
+    def checkpoint_names(self) -> list[str]:
+        """Returns the names of the checkpoints that there are: latest, previous, steps from the newest on, best."""
+        stems = (path.stem.removeprefix("step_") for path in self.checkpoints_path.glob("step_*.ckpt"))
+        steps = sorted((int(stem) for stem in stems if stem.isdecimal()), reverse=True)
+        names = ("latest", "previous", *map(str, steps), "best")
+        return [name for name in names if self.checkpoint_path(name).is_file()]
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to continue."""
-        return self.checkpoint_path("latest").is_file()
+        return bool(self.checkpoint_names())
 
     def load_checkpoint(self, name: str) -> dict[str, Any]:
         """Returns the contents of a checkpoint by name.
 
         Raises:
-            CheckpointError: if it is missing (the message lists what there is) or damaged.
+            CheckpointError: if it is missing (the message lists what there is) or damaged (it lists what is whole).
         """
         path = self.checkpoint_path(name)
         if not path.is_file():
             found = sorted(file.stem for file in self.checkpoints_path.glob("*.ckpt"))
             there = f"there are: {', '.join(found)}" if found else "it has no checkpoints yet"
             raise CheckpointError(f"{self.path} has no checkpoint {name!r}; {there}")
-        return checkpoints.load(path)
+        try:
+            return checkpoints.load(path)
+        except CheckpointError as error:
+            whole = [other for other in self.checkpoint_names() if self._load_whole(other) is not None]
+            listed = f"these are whole: {', '.join(whole)}" if whole else "no other is whole"
+            raise CheckpointError(f"{error}; {listed}") from error
+
+    def _load_whole(self, name: str) -> dict[str, Any] | None:
+        """Returns the contents of a checkpoint, or None if it is missing or damaged."""
+        try:
+            return checkpoints.load(self.checkpoint_path(name))
+        except CheckpointError:
+            return None
+
+    def newest_checkpoint(self, last_step: int | None = None) -> Found | None:
+        """Returns the newest checkpoint that is whole and not of a later step, or None if there is none at all.
+
+        `latest` is the newest where it is whole; `previous`, the newest one that was kept, and `best` are looked at
+        where it is not.
+
+        Raises:
+            CheckpointError: if there are some, and all are damaged.
+        """
+        limit = math.inf if last_step is None else last_step
+        found: list[Found] = []
+        damaged: list[str] = []
+        for name in self.checkpoint_names():
+            if name.isdecimal() and (int(name) > limit or any(other.name.isdecimal() for other in found)):
+                continue
+            try:
+                tensors = checkpoints.load(self.checkpoint_path(name))
+            except CheckpointError as error:
+                damaged.append(str(error))
+                continue
+            if tensors["step"] <= limit:
+                found.append(Found(name, tensors, ()))
+                if name == "latest":
+                    break
+        if damaged and not found:
+            raise CheckpointError(f"no checkpoint in {self.path} is whole: {'; '.join(damaged)}")
+        newest = max(found, key=lambda one: one.tensors["step"], default=None)
+        return newest and newest._replace(damaged=tuple(damaged))
+
+    def continue_from(self, found: Found) -> bool:
+        """Makes the files fit the checkpoint that a run continues from, and returns whether its best one is there.
+
+        What was passed over is named in one line. A damaged `latest` is moved aside and written anew, lest it become
+        `previous` in place of a good one. `best` is to be that of the history which is continued: it may be damaged, or
+        the process may have been killed between `latest` and `best`. One of a later step is left: the run comes to that
+        step again.
+        """
+        step, best_step = found.tensors["step"], found.tensors["best_step"]
+        if found.damaged:
+            print(f"{'; '.join(found.damaged)}; continuing from {found.name}, step {step}", file=sys.stderr, flush=True)
+        if found.name != "latest":
+            latest = self.checkpoint_path("latest")
+            if latest.is_file():
+                os.replace(latest, latest.with_suffix(".damaged"))
+            checkpoints.save(latest, found.tensors)
+        best = self._load_whole("best")
+        if best_step == 0 or (best is not None and best["step"] >= best_step):
+            return True
+        for tensors in (found.tensors, self._load_whole("previous"), self._load_whole(str(best_step))):
+            if tensors is not None and tensors["step"] == best_step:
+                self.save_checkpoint("best", tensors)
+                return True
+        print(
+            f"{self.checkpoint_path('best')} is missing or damaged; the lowest loss is sought anew from step {step} on",
+            file=sys.stderr,
+            flush=True,
+        )
+        return False
 
     def save_checkpoint(self, name: str, contents: dict[str, Any]) -> None:
-        """Writes a checkpoint by name, atomically."""
-        checkpoints.save(self.checkpoint_path(name), contents)
+        """Writes a checkpoint by name, atomically; the `latest` before a new one is kept as `previous`."""
+        keep = self.checkpoint_path("previous") if name == "latest" else None
+        checkpoints.save(self.checkpoint_path(name), contents, keep)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -35,6 +35,8 @@ class TrainState:
         optimizer: holds the moments of `parameters`.
         weight_average: name to averaged parameter, or None.
         generators: purpose to generator.
+        skipped: how many steps were skipped, "total" and "in a row", integers on the device.
+        recent: the metrics of every step since the last point of the training curves.
         best_loss: the lowest selection loss so far, nats; infinite before the first evaluation.
         best_step: the step it was seen at.
     """
@@ -46,6 +48,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     weight_average: dict[str, Tensor] | None
     generators: dict[str, torch.Generator]
+    skipped: dict[str, Tensor]
+    recent: list[dict[str, Tensor]]
     best_loss: float = math.inf
     best_step: int = 0
 
@@ -92,6 +96,8 @@ def initial_state(
         optimizer=optimizer_factory(parameters.values()),
         weight_average={name: p.detach().clone() for name, p in parameters.items()} if average_weights else None,
         generators={name: make_generator(device, seed, name) for name in STREAMS},
+        skipped={name: torch.zeros((), dtype=torch.int64, device=device) for name in ("total", "in a row")},
+        recent=[],
     )
 
 
@@ -133,6 +139,8 @@ def state_to_tensors(state: TrainState) -> dict[str, Any]:
         "optimizer_defaults": state.optimizer.defaults,
         "weight_average": state.weight_average,
         "generators": {name: generator.get_state() for name, generator in state.generators.items()},
+        "skipped": state.skipped,
+        "recent": {name: torch.stack([row[name] for row in state.recent]) for name in next(iter(state.recent), {})},
         "best_loss": state.best_loss,
         "best_step": state.best_step,
     }
@@ -163,6 +171,7 @@ def state_from_tensors(tensors: dict[str, Any], template: TrainState) -> TrainSt
         (tensors["parameters"], template.parameters),
         (tensors["buffers"], template.buffers),
         (auxiliary, template.auxiliary),
+        (tensors.get("skipped", template.skipped), template.skipped),  # earlier checkpoints have none
     ):
         copy_by_name(values, into)
     _load_optimizer(template.optimizer, tensors)
@@ -179,10 +188,12 @@ def state_from_tensors(tensors: dict[str, Any], template: TrainState) -> TrainSt
                 f"the checkpoint was written on another kind of device, whose random state does not fit {device}: "
                 "continue the run there (Experiment.device)"
             ) from error
+    recent = {name: values.to(device).unbind() for name, values in tensors.get("recent", {}).items()}
     return dataclasses.replace(
         template,
         step=tensors["step"],
         weight_average=average,
+        recent=[dict(zip(recent, row, strict=True)) for row in zip(*recent.values(), strict=True)],
         best_loss=tensors["best_loss"],
         best_step=tensors["best_step"],
     )

@@ -29,6 +29,7 @@ class TrainStep:
         loss_function: the objective as a pure function of parameters, buffers, batch, noise, settings and its state.
         weight_average_decay: decay of the weight average.
         max_gradient_norm: gradients with a larger norm are scaled down to it.
+        skip_gradient_norm: steps whose gradient has a larger norm are skipped.
         precision: of the matrix products.
         learning_rate: as a function of the steps taken; None for that of the optimizer.
 
@@ -42,6 +43,7 @@ class TrainStep:
     max_gradient_norm: float | None
     precision: str
     learning_rate: Schedule | None = None
+    skip_gradient_norm: float | None = None
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics of a batch; the old state is consumed."""
@@ -62,7 +64,9 @@ class TrainStep:
     def update(self, state: TrainState, batch: Any, settings: Settings) -> Metrics:
         """Updates the tensors of a state in place and returns the metrics.
 
-        All the work on the device is here, and nothing in it depends on the step's number or waits for the device.
+        Where the loss or the gradient is not finite, or the gradient too large, the step is skipped: parameters,
+        optimizer, average and all that the objective changes stay as they were. All the work on the device is here, and
+        nothing in it depends on the step's number or waits for the device.
         """
         noise = self.objective.draw_noise(self.model, batch, state.generators["posterior noise"])
         with matrix_products(self.precision, _device(state)):
@@ -71,34 +75,74 @@ class TrainStep:
             )
             gradients = torch.autograd.grad(loss, list(state.parameters.values()), allow_unused=True)
         changing = [(_changeable(state, name, value), value.detach()) for name, value in changes.items()]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([g for g in gradients if g is not None])))
+        taken = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+        if self.skip_gradient_norm is not None:
+            taken &= norm <= self.skip_gradient_norm
         with _learning_rate(state.optimizer, None if self.learning_rate is None else settings["learning_rate"]):
-            metrics["gradient_norm"] = self._apply(gradients, state)
-        metrics["learning_rate"] = settings["learning_rate"]
+            self._apply(gradients, norm, taken, state)
         if state.weight_average is not None:
-            update_weight_average(state.weight_average, state.parameters, settings["average_weight"])
+            update_weight_average(state.weight_average, state.parameters, settings["average_weight"] * taken)
         for tensor, value in changing:
-            tensor.copy_(value)
-        return metrics
+            tensor.copy_(torch.where(taken, value, tensor))
+        total, in_a_row = state.skipped["total"].add_(~taken), state.skipped["in a row"].add_(1).mul_(~taken)
+        return metrics | {
+            "gradient_norm": norm,
+            "learning_rate": settings["learning_rate"],
+            "skipped_steps": total.to(norm.dtype),
+            "skipped_in_a_row": in_a_row.to(norm.dtype),
+        }
 
-    def _apply(self, gradients: tuple[Tensor | None, ...], state: TrainState) -> Tensor:
-        """Lets the optimizer take its step along the clipped gradients and returns their norm before clipping."""
+    def _apply(self, gradients: tuple[Tensor | None, ...], norm: Tensor, taken: Tensor, state: TrainState) -> None:
+        """Lets the optimizer take its step along the clipped gradients, unless it is skipped."""
         leaves: list[Tensor] = list(state.parameters.values())
-        optimizer: Any = state.optimizer  # fused ones take an attribute that the base class does not know
+        optimizer: Any = state.optimizer  # fused ones take attributes that the base class does not know
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([g for g in gradients if g is not None])))
-        if self.max_gradient_norm is None:
+        if can_be_told(optimizer):  # fused kernels divide by `grad_scale` in passing, and do nothing at `found_inf`
+            limit = self.max_gradient_norm
+            optimizer.grad_scale = None if limit is None else (norm / limit).clamp_min(1.0).float()
+            optimizer.found_inf = (~taken).float()
+            known = sum(map(len, optimizer.state.values()))
             optimizer.step()
-        elif getattr(optimizer, "_step_supports_amp_scaling", False):  # fused kernels divide by `grad_scale` in passing
-            optimizer.grad_scale = (norm / self.max_gradient_norm).clamp_min(1.0).float()
-            optimizer.step()
-            del optimizer.grad_scale
-        else:
-            torch.nn.utils.clip_grads_with_norm_(leaves, self.max_gradient_norm, norm)
+            if sum(map(len, optimizer.state.values())) > known:  # made just now, and left unset if the step was skipped
+                for value in (value for kept in optimizer.state.values() for value in kept.values()):
+                    value.copy_(torch.where(taken, value, torch.zeros_like(value)))
+            optimizer.grad_scale = optimizer.found_inf = None
+        elif norm.is_cuda or taken:  # on a CPU, asking costs nothing
+            if self.max_gradient_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(leaves, self.max_gradient_norm, norm)
             optimizer.step()
         for leaf in leaves:
             leaf.grad = None
-        return norm
+
+
+def can_be_told(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether an optimizer can be told on the device to leave a step out; fused ones can.
+
+    Example:
+        >>> parameters = [nn.Parameter(torch.zeros(1))]
+        >>> [can_be_told(torch.optim.Adam(parameters, fused=fused)) for fused in (True, False)]
+        [True, False]
+    """
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def check_can_skip(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Raises ArgumentError if steps on a device cannot be skipped without waiting for it.
+
+    Example:
+        >>> check_can_skip(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), torch.device("cuda"))
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: SGD cannot be told on a GPU to skip a step whose gradient is not finite: bind
+        fused = True if it has that, or Experiment.max_skipped_steps = 0, which stops at the first
+    """
+    if device.type != "cpu" and not can_be_told(optimizer):
+        raise ArgumentError(
+            f"{type(optimizer).__name__} cannot be told on a GPU to skip a step whose gradient is not finite: bind "
+            "fused = True if it has that, or Experiment.max_skipped_steps = 0, which stops at the first"
+        )
 
 
 @contextlib.contextmanager
@@ -149,11 +193,13 @@ def make_train_step(
     compiled: bool = False,
     precision: str = "fp32",
     learning_rate: Schedule | None = None,
+    skip_gradient_norm: float | None = None,
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`.
 
     The step consumes the state it is given (its tensors are updated in place); the metrics are detached scalars on the
-    device, those of the objective with `gradient_norm` and `learning_rate`.
+    device, those of the objective with `gradient_norm` and `learning_rate`, and with the numbers of steps that were
+    skipped until then, `skipped_steps`, and just before, `skipped_in_a_row`: 0 where this one was not.
 
     Args:
         model: the architecture; its own tensors are not used.
@@ -163,6 +209,8 @@ def make_train_step(
         compiled: whether torch.compile fuses the loss and its gradient; see `popgen.execution`.
         precision: of the matrix products; see `popgen.execution`.
         learning_rate: as a function of the steps taken; None for that of the optimizer.
+        skip_gradient_norm: steps whose gradient has a larger norm are skipped, as are those whose loss or gradient is
+            not finite; None for no limit.
 
     Raises:
         ArgumentError: if the objective has a setting of a name that the step needs.
@@ -190,7 +238,16 @@ def make_train_step(
         raise ArgumentError(f"the settings of {objective!r} must have other names than {', '.join(sorted(reserved))}")
     if compiled:
         loss_function = compile_or_fall_back(loss_function, _with_settings_of_one)
-    return TrainStep(model, objective, loss_function, weight_average_decay, max_gradient_norm, precision, learning_rate)
+    return TrainStep(
+        model,
+        objective,
+        loss_function,
+        weight_average_decay,
+        max_gradient_norm,
+        precision,
+        learning_rate,
+        skip_gradient_norm,
+    )
 
 
 def _with_settings_of_one(arguments: tuple) -> tuple:

@@ -95,13 +95,14 @@ def test_a_failed_write_leaves_the_old_checkpoint(path, monkeypatch):
 def test_names_of_checkpoints(tmp_path):
     directory = RunDirectory(tmp_path / "run")
     with directory.locked():
+        assert not directory.has_checkpoint()
         directory.save_checkpoint("20", CONTENTS)
         assert same(directory.load_checkpoint("20"), CONTENTS)
-        assert not directory.has_checkpoint()
+        assert directory.has_checkpoint()
         with pytest.raises(CheckpointError, match="no checkpoint 'best'; there are: step_00000020"):
             directory.load_checkpoint("best")
         for name in ("../../etc/passwd", "newest", ""):
-            with pytest.raises(CheckpointError, match="must be best, latest or a step"):
+            with pytest.raises(CheckpointError, match="must be best, latest, previous or a step"):
                 directory.load_checkpoint(name)
 
 

@@ -11,6 +11,8 @@ OF_A_RUN = [
     "config.gin",
     "operative_config.gin",
     "checkpoints/latest.ckpt",
+    "checkpoints/latest.damaged",
+    "checkpoints/previous.ckpt",
     "checkpoints/best.ckpt",
     "checkpoints/step_00001000.ckpt",
     "checkpoints/.writing-latest.ckpt",
@@ -81,7 +83,7 @@ def test_names_of_steps(tmp_path: pathlib.Path) -> None:
     assert directory.checkpoint_path("1000").name == "step_00001000.ckpt"
     assert directory.checkpoint_path("123456789").name == "step_123456789.ckpt"
     for name in ("-1", "1e3", "step_00001000", "BEST", "latest.ckpt", "1 000"):
-        with pytest.raises(CheckpointError, match="checkpoint must be best, latest or a step, got"):
+        with pytest.raises(CheckpointError, match="checkpoint must be best, latest, previous or a step, got"):
             directory.checkpoint_path(name)
 
 

@@ -3,25 +3,26 @@
 import dataclasses
 import functools
 import itertools
+import math
 import pathlib
-import time
-import types
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
 from popgen.datasets.images import ImageData, binarise_once, prepare_images
-from popgen.errors import ArgumentError, CheckpointError, TrainingError
+from popgen.errors import ArgumentError, CheckpointError, DivergedError, StoppedError, TrainingError
 from popgen.evaluation.likelihood import evaluate_elbo
-from popgen.experiment import Configuration, Experiment, run
+from popgen.experiment import Configuration, Experiment, first_state, plain_step, prepare, replay, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import PlanarFlow
 from popgen.nn.vamp_prior import VampPrior
+from popgen.training import checkpoints
+from popgen.training.diagnosis import diagnose
 from popgen.training.objectives import NegativeELBO
 from popgen.training.run_directory import RunDirectory
 from popgen.training.state import TrainState
@@ -125,15 +126,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return path
 
 
-@pytest.fixture(autouse=True, scope="module")
-def seconds_pass() -> Iterator[None]:
-    """Lets time pass between writers: TensorBoard sorts files by the second at which their process started."""
-    clock = itertools.count(int(time.time()))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(event_file_writer, "time", types.SimpleNamespace(time=lambda: next(clock)))
-        yield
-
-
 # --- interruption ----------------------------------------------------------------------------------------------------
 
 
@@ -212,14 +204,261 @@ def test_another_model_or_optimizer_is_refused_and_nothing_is_lost(what: str, tm
     assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-def test_a_damaged_latest_checkpoint_is_refused_and_kept(tmp_path: pathlib.Path) -> None:
+# --- bad disks -------------------------------------------------------------------------------------------------------
+
+
+def flip_a_bit(path: pathlib.Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 4
+    path.write_bytes(content)
+
+
+def cut(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, pathlib.Path.unlink])
+@pytest.mark.parametrize(
+    "damaged, newest",
+    [
+        (["latest"], "best"),
+        (["latest", "best"], "previous"),
+        (["latest", "previous", "best"], "6"),
+        (["best"], "latest"),
+    ],
+)
+def test_the_newest_whole_checkpoint_is_continued_from(
+    damage: Callable, damaged: list[str], newest: str, whole: pathlib.Path, tmp_path: pathlib.Path, capsys
+) -> None:
+    """One line says so, and the end is that of a run whose files were never damaged."""
+    left = itertools.count(-9)
+    with pytest.raises(StoppedError):
+        stopped_in(tmp_path, lambda: next(left) >= 0)
+    directory = RunDirectory(tmp_path)
+    steps = {name: directory.load_checkpoint(name)["step"] for name in directory.checkpoint_names()}
+    assert steps == {"latest": 9, "previous": 6, "6": 6, "best": 9}
+    for name in damaged:
+        damage(directory.checkpoint_path(name))
+    capsys.readouterr()
+    run_in(tmp_path)
+    line = capsys.readouterr().err
+    if damage is not pathlib.Path.unlink and newest != "latest":
+        assert line.count("\n") == 1 and f"; continuing from {newest}, step {steps[newest]}" in line
+        assert all(f"{directory.checkpoint_path(name)} is" in line for name in damaged)
+        assert directory.checkpoint_path("latest").with_suffix(".damaged").is_file()
+        directory.checkpoint_path("latest").with_suffix(".damaged").unlink()
+    else:
+        assert line == ""
+    for name in ("latest", "best", "previous", "6", "12"):
+        assert_same_checkpoint(whole, tmp_path, name)
+    assert curves(tmp_path) == curves(whole)
+    assert {file.name for file in tmp_path.glob("*/*")} == {file.name for file in whole.glob("*/*")}
+
+
+def test_when_no_checkpoint_is_whole_nothing_is_touched(tmp_path: pathlib.Path) -> None:
     run_in(tmp_path, num_steps=3)
-    latest = RunDirectory(tmp_path).checkpoint_path("latest")
-    damaged = latest.read_bytes()[:-10]
-    latest.write_bytes(damaged)
-    with pytest.raises(CheckpointError, match=r"latest\.ckpt"):
+    for path in tmp_path.glob("checkpoints/*.ckpt"):
+        flip_a_bit(path)
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* is whole: .*latest\.ckpt is damaged.*best\.ckpt is"
+    ):
         run_in(tmp_path)
-    assert latest.read_bytes() == damaged
+    assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+WORSE = {"optimizer": functools.partial(torch.optim.Adam, lr=0.01, maximize=True)}  # best at the first evaluation
+
+
+@pytest.mark.parametrize("killed_before", ["latest", "best"])
+def test_a_run_killed_around_latest_has_its_best_checkpoint(killed_before: str, tmp_path, monkeypatch) -> None:
+    """Between the two, `latest` is already of a step whose `best` was never written."""
+    run_in(tmp_path / "whole", **WORSE)
+    save = RunDirectory.save_checkpoint
+
+    def killed(directory: RunDirectory, name: str, contents: dict[str, Any]) -> None:
+        if name == killed_before:
+            raise ProcessLookupError("killed")
+        save(directory, name, contents)
+
+    with monkeypatch.context() as patch, pytest.raises(ProcessLookupError):
+        patch.setattr(RunDirectory, "save_checkpoint", killed)
+        run_in(tmp_path / "run", **WORSE)
+    run_in(tmp_path / "run", **WORSE)
+    for name in ("latest", "best", "previous", "6", "12"):
+        assert_same_checkpoint(tmp_path / "whole", tmp_path / "run", name)
+    assert RunDirectory(tmp_path / "run").load_checkpoint("best")["step"] == 3
+    assert curves(tmp_path / "run") == curves(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_best_checkpoint_that_is_lost_is_sought_anew(damaged: bool, tmp_path: pathlib.Path, capsys) -> None:
+    """Its loss would otherwise never be reached again, and the run end without a best checkpoint."""
+    run_in(tmp_path, num_steps=9, **WORSE)
+    best = RunDirectory(tmp_path).checkpoint_path("best")
+    flip_a_bit(best) if damaged else best.unlink()
+    capsys.readouterr()
+    run_in(tmp_path, **WORSE)
+    assert f"{best} is missing or damaged; the lowest loss is sought anew from step 9 on\n" == capsys.readouterr().err
+    found = RunDirectory(tmp_path).load_checkpoint("best")
+    assert found["step"] == found["best_step"] == 12
+    assert found["best_loss"] == pytest.approx(dict(curves(tmp_path)["test/loss"])[12], rel=1e-6)
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_an_error_that_names_the_others(tmp_path: pathlib.Path) -> None:
+    run_in(tmp_path)
+    directory = RunDirectory(tmp_path)
+    flip_a_bit(directory.checkpoint_path("best"))
+    cut(directory.checkpoint_path("6"))
+    for name in ("best", "6"):
+        with pytest.raises(CheckpointError, match=rf"{directory.checkpoint_path(name).name} is .*") as caught:
+            directory.load_checkpoint(name)
+        assert str(caught.value).endswith("; these are whole: latest, previous, 12")
+
+
+def test_a_thousand_random_places_of_a_checkpoint(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """No change of a byte, no cut and no run of zeros, as of a lost block, is ever taken for another content."""
+    good, choice = RunDirectory(whole).checkpoint_path("latest").read_bytes(), random.Random(0)
+    wanted, path, refused = flat(RunDirectory(whole).load_checkpoint("latest")), tmp_path / "latest.ckpt", 0
+    for trial in range(1_000):
+        content, place = bytearray(good), choice.randrange(len(good))
+        if trial % 3 == 0:
+            content[place] ^= choice.randrange(1, 256)
+        elif trial % 3 == 1:
+            del content[place:]
+        else:
+            content[place : place + 512] = bytes(len(content[place : place + 512]))
+        path.write_bytes(content)
+        try:
+            found = flat(checkpoints.load(path))
+        except CheckpointError:
+            refused += 1
+            continue
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], value) for key, value in wanted.items() if isinstance(value, Tensor))
+    assert refused > 950
+
+
+# --- requests to stop ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 8, 11])
+def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(
+    steps: int, whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Wherever that is: also between two points of the curves, whose means are of steps before and after it."""
+    left = itertools.count(-steps)
+    with pytest.raises(StoppedError, match=f"stopped at step {steps}, which is saved; the same command goes on"):
+        stopped_in(tmp_path, lambda: next(left) >= 0)
+    if steps:
+        assert RunDirectory(tmp_path).load_checkpoint("latest")["step"] == steps
+    run_in(tmp_path)
+    for name in ("latest", "best", "6", "12"):
+        assert_same_checkpoint(whole, tmp_path, name)
+    assert curves(tmp_path) == curves(whole)
+
+
+def stopped_in(path: pathlib.Path, stop: Callable[[], bool], **changes: Any) -> None:
+    directory = RunDirectory(path)
+    with directory.locked():
+        run(make_experiment(**changes), directory, CONFIGURATION, stop)
+
+
+def test_a_stop_in_the_final_evaluation(tmp_path: pathlib.Path) -> None:
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) > 13  # 12 steps, once before the evaluation, and then within it
+
+    with pytest.raises(StoppedError, match="stopped during the evaluation; the same command goes on with it"):
+        stopped_in(tmp_path, stop, final_num_samples=5)
+    assert not list(tmp_path.glob("evaluation_*.json"))
+    run_in(tmp_path, final_num_samples=5)
+    assert len(list(tmp_path.glob("evaluation_*.json"))) == 1
+
+
+# --- numbers that go wrong -------------------------------------------------------------------------------------------
+
+
+class SometimesNan(NegativeELBO):
+    """Has a loss that is not a number in some steps."""
+
+    def __init__(self, *steps: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "steps", steps)
+
+    def settings(self, step: int) -> dict[str, float]:
+        return {**super().settings(step), "scale": torch.nan if step + 1 in self.steps else 1.0}
+
+    def __call__(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings, state):
+        loss, metrics, changes = super().__call__(forward, batch, noise, settings, state)
+        return loss * settings["scale"], metrics | {"loss": metrics["loss"] * settings["scale"]}, changes
+
+
+def test_a_few_bad_steps_are_skipped_and_counted(tmp_path: pathlib.Path) -> None:
+    state = run_in(tmp_path, objective=SometimesNan(2, 5, 6, 7))
+    assert state.step == 12 and state.skipped["total"] == 4
+    found = curves(tmp_path)
+    counts = [(2, 1), (3, 1), (4, 1), (6, 3), (8, 4), (9, 4), (10, 4), (12, 4)]
+    assert found["train/skipped_steps"] == counts
+    losses = dict(found["train/loss"])
+    assert 6 not in losses and all(math.isfinite(loss) for loss in losses.values()) and 8 in losses
+    assert "train/skipped_in_a_row" not in found
+
+
+def test_skipped_steps_and_an_interruption(tmp_path: pathlib.Path) -> None:
+    """The count in a row goes on over the interruption, as do the means."""
+    bad = SometimesNan(2, 4, 5, 6, 7, 8)
+    run_in(tmp_path / "whole", objective=bad)
+    left = itertools.count(-5)
+    with pytest.raises(StoppedError):
+        stopped_in(tmp_path / "run", lambda: next(left) >= 0, objective=bad)
+    assert RunDirectory(tmp_path / "run").load_checkpoint("latest")["skipped"]["in a row"] == 2
+    run_in(tmp_path / "run", objective=bad)
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "run", "latest")
+    assert curves(tmp_path / "run") == curves(tmp_path / "whole")
+    with pytest.raises(DivergedError, match="5 steps in a row were skipped") as caught:
+        run_in(tmp_path / "other", objective=bad, max_skipped_steps=4)
+    assert caught.value.step == 4
+    assert str(caught.value).endswith(f"python -m launch.replay --run_dir={tmp_path / 'other'} --step=4")
+
+
+def test_a_replay_names_what_was_not_finite_first(tmp_path: pathlib.Path) -> None:
+    """State and batch are those of the run: the loss is that of the curve, before and after a checkpoint."""
+    run_in(tmp_path, log_every=1)
+    losses = dict(curves(tmp_path)["train/loss"])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for step in (1, 3, 4, 8, 12):
+        diagnosis = replay(make_experiment(), RunDirectory(tmp_path), step)
+        assert diagnosis.loss == pytest.approx(losses[step], rel=1e-6) and diagnosis.not_finite == ()
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    found = replay(make_experiment(objective=SometimesNan(5)), RunDirectory(tmp_path), 5)
+    assert math.isnan(found.loss) and math.isnan(found.gradient_norm)
+    assert (
+        found.not_finite[0] == ("metric", "loss")
+        and ("gradient", "encoder.mean_and_log_var.weight") in found.not_finite
+    )
+    assert not any(kind in ("parameter", "batch", "noise", "output") for kind, _ in found.not_finite)
+
+
+def test_a_replay_names_the_module(tmp_path: pathlib.Path) -> None:
+    run_in(tmp_path, num_steps=3)
+    experiment = make_experiment()
+
+    class Overflows(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.inf
+
+    encoder = experiment.model.encoder
+    encoder.mean_and_log_var = torch.nn.Sequential(encoder.mean_and_log_var, Overflows())
+    data, model = prepare(experiment, torch.device("cpu"))
+    state = first_state(experiment, model)
+    found = diagnose(plain_step(experiment, model), state, data.batches(8, 0).draw(0, state.generators["binarisation"]))
+    assert found.not_finite[:2] == (
+        ("output", "encoder.mean_and_log_var.1"),
+        ("output", "encoder.mean_and_log_var"),
+    )
 
 
 # --- the best checkpoint ---------------------------------------------------------------------------------------------
@@ -281,7 +520,7 @@ class BecomesInfinite(NegativeELBO):
 
 def test_a_diverged_run_keeps_what_was_good(tmp_path: pathlib.Path) -> None:
     with pytest.raises(TrainingError, match="the loss became inf at step 8"):
-        run_in(tmp_path, objective=BecomesInfinite())
+        run_in(tmp_path, objective=BecomesInfinite(), max_skipped_steps=0)
     latest = RunDirectory(tmp_path).load_checkpoint("latest")
     assert latest["step"] == 6
     assert all(bool(torch.isfinite(tensor).all()) for tensor in latest["parameters"].values())

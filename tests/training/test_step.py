@@ -1,5 +1,6 @@
 """Objective, training step, resumption and loop."""
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from popgen.errors import ArgumentError, TrainingError
+from popgen.errors import ArgumentError
 from popgen.losses import elbo
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow, PlanarFlow
@@ -20,7 +21,7 @@ from popgen.training import checkpoints
 from popgen.training.loop import Hooks, train
 from popgen.training.objectives import NegativeELBO, Objective
 from popgen.training.state import initial_state, model_with_weights, state_from_tensors, state_to_tensors
-from popgen.training.step import make_train_step
+from popgen.training.step import check_can_skip, make_train_step
 
 FLOWS = {
     "none": lambda: None,
@@ -181,6 +182,9 @@ def test_averaging_may_be_switched_on_and_off_between_runs():
     assert_same(state_from_tensors(tensors[1], fresh[1]).weight_average, tensors[1]["parameters"])
 
 
+NOTHING_SKIPPED = {"skipped_steps": torch.tensor(0.0), "skipped_in_a_row": torch.tensor(0.0)}
+
+
 class Calls:
     """Hooks that write down when they were called."""
 
@@ -215,27 +219,13 @@ def test_loop_logs_the_mean_since_the_last_time():
 
     def step(state, batch):
         metrics = {"loss": torch.tensor(float(next(losses))), "gradient_norm": torch.tensor(1.0)}
-        return dataclasses.replace(state, step=state.step + 1), metrics
+        return dataclasses.replace(state, step=state.step + 1), metrics | NOTHING_SKIPPED
 
     calls = Calls(2, 100, 100)
     state = initial_state(tiny_vae(), torch.optim.Adam, seed=0)
     train(state, step, lambda step, generator: batch_of(step), 6, calls.hooks)
     assert [means["loss"] for means in calls.logged.values()] == [1.5, 3.5, 5.5]
     assert all(means["steps_per_second"] > 0 for means in calls.logged.values())
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(value):
-    def step(state, batch):
-        loss = value if state.step == 4 else 1.0
-        metrics = {"loss": torch.tensor(loss), "gradient_norm": torch.tensor(1.0)}
-        return dataclasses.replace(state, step=state.step + 1), metrics
-
-    calls = Calls(3, 6, 6)
-    state = initial_state(tiny_vae(), torch.optim.Adam, seed=0)
-    with pytest.raises(TrainingError, match="the loss became (nan|inf) at step 5"):
-        train(state, step, lambda step, generator: batch_of(step), 12, calls.hooks)
-    assert calls.evaluated == calls.saved == [] and list(calls.logged) == [3]
 
 
 class WithBuffers(nn.Module):
@@ -338,3 +328,125 @@ def test_a_scheduled_learning_rate_is_that_of_torchs_scheduler(factory) -> None:
         rates.step()
     for name, parameter in state.parameters.items():
         torch.testing.assert_close(parameter, other.parameters[name], rtol=1e-5, atol=1e-6)
+
+
+# --- skipped steps ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(Changing):
+    """Multiplies the loss of some steps by something, or has a gradient that is not finite although the loss is."""
+
+    scales: dict[int, float] = dataclasses.field(default_factory=dict)
+    infinite_gradient_at: int | None = None
+    others: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def settings(self, step: int) -> dict[str, float]:
+        return {"scale": self.scales.get(step, 1.0), "root": float(step == self.infinite_gradient_at)}
+
+    def __call__(self, forward, batch, noise, settings, state):
+        loss, metrics, changes = super().__call__(forward, batch, noise, settings, state)
+        loss = loss * settings["scale"]
+        if settings["root"]:  # a root whose value is 0 and whose derivative is infinite
+            loss = loss + (loss - loss.detach()).sqrt()
+        return (
+            loss,
+            metrics | {"loss": loss.detach()},
+            {name: value * settings["scale"] for name, value in changes.items()},
+        )
+
+
+OPTIMIZERS = {
+    "Adam": functools.partial(torch.optim.Adam, lr=0.01),
+    "fused Adam": functools.partial(torch.optim.Adam, lr=0.01, fused=True),
+    "fused AdamW": functools.partial(torch.optim.AdamW, lr=0.01, amsgrad=True, fused=True),
+    "momentum": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+    "fused momentum": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, fused=True),
+    "fused Adagrad": functools.partial(torch.optim.Adagrad, lr=0.01, fused=True),
+    "RMSprop": functools.partial(torch.optim.RMSprop, lr=0.01),
+}
+
+
+def steps_of(objective: Scaled, optimizer, batches: list[Tensor], **arguments):
+    """Returns the state before and after each step, as copies, and the metrics."""
+    torch.manual_seed(0)
+    model = WithBuffers()
+    state = initial_state(model, optimizer, 0, auxiliary=objective.initial_state(torch.zeros(())))
+    step, tensors, history = make_train_step(model, objective, **arguments), [], []
+    for batch in [*batches, None]:
+        tensors.append(copy.deepcopy(state_to_tensors(state)))
+        if batch is not None:
+            state, metrics = step(state, batch)
+            history.append(metrics)
+    return tensors, history
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+@pytest.mark.parametrize("bad", [0, 2])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_skipped_step_leaves_everything_as_it_was(optimizer: str, bad: int, max_norm: float | None) -> None:
+    """And the steps after it are those of a run that never saw its batch, bit for bit."""
+    batches = [batch_of(index) for index in range(5)]
+    for objective in (Scaled({bad: math.nan}), Scaled({bad: math.inf}), Scaled(infinite_gradient_at=bad)):
+        found, metrics = steps_of(objective, OPTIMIZERS[optimizer], batches, max_gradient_norm=max_norm)
+        good = batches[:bad] + batches[bad + 1 :]
+        expected, _ = steps_of(Scaled(), OPTIMIZERS[optimizer], good, max_gradient_norm=max_norm)
+        for name in ("parameters", "buffers", "auxiliary", "weight_average"):
+            assert_same(found[bad + 1][name], found[bad][name])
+            if name != "weight_average":  # whose decay follows the number of the step
+                assert_same(found[-1][name], expected[-1][name])
+        assert_same(found[-1]["optimizer"], expected[-1]["optimizer"])
+        assert [int(tensors["skipped"]["total"]) for tensors in found] == [int(i > bad) for i in range(6)]
+        assert [int(each["skipped_in_a_row"]) for each in metrics] == [int(i == bad) for i in range(5)]
+        assert not math.isfinite(metrics[bad]["gradient_norm"])
+
+
+def test_steps_skipped_in_a_row_are_counted() -> None:
+    objective = Scaled({step: math.nan for step in (1, 2, 4)})
+    tensors, metrics = steps_of(objective, torch.optim.Adam, [batch_of(index) for index in range(6)])
+    assert [int(each["skipped_in_a_row"]) for each in metrics] == [0, 1, 2, 0, 1, 0]
+    assert [int(each["skipped_steps"]) for each in metrics] == [0, 1, 2, 2, 3, 3]
+    assert {name: int(count) for name, count in tensors[-1]["skipped"].items()} == {"total": 3, "in a row": 0}
+
+
+def test_a_gradient_above_the_limit_skips_the_step() -> None:
+    batches = [batch_of(index) for index in range(4)]
+    _, free = steps_of(Scaled({2: 1e3}), torch.optim.SGD, batches)
+    norms = [metrics["gradient_norm"].item() for metrics in free]
+    limit = 20 * max(norms[:2])
+    assert norms[2] > 5 * limit
+    tensors, metrics = steps_of(Scaled({2: 1e3}), torch.optim.SGD, batches, skip_gradient_norm=limit)
+    assert [int(each["skipped_steps"]) for each in metrics] == [0, 0, 1, 1]
+    assert_same(tensors[3]["parameters"], tensors[2]["parameters"])
+
+
+def test_counts_and_metrics_since_the_last_point_are_in_the_checkpoint(tmp_path) -> None:
+    state = initial_state(tiny_vae(), fused_adam, seed=0)
+    step = make_train_step(tiny_vae(), NegativeELBO())
+    for index in range(3):
+        state, metrics = step(state, batch_of(index))
+        state.recent.append(metrics)
+    state.skipped["total"].fill_(7)
+    checkpoints.save(tmp_path / "some.ckpt", state_to_tensors(state))
+    restored = state_from_tensors(checkpoints.load(tmp_path / "some.ckpt"), initial_state(tiny_vae(), fused_adam, 1))
+    assert_same(restored.recent, state.recent)
+    assert restored.skipped["total"] == 7 and restored.skipped["in a row"] == 0
+
+
+def test_a_checkpoint_from_before_steps_were_skipped_is_read() -> None:
+    tensors = state_to_tensors(initial_state(tiny_vae(), fused_adam, seed=0))
+    older = {name: value for name, value in tensors.items() if name not in ("skipped", "recent")}
+    restored = state_from_tensors(older, initial_state(tiny_vae(), fused_adam, seed=1))
+    assert restored.recent == [] and restored.skipped["total"] == 0
+    assert_same({name: p.detach() for name, p in restored.parameters.items()}, tensors["parameters"])
+
+
+def test_on_a_gpu_only_an_optimizer_that_can_be_told_may_skip() -> None:
+    for name, factory in OPTIMIZERS.items():
+        optimizer, gpu = factory([nn.Parameter(torch.zeros(1))]), torch.device("cuda")
+        check_can_skip(optimizer, torch.device("cpu"))
+        if name.startswith("fused"):
+            check_can_skip(optimizer, gpu)
+        else:
+            with pytest.raises(ArgumentError, match="cannot be told on a GPU .* fused = True .*max_skipped_steps = 0"):
+                check_can_skip(optimizer, gpu)

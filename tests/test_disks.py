@@ -1,0 +1,122 @@
+"""Disks that are full, read-only or refuse a file's size: one line, nothing good lost, and the run goes on from there."""
+
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from benchmarks.kills import difference, ended, forked, train_in
+from popgen.training import checkpoints
+
+EVENTS = "events.out.tfevents"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    """A process that has several threads is not to be forked."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("disks") / "reference"
+    assert ended(forked(lambda: train(path))) == 0
+    return path
+
+
+def train(path: pathlib.Path) -> None:
+    train_in(path, "vae", num_steps=20, final_num_samples=2)
+
+
+def fails_in_one_line(work: Callable[[], None], log: pathlib.Path) -> str:
+    assert ended(forked(work, log)) == 1
+    line = log.read_text()
+    assert line.startswith("error: ") and line.count("\n") == 1, line
+    return line
+
+
+def assert_whole(path: pathlib.Path) -> None:
+    """Every checkpoint that there is can be loaded, and nothing half written lies about."""
+    for file in path.glob("checkpoints/*.ckpt"):
+        checkpoints.load(file)
+    assert not list(path.rglob(".writing-*"))
+
+
+def test_no_file_may_be_larger_than_so_many_bytes(reference: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Whichever file it is that fails first: the curves, the configuration, a picture, a checkpoint, a table."""
+    largest = max(file.stat().st_size for file in reference.rglob("*") if file.is_file())
+    limits = (0, 3, 40, 300, 2_000, 10_000, 20_000, 30_000, largest - 1)
+    failed = []
+    for limit in limits:
+        path = tmp_path / str(limit)
+
+        def limited(limit: int = limit, path: pathlib.Path = path) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            train(path)
+
+        # a lock is an empty file, and standard error is limited too: it goes to a pipe
+        line = line_of(limited)
+        assert "File too large" in line, line
+        failed.append(line.split(str(path))[-1].split(":")[0])
+        assert_whole(path)
+        assert ended(forked(lambda path=path: train(path))) == 0
+        assert difference(reference, path) is None
+    assert {name for name in failed if EVENTS in name} and {name for name in failed if "checkpoints" in name}, failed
+
+
+def line_of(work: Callable[[], None]) -> str:
+    reading, writing = os.pipe()
+    log = pathlib.Path(f"/dev/fd/{writing}")
+    process = forked(work, log)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        line = pipe.read()
+    assert ended(process) == 1, line
+    assert line.startswith("error: ") and line.count("\n") == 1, line
+    return line
+
+
+@pytest.fixture
+def disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A disk of its own; only a superuser can have one."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", path], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a disk")
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
+
+
+def remount(disk: pathlib.Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
+
+
+def test_a_disk_that_fills_up(disk: pathlib.Path, reference: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Again and again, a little later every time; then there is room, and the run ends as if there always had been."""
+    path, lines = disk / "run", []
+    for kilobytes in (64, 128, 192, 256, 320):
+        remount(disk, f"size={kilobytes}k")
+        lines.append(fails_in_one_line(lambda: train(path), tmp_path / "log"))
+        assert "No space left on device" in lines[-1]
+        assert_whole(path)
+    remount(disk, "size=100m")
+    assert ended(forked(lambda: train(path))) == 0
+    shutil.copytree(path, tmp_path / "run")
+    assert difference(reference, tmp_path / "run") is None
+
+
+def test_a_disk_that_is_read_only(disk: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    remount(disk, "size=100m")
+    assert ended(forked(lambda: train_in(disk / "run", "vae", num_steps=8))) == 0
+    before = {file: file.read_bytes() for file in disk.rglob("*") if file.is_file()}
+    remount(disk, "ro")
+    for name in ("run", "another"):
+        line = fails_in_one_line(lambda name=name: train(disk / name), tmp_path / "log")
+        assert f"the run directory {disk / name} is not writable" in line and "--run_dir" in line
+    assert before == {file: file.read_bytes() for file in disk.rglob("*") if file.is_file()}
+    remount(disk, "rw")
