@@ -229,10 +229,7 @@ def torment(kind: str, kills: int, folder: pathlib.Path, choice: random.Random) 
     while True:
         way = choice.choice(WAYS) if sum(happened[each] for each in WAYS) < kills else "none"
         work = functools.partial(train_in, path, kind)
-        if way == "none":
-            status = ended(forked(work))
-        else:
-            status = disturbed(work, way, 0.7 * seconds, choice)
+        status = ended(forked(work)) if way == "none" else disturbed(work, way, 0.7 * seconds, choice)
         if status in (-signal.SIGKILL, -signal.SIGTERM, STOPPED):
             happened[way] += 1
             happened["cut"] += cut_what_was_half_written(path, choice)

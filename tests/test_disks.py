@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or refuse a file's size: one line, nothing good lost, and the run goes on from there."""
+"""Disks that are full, read-only or refuse a file of some size: one line, nothing good lost, and the run goes on."""
 
 import os
 import pathlib
