@@ -172,6 +172,19 @@ class Processes:
 ALONE = Processes()
 
 
+def check_divided(name: str, count: int, processes: Processes) -> None:
+    """Raises ArgumentError if the processes cannot have equal parts of so many examples.
+
+    Example:
+        >>> check_divided("Experiment.batch_size", 100, Processes(rank=0, size=3))
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: Experiment.batch_size must be a multiple of the 3 processes, got 100
+    """
+    if count % processes.size:
+        raise ArgumentError(f"{name} must be a multiple of the {processes.size} processes, got {count}")
+
+
 def launched_together() -> bool:
     """Returns whether torchrun, or whoever sets its variables, has started this process as one of several.
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -81,7 +81,9 @@ class TrainStep:
             loss, metrics, observed = self.loss_function(
                 state.parameters, state.buffers, batch, noise, settings, state.auxiliary
             )
-            gradients = torch.autograd.grad(loss, list(state.parameters.values()), allow_unused=True)
+            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+                loss, list(state.parameters.values()), allow_unused=True
+            )
         if self.processes.size > 1:
             weight = self.objective.weight(batch)
             loss, gradients, metrics, observed = self._combine(loss, gradients, metrics, observed, weight)
@@ -107,7 +109,7 @@ class TrainStep:
         }
 
     def _combine(
-        self, loss: Tensor, gradients: Sequence[Tensor | None], metrics: Metrics, observed: Tensors, weight: Any
+        self, loss: Tensor, gradients: tuple[Tensor | None, ...], metrics: Metrics, observed: Tensors, weight: Any
     ) -> tuple[Tensor, tuple[Tensor | None, ...], Metrics, Tensors]:
         """Returns the loss, the gradients and the metrics of the whole batch, and what all processes observed of it."""
         if observed and type(self.objective).transition is Objective.transition:
