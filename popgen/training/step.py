@@ -132,6 +132,8 @@ class TrainStep:
         leaves: list[Tensor] = list(state.parameters.values())
         optimizer: Any = state.optimizer  # fused ones take attributes that the base class does not know
         for leaf, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None and gradient.stride() != leaf.stride():  # fused kernels go by memory alone
+                gradient = torch.empty_like(leaf).copy_(gradient)
             leaf.grad = gradient
         if can_be_told(optimizer):  # fused kernels divide by `grad_scale` in passing, and do nothing at `found_inf`
             limit = self.max_gradient_norm
