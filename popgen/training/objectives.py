@@ -61,13 +61,8 @@ class Objective(Protocol):
     def part_of_noise(self, noise: Any, processes: Processes) -> Any:
         """Returns what of the noise of a whole batch belongs to this process's part of it.
 
-        Raises:
-            ArgumentError: unless a subclass says what does.
+        Several processes can train an objective only if it defines this, for its loss is then a mean over examples.
         """
-        raise ArgumentError(
-            f"{type(self).__name__} cannot be shared by {processes.size} processes: it does not say which part of its "
-            "noise belongs to which part of a batch (part_of_noise)"
-        )
 
     def weight(self, batch: Any) -> Tensor | float:
         """Returns what this part of a batch counts in the means over all parts: as much as any other."""

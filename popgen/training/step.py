@@ -251,7 +251,8 @@ def make_train_step(
         processes: among which every batch is shared out; each is given the whole of it.
 
     Raises:
-        ArgumentError: if the objective has a setting of a name that the step needs.
+        ArgumentError: if the objective has a setting of a name that the step needs, or several processes cannot share
+            it.
 
     Example:
         >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
@@ -274,6 +275,11 @@ def make_train_step(
     reserved = {"average_weight", "learning_rate"} & set(objective.settings(0))
     if reserved:
         raise ArgumentError(f"the settings of {objective!r} must have other names than {', '.join(sorted(reserved))}")
+    if processes.size > 1 and type(objective).part_of_noise is Objective.part_of_noise:
+        raise ArgumentError(
+            f"{type(objective).__name__} cannot be shared by {processes.size} processes: it does not say which part of "
+            "its noise belongs to which part of a batch (part_of_noise)"
+        )
     if compiled:
         loss_function = compile_or_fall_back(loss_function, _with_settings_of_one)
     return TrainStep(
