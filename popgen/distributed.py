@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import os
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_map
 from popgen.errors import ArgumentError, PopgenError, ProcessesError, reason_of
 
 T = TypeVar("T")
+POLLING_SECONDS = 0.02
 CLOSING_SECONDS = 2.0  # that a process waits for another to say what has happened, before it says that it is gone
 
 
@@ -221,13 +223,12 @@ def joined(timeout: float) -> Iterator[Processes]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=limit))
-        store.set_timeout(limit)
+        whole_store, _, _ = next(torch.distributed.rendezvous("env://", timeout=limit))
+        whole_store.set_timeout(limit)
+        store = torch.distributed.PrefixStore(_name_of_start(whole_store, rank, size, timeout), whole_store)
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:
-        raise ProcessesError(
-            f"process {rank} did not find all of the {size} processes within {timeout:g} seconds ({reason_of(error)})"
-        ) from error
+        raise ProcessesError(f"process {rank} of {size} did not find the others ({reason_of(error)})") from error
     local_rank, local_size = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     try:
         yield Processes(rank, size, local_rank, local_size)
@@ -235,6 +236,37 @@ def joined(timeout: float) -> Iterator[Processes]:
         error.said = not _first_to_say(store, error)
         raise
     torch.distributed.destroy_process_group()
+
+
+def _name_of_start(store: Any, rank: int, size: int, timeout: float) -> str:
+    """Returns a name that the processes of this start have agreed on, and none of an earlier one has had.
+
+    When torchrun starts processes again, its store still holds the addresses of those that have ended. The first
+    process proposes a name, the others answer it with names of their own, and it goes by what it was answered.
+
+    Raises:
+        ProcessesError: if not all come.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    answers = [f"popgen/{own}/{other}" for other in range(1, size)]
+    if rank == 0:
+        store.set("popgen/start", own)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            if store.check(answers):
+                store.set(f"popgen/{own}/agreed", b",".join(map(store.get, answers)))
+                return own
+        elif store.check(["popgen/start"]):
+            proposed = store.get("popgen/start").decode()
+            store.set(f"popgen/{proposed}/{rank}", own)
+            agreed = f"popgen/{proposed}/agreed"
+            if store.check([agreed]) and own in store.get(agreed).decode():
+                return proposed
+        time.sleep(POLLING_SECONDS)
+    missing = [place for place, answer in enumerate(answers, 1) if not store.check([answer])] if rank == 0 else [0]
+    raise ProcessesError(
+        f"process {', '.join(map(str, missing))} of {size} did not come within {timeout:g} seconds (--process_timeout)"
+    )
 
 
 def _first_to_say(store: Any, error: PopgenError) -> bool:
@@ -248,7 +280,7 @@ def _first_to_say(store: Any, error: PopgenError) -> bool:
         while time.monotonic() < deadline:  # whoever has ended first may be about to say why
             if store.add("popgen/said", 0):
                 return False
-            time.sleep(CLOSING_SECONDS / 20)
+            time.sleep(POLLING_SECONDS)
         return store.add("popgen/said", 1) == 1
     except RuntimeError:  # whoever kept the store is gone too
         return True

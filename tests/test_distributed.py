@@ -157,11 +157,28 @@ def test_all_stop_with_the_status_of_one_that_stops() -> None:
     assert sorted(outcome.said for outcome in outcomes) == ["", "stopped at step 3\n"]
 
 
-def test_a_process_that_never_comes() -> None:
-    (outcome,) = together(lambda processes: None, size=2, timeout=1.0, present=1)
-    said = [line for line in outcome.said.splitlines() if not line.startswith("[W")]  # torch warns of it too
-    assert outcome.status == 1 and len(said) == 1
-    assert said[0].startswith("error: process 0 did not find all of the 2 processes within 1 seconds (")
+def test_processes_that_never_come_are_named() -> None:
+    first, second = together(lambda processes: None, size=4, timeout=1.0, present=2)
+    assert first.status == second.status == 1
+    assert first.said == "error: process 2, 3 of 4 did not come within 1 seconds (--process_timeout)\n"
+    assert second.said == "error: process 0 of 4 did not come within 1 seconds (--process_timeout)\n" or not second.said
+
+
+def test_what_an_earlier_start_has_left_in_the_store_does_no_harm() -> None:
+    """When torchrun starts processes again, its store still holds the addresses of those that have ended."""
+
+    def work(processes: Processes) -> list[list[int]]:
+        found = []
+        for _ in range(3):
+            torch.distributed.destroy_process_group()
+            if processes.rank == 1:
+                time.sleep(0.1)  # the first one finds what this one has left
+            with joined(timeout=20.0) as again:
+                found.append(again.gather(again.rank))
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        return found  # and leaves what it has just begun
+
+    assert results_of(work, size=2) == [[[0, 1]] * 3] * 2
 
 
 def test_the_first_goes_ahead() -> None:
