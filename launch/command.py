@@ -42,15 +42,18 @@ def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
 def guarded(main: Callable[[], None]) -> None:
     """Calls `main`; a user's mistake or a bad disk becomes one line on standard error.
 
-    The exit status is then 1; it is 75 for a run that was asked to stop, and 130 for what was interrupted at once.
+    Of several processes that end for the same reason one prints it. The exit status is then 1; it is 75 for a run that
+    was asked to stop, and 130 for what was interrupted at once.
     """
     try:
         main()
     except StoppedError as stopped:
-        print(stopped, file=sys.stderr)
+        if not stopped.said:
+            print(stopped, file=sys.stderr)
         sys.exit(STOPPED)
     except PopgenError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        if not error.said:
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -68,16 +71,21 @@ def guarded(main: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Returns a function that says whether SIGTERM or Ctrl-C asked to stop; a second Ctrl-C interrupts at once."""
+def stop_requests(quiet: bool = False) -> Iterator[Callable[[], bool]]:
+    """Returns a function that says whether SIGTERM or Ctrl-C asked to stop; a second Ctrl-C interrupts at once.
+
+    Args:
+        quiet: whether the request is not acknowledged.
+    """
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not asked and not quiet:
+            os.write(2, b"stopping after this step; Ctrl-C interrupts at once\n")  # print is not safe in a handler
         asked = True
-        os.write(2, b"stopping after this step; Ctrl-C interrupts at once\n")  # print is not safe in a handler
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

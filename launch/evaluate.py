@@ -1,9 +1,14 @@
-"""Evaluates a run on test data: python -m launch.evaluate --run_dir=experiments/vamp_hsnf."""
+"""Evaluates a run on test data: python -m launch.evaluate --run_dir=experiments/vamp_hsnf.
+
+Several processes share the images if torchrun starts them: torchrun --nproc_per_node=2 -m launch.evaluate --run_dir=...
+"""
 
 from absl import flags
 
 from launch import command
+from popgen import distributed
 from popgen.datasets.data import first_examples
+from popgen.distributed import Processes
 from popgen.errors import UnfinishedEvaluationError, check_integer
 from popgen.evaluation.annealed import check_by_annealing, describe_check
 from popgen.evaluation.image_table import ImageTable, Shard
@@ -24,6 +29,9 @@ flags.DEFINE_string("shard", "1/1", "Which part of the images, such as 2/4; the 
 flags.DEFINE_integer("annealed_images", 0, "Of a VAE: how many to check by annealed importance sampling.")
 flags.DEFINE_integer("num_temperatures", 1_000, "Of that check.")
 flags.DEFINE_integer("num_chains", 16, "Of that check, for each image.")
+flags.DEFINE_float(
+    "process_timeout", 600.0, "Seconds that one of several processes waits for the others.", lower_bound=1.0
+)
 flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
 flags.DEFINE_bool("trust_config", False, command.TRUST_CONFIG)
 
@@ -32,19 +40,30 @@ def main() -> None:
     """Evaluates a checkpoint and prints, logs and writes the record."""
     check_integer("annealed_images", FLAGS.annealed_images, minimum=0)
     shard = Shard.parse(FLAGS.shard)
+    with distributed.joined(FLAGS.process_timeout) as processes:
+        evaluate_together(shard, processes)
+
+
+def evaluate_together(shard: Shard, processes: Processes) -> None:
+    """Does the work of `main`, as one of several processes that share the images; the first one writes and prints."""
     directory, experiment, tensors = command.existing_run(FLAGS.run_dir, FLAGS.checkpoint, FLAGS.trust_config)
-    data, model = prepare(experiment, experiment.torch_device())
+    tensors = processes.from_first(tensors)
+    device = processes.device("Experiment.device", experiment.torch_device())
+    with processes.first_goes_ahead():
+        data, model = prepare(experiment, device)
     model = model_of_checkpoint(model, tensors, FLAGS.weights)
     num_samples = experiment.evaluator.default_num_samples if FLAGS.num_samples is None else FLAGS.num_samples
     num_examples = len(first_examples(data, FLAGS.num_examples))
     files = EvaluationFiles(directory.path, tensors["step"], FLAGS.weights, num_samples, num_examples)
-    table = ImageTable(files.images, shard)
+    table = ImageTable(files.images, shard, processes)
     try:
         record = evaluate_model(
             experiment, model, data, num_samples, num_examples, tensors["step"], FLAGS.precision, table
         )
     except UnfinishedEvaluationError as unfinished:
         print(unfinished)
+        return
+    if not processes.first:
         return
     record |= {"checkpoint": FLAGS.checkpoint, "weights": FLAGS.weights, "command": command.as_typed()}
     described = experiment.evaluator.describe(record)

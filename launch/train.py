@@ -1,6 +1,7 @@
 """Trains an experiment from Gin configs: python -m launch.train --gin_file=configs/vamp_hsnf.gin.
 
 SIGTERM or Ctrl-C stops it after the step in progress, saved, with exit status 75; the same command goes on.
+Several processes train together if torchrun starts them: torchrun --nproc_per_node=2 -m launch.train --gin_file=...
 """
 
 import dataclasses
@@ -10,7 +11,8 @@ import torch
 from absl import flags
 
 from launch import command
-from popgen import config
+from popgen import config, distributed
+from popgen.distributed import Processes
 from popgen.errors import ConfigError, RunDirectoryError
 from popgen.experiment import Experiment, run
 from popgen.training.run_directory import RunDirectory, default_root
@@ -23,6 +25,9 @@ flags.DEFINE_string("run_dir", None, "Where the run is kept; default $EXPERIMENT
 flags.DEFINE_bool("dry_run", False, "Print configuration, parameter counts and shapes; train nothing.")
 flags.DEFINE_bool("overwrite", False, "Start anew, removing what an earlier run wrote.")
 flags.DEFINE_bool("reconfigure", False, "Continue an earlier run under a changed configuration.")
+flags.DEFINE_float(
+    "process_timeout", 600.0, "Seconds that one of several processes waits for the others.", lower_bound=1.0
+)
 flags.DEFINE_multi_string("hparam", [], "A setting that is a column of TensorBoard's HParams tab; default all.")
 
 
@@ -30,15 +35,27 @@ def main() -> None:
     """Builds the experiment, then trains it or prints what would be trained."""
     if FLAGS.overwrite and FLAGS.reconfigure:
         raise ConfigError("--overwrite starts anew and --reconfigure continues: give one of them")
+    with distributed.joined(FLAGS.process_timeout) as processes:
+        train_together(processes)
+
+
+def train_together(processes: Processes) -> None:
+    """Does the work of `main`, as one of several processes; the first one holds the directory and prints."""
     loaded = config.load(FLAGS.gin_file, FLAGS.gin_bindings)
     configuration = dataclasses.replace(loaded.configuration, compared=tuple(FLAGS.hparam))
+    check_same_configuration(processes.gather(configuration.given))
+    directory = RunDirectory(run_path())
+    if not processes.first:
+        if not FLAGS.dry_run:
+            with command.stop_requests(quiet=True) as stop:
+                run(loaded.experiment, directory, configuration, stop, processes)
+        return
     if loaded.orphans:
         print(f"not used by this configuration: {', '.join(loaded.orphans)}")
     if FLAGS.dry_run:
         print(configuration.operative)
         print(describe(loaded.experiment))
         return
-    directory = RunDirectory(run_path())
     with directory.locked():
         settle_earlier_run(directory, configuration.given)
         print(
@@ -46,11 +63,19 @@ def main() -> None:
             flush=True,
         )
         with command.stop_requests() as stop:
-            state = run(loaded.experiment, directory, configuration, stop)
+            state = run(loaded.experiment, directory, configuration, stop, processes)
     print(f"finished at step {state.step}; the lowest loss was {state.best_loss:.3f} nats, at step {state.best_step}")
     for path in sorted(directory.samples_path.glob("best*")):
         print(f"samples: {path}")
     print(f"evaluate: python -m launch.evaluate --run_dir={directory.path}")
+
+
+def check_same_configuration(given: list[str]) -> None:
+    """Raises ConfigError if the processes of a run were not given the same configuration."""
+    for rank, text in enumerate(given):
+        if text != given[0]:
+            listed = "; ".join(config.differences(given[0], text))
+            raise ConfigError(f"process {rank} was given another configuration than process 0 ({listed})")
 
 
 def run_path() -> pathlib.Path:

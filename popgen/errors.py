@@ -9,7 +9,13 @@ from typing import Any
 
 
 class PopgenError(Exception):
-    """An error that a user caused and can mend; the message says how."""
+    """An error that a user caused and can mend; the message says how.
+
+    Attributes:
+        said: whether another process of the same run has printed it.
+    """
+
+    said: bool = False
 
 
 class ArgumentError(PopgenError, ValueError):
@@ -50,6 +56,10 @@ class DivergedError(TrainingError):
 
 class StoppedError(PopgenError):
     """A run that was asked to stop, and has saved where it is."""
+
+
+class ProcessesError(PopgenError):
+    """Processes of one run that do not find each other, do not fit together, or of which one has ended."""
 
 
 class UnfinishedEvaluationError(PopgenError):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import popgen
 from popgen.datasets.data import Data, Dataset, first_examples
+from popgen.distributed import ALONE, Processes, check_divided
 from popgen.errors import (
     ArgumentError,
     DivergedError,
@@ -28,7 +29,6 @@ from popgen.errors import (
 from popgen.evaluation.evaluator import Evaluator, ImageEvaluator, VAEEvaluator
 from popgen.evaluation.image_table import ImageTable, Shard
 from popgen.evaluation.progress import show_mean
-from popgen.evaluation.shown import save_shown
 from popgen.execution import PRECISIONS, check_precision, hardware
 from popgen.models.model import Model
 from popgen.optim.schedules import Schedule
@@ -37,7 +37,7 @@ from popgen.training.captured_step import CapturedStep
 from popgen.training.files import write_whole
 from popgen.training.loop import DrawBatch, Hooks, Step, train
 from popgen.training.objectives import NegativeELBO, Objective
-from popgen.training.recorder import Recorder
+from popgen.training.recorder import Follower, Recorder
 from popgen.training.records import EvaluationFiles
 from popgen.training.run_directory import Found, RunDirectory
 from popgen.training.state import (
@@ -45,6 +45,7 @@ from popgen.training.state import (
     TrainState,
     initial_state,
     state_from_tensors,
+    state_to_tensors,
 )
 from popgen.training.step import TrainStep, check_can_skip, make_train_step
 from popgen.training.weights import initialise, model_of_checkpoint
@@ -225,11 +226,14 @@ def run(
     directory: RunDirectory,
     configuration: Configuration,
     stop: Callable[[], bool] = lambda: False,
+    processes: Processes = ALONE,
 ) -> TrainState:
     """Trains an experiment, from its newest checkpoint if it has one, and returns its last state.
 
-    The caller holds the directory's lock. `stop` is asked before every step, and while the final evaluation lasts;
-    where it says so, the state is saved.
+    The caller, or that of the first of several processes, holds the directory's lock. Each of them calls this with the
+    same experiment; the first one reads and writes all that there is in the directory.
+
+    `stop` is asked before every step, and while the final evaluation lasts; where it says so, the state is saved.
 
     Raises:
         DataError: if the data cannot be loaded or does not fit the model.
@@ -237,6 +241,7 @@ def run(
         CheckpointError: if every checkpoint is damaged, or the newest is of another model.
         TrainingError: if the loss is no longer finite.
         StoppedError: if it was stopped; the same call goes on.
+        ProcessesError: if one of several processes has ended.
 
     Example:
         >>> import pathlib
@@ -256,35 +261,16 @@ def run(
         ...     state.step, (directory.samples_path / "best.png").is_file(), len(list(directory.path.glob("*.json")))
         (4, True, 1)
     """
-    device = experiment.torch_device()
+    device = processes.device("Experiment.device", experiment.torch_device())
     check_precision("Experiment.precision", experiment.precision, device)
-    data, model = prepare(experiment, device)
+    check_divided("Experiment.batch_size", experiment.batch_size, processes)
+    with processes.first_goes_ahead():
+        data, model = prepare(experiment, device)
     final_examples = first_examples(data, experiment.final_num_examples)  # an error now rather than after the last step
-    found = directory.newest_checkpoint()
-    state = starting_state(experiment, model, data, found)
-    if found is not None and not directory.continue_from(found):
-        state = dataclasses.replace(state, best_loss=math.inf, best_step=0)
-    # Written only now that everything is built and loaded: a mistake leaves an earlier run as it was.
-    write_whole(directory.config_path, configuration.given.encode())
-    write_whole(directory.operative_config_path, configuration.operative.encode())
-
-    writer = Writer(directory.path, purge_step=state.step + 1)
+    step_function, draw_batch = training_functions(experiment, model, data, processes)
+    state = state_of_all(experiment, model, data, directory, processes)
+    recorder = make_recorder(experiment, model, data, directory, configuration, state.step, processes)
     try:
-        writer.text("config", configuration.given, state.step)
-        writer.text("operative_config", configuration.operative, state.step)
-        metrics = ["best/loss", *(f"evaluation/{name}" for name in experiment.evaluator.headline)]
-        writer.hyper_parameters(configuration.settings, metrics, configuration.compared)
-        recorder = Recorder(
-            experiment.evaluator,
-            experiment.selection_split,
-            experiment.seed,
-            experiment.eval_every,
-            experiment.num_steps,
-            directory,
-            writer,
-            data,
-            model,
-        )
         hooks = Hooks(
             log_every=experiment.log_every,
             log=recorder.log,
@@ -293,28 +279,67 @@ def run(
             checkpoint_every=experiment.checkpoint_every,
             checkpoint=recorder.checkpoint,
             save=recorder.save,
-            stop=stop,
+            stop=lambda: processes.any(stop()),
             max_skipped_steps=experiment.max_skipped_steps,
+            quiet=not processes.first,
         )
         try:
-            state = train(state, *training_functions(experiment, model, data), experiment.num_steps, hooks)
+            state = train(state, step_function, draw_batch, experiment.num_steps, hooks)
         except DivergedError as error:
             replay = f"python -m launch.replay --run_dir={directory.path} --step={error.step} --trust_config"
             raise DivergedError(f"{error}. What went wrong where: {replay}", error.step) from error
-        if stop():
+        if hooks.stop():
             raise StoppedError(f"stopped at step {state.step}, which is saved; the same command goes on from there")
-        tensors = directory.load_checkpoint("best")
+        tensors = processes.from_first(directory.load_checkpoint("best") if processes.first else {})
         best = model_of_checkpoint(model, tensors)
-        save_shown(directory.samples_path / "best.png", recorder.shown(best))
-        if experiment.final_num_samples:
+        recorder.show_best(best)
+        in_parts = isinstance(experiment.evaluator, ImageEvaluator)
+        if experiment.final_num_samples and (in_parts or processes.first):
             num_samples, num_examples, step = experiment.final_num_samples, len(final_examples), tensors["step"]
             files = EvaluationFiles(directory.path, step, "raw", num_samples, num_examples)
-            table = ImageTable(files.images)
+            table = ImageTable(files.images, processes=processes if in_parts else ALONE)
             record = evaluate_model(experiment, best, data, num_samples, num_examples, step, table=table, stop=stop)
-            files.write(writer, record | {"checkpoint": "best", "weights": "raw"}, experiment.evaluator.headline)
+            recorder.write_evaluation(files, record)
     finally:
-        writer.close()
+        recorder.close()
     return state
+
+
+def make_recorder(
+    experiment: Experiment,
+    model: Model,
+    data: Data,
+    directory: RunDirectory,
+    configuration: Configuration,
+    step: int,
+    processes: Processes,
+) -> Recorder | Follower:
+    """Returns what writes the run from a step on, once it has written the configuration.
+
+    Example: `run` calls it.
+    """
+    if not processes.first:
+        return Follower(processes)
+    # Written only now that everything is built and loaded: a mistake leaves an earlier run as it was.
+    write_whole(directory.config_path, configuration.given.encode())
+    write_whole(directory.operative_config_path, configuration.operative.encode())
+    writer = Writer(directory.path, purge_step=step + 1)
+    writer.text("config", configuration.given, step)
+    writer.text("operative_config", configuration.operative, step)
+    metrics = ["best/loss", *(f"evaluation/{name}" for name in experiment.evaluator.headline)]
+    writer.hyper_parameters(configuration.settings, metrics, configuration.compared)
+    return Recorder(
+        experiment.evaluator,
+        experiment.selection_split,
+        experiment.seed,
+        experiment.eval_every,
+        experiment.num_steps,
+        directory,
+        writer,
+        data,
+        model,
+        processes,
+    )
 
 
 def prepare(experiment: Experiment, device: torch.device) -> tuple[Data, Model]:
@@ -362,20 +387,44 @@ def starting_state(experiment: Experiment, model: Model, data: Data, found: Foun
     return first_state(experiment, model)
 
 
-def training_functions(experiment: Experiment, model: Model, data: Data) -> tuple[Step, DrawBatch]:
-    """Returns the training step of an experiment and what draws its batches, for `popgen.training.loop.train`.
-
-    On a GPU the step is recorded as a CUDA graph, the draw included; it is then given the indices of its examples.
+def state_of_all(
+    experiment: Experiment, model: Model, data: Data, directory: RunDirectory, processes: Processes
+) -> TrainState:
+    """Returns the state that a run goes on from, in every process the one that the first has found or made.
 
     Example: `run` calls it.
     """
-    step, batches = plain_step(experiment, model), data.batches(experiment.batch_size, experiment.seed)
+    if not processes.first:
+        return state_from_tensors(processes.from_first({}), first_state(experiment, model))
+    found = directory.newest_checkpoint()
+    state = starting_state(experiment, model, data, found)
+    if found is not None and not directory.continue_from(found):
+        state = dataclasses.replace(state, best_loss=math.inf, best_step=0)
+    processes.from_first(state_to_tensors(state))
+    return state
+
+
+def training_functions(
+    experiment: Experiment, model: Model, data: Data, processes: Processes = ALONE
+) -> tuple[Step, DrawBatch]:
+    """Returns the training step of an experiment and what draws its batches, for `popgen.training.loop.train`.
+
+    On a GPU the step is recorded as a CUDA graph, the draw included; it is then given the indices of its examples.
+    Among several processes it is not: what they exchange would have to be recorded with it.
+
+    Example: `run` calls it.
+    """
+    step, batches = plain_step(experiment, model, processes), data.batches(experiment.batch_size, experiment.seed)
     if next(model.parameters()).is_cuda and experiment.cuda_graph:
+        if processes.size > 1:
+            if processes.first:
+                print("Experiment.cuda_graph is not used: the steps of several processes are not recorded", flush=True)
+            return step, batches.draw
         return CapturedStep(step, batches), lambda step, generator: batches.indices(step)
     return step, batches.draw
 
 
-def plain_step(experiment: Experiment, model: Model) -> TrainStep:
+def plain_step(experiment: Experiment, model: Model, processes: Processes = ALONE) -> TrainStep:
     """Returns the training step of an experiment, which is not recorded.
 
     Example: `training_functions` calls it.
@@ -389,6 +438,7 @@ def plain_step(experiment: Experiment, model: Model) -> TrainStep:
         experiment.precision,
         experiment.learning_rate,
         experiment.skip_gradient_norm,
+        processes,
     )
 
 
@@ -421,13 +471,17 @@ def evaluate_model(
     check_precision("precision", precision, reference.device)
     evaluator, started = experiment.evaluator, time.perf_counter()
     evaluator.check_num_samples("num_samples", num_samples)
-    with tqdm(total=len(examples), unit="example", disable=None, dynamic_ncols=True) as bar:
+    processes = ALONE if table is None else table.processes
+    disable = None if processes.first else True
+    with tqdm(total=len(examples) // processes.size, unit="example", disable=disable, dynamic_ncols=True) as bar:
         progress = show_mean(bar, evaluator.progress_text, stop)
         evaluate: Callable[..., dict[str, Any]] = evaluator.evaluate
         if table is not None and isinstance(evaluator, ImageEvaluator):
             evaluate = functools.partial(evaluate, table=table)
         elif table is not None and table.shard != Shard():
             raise ArgumentError(f"shard: {type(evaluator).__name__} evaluates in one piece; leave --shard out")
+        elif processes.size > 1:
+            raise ArgumentError(f"{type(evaluator).__name__} evaluates in one piece; run it in one process")
         results = evaluate(model, data, examples, num_samples, experiment.seed, progress, precision, experiment.compile)
     return {
         **results,
@@ -443,6 +497,7 @@ def evaluate_model(
         "dtype": str(reference.dtype).removeprefix("torch."),
         "device": str(reference.device),
         "hardware": hardware(reference.device),
+        "processes": processes.size,
         "seconds": round(time.perf_counter() - started, 1),
         "popgen_version": popgen.__version__,
         "torch_version": torch.__version__,

@@ -1,7 +1,8 @@
 """What an evaluation says of every image, in a file that an interrupted evaluation continues and several share.
 
 Images are evaluated in chunks of a hundred, each on its own, with noise of its own. So it does not matter which process
-evaluates a chunk, or when: parts of the file by different processes make one table.
+evaluates a chunk, or when: parts of the file by different processes make one table. Processes that run together also
+tell each other what they have found, and the first one writes the table.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from popgen.distributed import ALONE, Processes
 from popgen.errors import ArgumentError, DataError, UnfinishedEvaluationError
 
 IMAGES_IN_CHUNK = 100
@@ -68,6 +70,7 @@ class ImageTable:
     Args:
         path: of the CSV file; what is not complete lies beside it, a file for each part. None keeps nothing.
         shard: the part of the images that is evaluated here.
+        processes: that evaluate a part each, in place of shards.
 
     Example:
         >>> columns = ImageTable().fill({}, 150, lambda images: {"square": torch.tensor(images).square()})
@@ -77,6 +80,16 @@ class ImageTable:
 
     path: pathlib.Path | None = None
     shard: Shard = Shard()
+    processes: Processes = ALONE
+
+    def __post_init__(self) -> None:
+        if self.processes.size > 1:
+            if self.shard != Shard():
+                raise ArgumentError(
+                    f"shard must be left out where {self.processes.size} processes run together, got "
+                    f"{self.shard.index}/{self.shard.number}"
+                )
+            object.__setattr__(self, "shard", Shard(self.processes.rank + 1, self.processes.size))
 
     def fill(
         self,
@@ -100,6 +113,7 @@ class ImageTable:
             DataError: if what is on file has other columns.
         """
         rows, names = self._read(identity)
+        self.processes.gather(None)  # all have read before any writes
         self._begin_part(identity)
         for chunk in range(math.ceil(count / IMAGES_IN_CHUNK)):
             images = range(chunk * IMAGES_IN_CHUNK, min(count, (chunk + 1) * IMAGES_IN_CHUNK))
@@ -121,6 +135,8 @@ class ImageTable:
             found = dict(zip(images, torch.stack(list(columns.values()), dim=1).tolist(), strict=True))
             self._append(identity, names, found)
             rows |= found
+        for other_rows, other_names in self.processes.gather((rows, names)):
+            rows, names = rows | other_rows, names or other_names
         missing = [image for image in range(count) if image not in rows]
         if missing:
             rows, names = self._read(identity)  # other shards may have finished meanwhile
@@ -132,7 +148,8 @@ class ImageTable:
                 "the record"
             )
         rows = {image: rows[image] for image in range(count)}
-        self._finish(identity, names, rows)
+        if self.processes.first:
+            self._finish(identity, names, rows)
         table = torch.tensor(list(rows.values()), dtype=torch.float64)
         return dict(zip(names, table.unbind(1), strict=True))
 

@@ -142,8 +142,7 @@ class VQVAETerms(NamedTuple):
         commitment_loss: shape `(batch,)`.
         codebook_loss: shape `(batch,)`; nought where the codebook is not learned by gradient.
         indices: of the codes, shape `(batch, height, width)`.
-        changes: the next values of the model's buffers by name, if they were asked for.
-        num_revived: how many dead codes they revive.
+        observed: what the quantiser's next state is made of, if it was asked for; see `Quantiser.observe`.
     """
 
     log_p_x_given_z: Float[Tensor, "1 batch"]
@@ -153,8 +152,7 @@ class VQVAETerms(NamedTuple):
     commitment_loss: Float[Tensor, " batch"]
     codebook_loss: Float[Tensor, " batch"]
     indices: Int64[Tensor, "batch ..."]
-    changes: dict[str, Tensor]
-    num_revived: Tensor
+    observed: dict[str, Tensor]
 
 
 class VQVAE(ImageModel):
@@ -230,7 +228,8 @@ class VQVAE(ImageModel):
         Args:
             x: images, shape `(batch, input_dim)`.
             noise: not used; the posterior is a point.
-            uniform: noise in [0, 1), shape `(num_codebooks, num_codes)`; if given, the codebook's next state is formed.
+            uniform: noise in [0, 1), shape `(num_codebooks, num_codes)`; if given, what the codebook learns from
+                is formed.
         """
         quantiser = self.quantiser
         vectors = self.encoder(x).to(x.dtype)
@@ -238,10 +237,7 @@ class VQVAE(ImageModel):
         log_p_x_given_z = self.decoder(quantised.values).log_density(x)[None]
         zeros = torch.zeros_like(log_p_x_given_z)
         by_gradient = quantised.codes.requires_grad
-        changes: dict[str, Tensor] = {}
-        num_revived = torch.zeros((), dtype=torch.int64, device=x.device)
-        if uniform is not None:
-            changes, num_revived = quantiser.transition(vectors, quantised.indices, uniform)
+        observed = {} if uniform is None else quantiser.observe(vectors, quantised.indices, uniform)
         return VQVAETerms(
             log_p_x_given_z=log_p_x_given_z,
             log_p_z=zeros - math.prod(quantised.indices.shape[1:]) * math.log(quantiser.num_codes),
@@ -250,8 +246,7 @@ class VQVAE(ImageModel):
             commitment_loss=commitment_loss(vectors, quantised.codes),
             codebook_loss=codebook_loss(vectors, quantised.codes) if by_gradient else zeros[0],
             indices=quantised.indices,
-            changes={f"quantiser.{name}": value for name, value in changes.items()},
-            num_revived=num_revived,
+            observed=observed,
         )
 
     @torch.no_grad()

@@ -1,15 +1,14 @@
 """Codebooks of vector quantisation, as values: look-up, and the transitions from one state of a codebook to the next.
 
 The averages follow appendix A.1 of Neural Discrete Representation Learning (van den Oord et al. 2017,
-https://arxiv.org/abs/1711.00937). Statistics are float32 at least, whatever the precision of the vectors, and are
-summed over the processes of `torch.distributed` where there are several.
+https://arxiv.org/abs/1711.00937). Statistics are float32 at least, whatever the precision of the vectors. All that an
+update or a revival has to know of the vectors is a sum over them, so that those of parts of a batch add up.
 """
 
 import dataclasses
 from typing import NamedTuple
 
 import torch
-import torch.distributed
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -91,6 +90,79 @@ def nearest_codes(vectors: Float[Tensor, "*shape dim"], codes: Float[Tensor, "co
 
 
 @torch.no_grad()
+def assigned_sums(
+    vectors: Float[Tensor, "*shape dim"],
+    indices: Int64[Tensor, "*shape"],
+    num_codes: int,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "codes columns"]:
+    """Returns the number of vectors assigned to each code, and beside it their sum; shape `(codes, 1 + dim)`.
+
+    Args:
+        vectors: of a batch, or of a part of it.
+        indices: of the code of each.
+        num_codes: how many codes there are.
+        dtype: of the sums.
+
+    Example:
+        >>> assigned_sums(torch.tensor([[2.0], [4.0]]), torch.tensor([0, 0]), num_codes=2)
+        tensor([[2., 6.],
+                [0., 0.]])
+    """
+    rows = vectors.detach().reshape(-1, vectors.shape[-1]).to(dtype)
+    seen = torch.zeros(num_codes, 1 + rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return seen.index_add_(0, indices.reshape(-1), torch.cat([torch.ones_like(rows[:, :1]), rows], dim=1))
+
+
+@torch.no_grad()
+def drawn_vectors(
+    vectors: Float[Tensor, "*shape dim"], uniform: Float[Tensor, " codes"]
+) -> Float[Tensor, "codes columns"]:
+    """Returns a random vector for each code after a column of ones; shape `(codes, 1 + dim)`.
+
+    Args:
+        vectors: what is drawn from; if there are none, all is nought.
+        uniform: noise that chooses a vector for each code, which lies in [0, 1). Where it does not, the row is nought:
+            the vector is then drawn from another part of the batch, and the sum over all parts has each row once.
+
+    Example:
+        >>> drawn_vectors(torch.tensor([[5.0], [7.0]]), uniform=torch.tensor([0.1, 0.9, -0.3]))
+        tensor([[1., 5.],
+                [1., 7.],
+                [0., 0.]])
+    """
+    rows = vectors.detach().reshape(-1, vectors.shape[-1])
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if len(rows) == 0:
+        return torch.zeros(len(uniform), 1 + rows.shape[1], dtype=rows.dtype, device=rows.device)
+    chosen = rows[(uniform * len(rows)).long().clamp(0, len(rows) - 1)]
+    here = ((uniform >= 0) & (uniform < 1))[:, None]
+    return torch.where(here, torch.cat([torch.ones_like(chosen[:, :1]), chosen], dim=1), 0.0)
+
+
+@torch.no_grad()
+def update_from_sums(
+    codebook: Codebook, seen: Float[Tensor, "codes columns"], decay: float = 0.99, smoothing: float = 1e-5
+) -> Codebook:
+    """Returns what `update_codebook` does, from the `assigned_sums` of the vectors.
+
+    Example: `update_codebook` calls it.
+    """
+    num_codes = len(codebook.codes)
+    new_weight = (1.0 - decay) * (seen[:, 0].sum() > 0).to(seen.dtype)
+    counts = torch.lerp(codebook.counts, seen[:, 0], new_weight)
+    sums = torch.lerp(codebook.sums, seen[:, 1:], new_weight)
+    weights = torch.lerp(codebook.weights, torch.ones_like(codebook.weights), new_weight)
+    updated = Codebook(codebook.codes, counts, sums, weights)
+    usage = updated.usage
+    total = usage.sum()
+    smoothed = (usage + smoothing) / (total + num_codes * smoothing) * total
+    scale = weights * smoothed
+    moved = sums / torch.where(scale > 0, scale, 1.0)[:, None]
+    changed = (usage > 0) & (new_weight > 0)
+    return updated._replace(codes=torch.where(changed[:, None], moved.to(codebook.codes.dtype), codebook.codes))
+
+
 def update_codebook(
     codebook: Codebook,
     vectors: Float[Tensor, "*shape dim"],
@@ -107,7 +179,7 @@ def update_codebook(
 
     Args:
         codebook: the state before.
-        vectors: those of this process.
+        vectors: of a whole batch.
         indices: `nearest_codes(vectors, codebook.codes)`.
         decay: γ.
         smoothing: ε.
@@ -119,26 +191,31 @@ def update_codebook(
         tensor([[ 3.],
                 [-1.]])
     """
-    num_codes, dim = codebook.codes.shape
-    rows = vectors.detach().reshape(-1, dim).to(codebook.sums.dtype)
-    seen = torch.zeros(num_codes, 1 + dim, dtype=rows.dtype, device=rows.device)
-    seen.index_add_(0, indices.reshape(-1), torch.cat([torch.ones_like(rows[:, :1]), rows], dim=1))
-    seen = _sum_over_processes(seen)
-    new_weight = (1.0 - decay) * (seen[:, 0].sum() > 0).to(seen.dtype)
-    counts = torch.lerp(codebook.counts, seen[:, 0], new_weight)
-    sums = torch.lerp(codebook.sums, seen[:, 1:], new_weight)
-    weights = torch.lerp(codebook.weights, torch.ones_like(codebook.weights), new_weight)
-    updated = Codebook(codebook.codes, counts, sums, weights)
-    usage = updated.usage
-    total = usage.sum()
-    smoothed = (usage + smoothing) / (total + num_codes * smoothing) * total
-    scale = weights * smoothed
-    moved = sums / torch.where(scale > 0, scale, 1.0)[:, None]
-    changed = (usage > 0) & (new_weight > 0)
-    return updated._replace(codes=torch.where(changed[:, None], moved.to(codebook.codes.dtype), codebook.codes))
+    seen = assigned_sums(vectors, indices, len(codebook.codes), codebook.sums.dtype)
+    return update_from_sums(codebook, seen, decay, smoothing)
 
 
 @torch.no_grad()
+def revive_from_drawn(
+    codebook: Codebook, drawn: Float[Tensor, "codes columns"], least_usage: float = 0.03
+) -> tuple[Codebook, Tensor]:
+    """Returns what `revive_dead_codes` does, from the `drawn_vectors` of the codes.
+
+    Example: `revive_dead_codes` calls it.
+    """
+    usage = codebook.usage
+    count = usage.sum() / len(codebook.codes)
+    dead = (codebook.weights > 0) & (usage < least_usage * count) & (drawn[:, 0] > 0)
+    chosen = drawn[:, 1:].to(codebook.codes.dtype)
+    revived = Codebook(
+        codes=torch.where(dead[:, None], chosen, codebook.codes),
+        counts=torch.where(dead, count, codebook.counts),
+        sums=torch.where(dead[:, None], count * chosen.to(codebook.sums.dtype), codebook.sums),
+        weights=torch.where(dead, 1.0, codebook.weights),
+    )
+    return revived, dead.sum()
+
+
 def revive_dead_codes(
     codebook: Codebook,
     vectors: Float[Tensor, "*shape dim"],
@@ -149,7 +226,7 @@ def revive_dead_codes(
 
     A code is dead if its average count is below `least_usage` times that of all codes. Count and sum of a revived code
     are set together, to the mean count and as many times the vector, so that it neither dies again at once nor is
-    dragged back. With several processes the vectors are those of the first.
+    dragged back.
 
     Args:
         codebook: the state before.
@@ -164,25 +241,7 @@ def revive_dead_codes(
         >>> revived.codes[1], count
         (tensor([5., 5.]), tensor(1))
     """
-    num_codes, dim = codebook.codes.shape
-    rows = vectors.detach().reshape(-1, dim)
-    usage = codebook.usage
-    count = usage.sum() / num_codes
-    dead = (codebook.weights > 0) & (usage < least_usage * count)
-    if len(rows) == 0:  # every process takes part in the exchange all the same
-        chosen, present = torch.zeros_like(codebook.codes), torch.zeros_like(usage[:1])
-    else:
-        chosen = rows[(uniform * len(rows)).long().clamp_max(len(rows) - 1)].to(codebook.codes.dtype)
-        present = torch.ones_like(usage[:1])
-    chosen, present = _from_first_process(chosen), _from_first_process(present)
-    dead = dead & (present > 0)
-    revived = Codebook(
-        codes=torch.where(dead[:, None], chosen, codebook.codes),
-        counts=torch.where(dead, count, codebook.counts),
-        sums=torch.where(dead[:, None], count * chosen.to(codebook.sums.dtype), codebook.sums),
-        weights=torch.where(dead, 1.0, codebook.weights),
-    )
-    return revived, dead.sum()
+    return revive_from_drawn(codebook, drawn_vectors(vectors, uniform), least_usage)
 
 
 @torch.no_grad()
@@ -194,8 +253,6 @@ def cluster(
     num_iterations: int = 10,
 ) -> Codebook:
     """Returns a codebook of the k-means centres of some vectors, its counts and sums set to those of the clusters.
-
-    Each process clusters the vectors that it is given; give all of them the same ones.
 
     The centres start as k-means++ does (Arthur and Vassilvitskii 2007): each new one is drawn with a probability in
     proportion to the squared distance from those before; a cluster that runs empty keeps its centre.
@@ -282,20 +339,3 @@ class CodeUsage:
         """The exponential of the entropy of the codes, from 1 to their number; not a number if none was used."""
         probabilities = self.counts.double() / self.counts.sum()
         return torch.special.entr(probabilities).sum().exp().item()
-
-
-def _processes() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _sum_over_processes(tensor: Tensor) -> Tensor:
-    if _processes():
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def _from_first_process(tensor: Tensor) -> Tensor:
-    if _processes():
-        tensor = tensor.contiguous()
-        torch.distributed.broadcast(tensor, src=0)
-    return tensor

@@ -6,9 +6,13 @@ next values of its buffers, for a pure training step to keep, and `load` sets th
     quantised = quantiser(encoder(x))                  # with the codes as they are
     loss = ... + 0.25 * commitment_loss(vectors, quantised.codes)
     changes, num_revived = quantiser.transition(vectors, quantised.indices, uniform)
+
+A transition has two halves: `observe` sums over the vectors of a batch, or of a part of it, and `advance` makes the
+next values of the sum of all parts.
 """
 
 import abc
+from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -20,11 +24,15 @@ from popgen.errors import ArgumentError, check_integer, check_number
 from popgen.nn.codebook import (
     Codebook,
     CodeUsage,
+    assigned_sums,
     cluster,
+    drawn_vectors,
     empty_codebook,
     nearest_codes,
     revive_dead_codes,
+    revive_from_drawn,
     update_codebook,
+    update_from_sums,
 )
 
 __all__ = [
@@ -99,6 +107,29 @@ class Quantiser(nn.Module, abc.ABC):
         """Returns the vectors that indices stand for."""
 
     @abc.abstractmethod
+    def observe(
+        self, vectors: Float[Tensor, "*shape dim"], indices: Int64[Tensor, "..."], uniform: Float[Tensor, "books codes"]
+    ) -> dict[str, Tensor]:
+        """Returns all that `advance` needs of some vectors: by name, sums over them.
+
+        Args:
+            vectors: those of one step, or a part of them, quantised before the codebook moves.
+            indices: what `forward` made of them.
+            uniform: noise in [0, 1), shape `(num_codebooks, num_codes)`, that chooses where dead codes go; outside it
+                for codes whose vector is chosen from another part.
+        """
+
+    @abc.abstractmethod
+    def advance(
+        self, buffers: Mapping[str, Tensor], observed: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Returns the next values of some buffers of this module by name, and the number of codes revived.
+
+        Args:
+            buffers: their values before; those of the module itself are not used.
+            observed: the sums of the whole batch.
+        """
+
     def transition(
         self, vectors: Float[Tensor, "*shape dim"], indices: Int64[Tensor, "..."], uniform: Float[Tensor, "books codes"]
     ) -> tuple[dict[str, Tensor], Tensor]:
@@ -109,6 +140,7 @@ class Quantiser(nn.Module, abc.ABC):
             indices: what `forward` made of them.
             uniform: noise in [0, 1), shape `(num_codebooks, num_codes)`, that chooses where dead codes go.
         """
+        return self.advance(dict(self.named_buffers()), self.observe(vectors, indices, uniform))
 
     @abc.abstractmethod
     def initialise(
@@ -166,11 +198,17 @@ class GradientQuantiser(Quantiser):
         """Returns the codes at some indices."""
         return F.embedding(indices, self.codes)
 
-    def transition(
+    def observe(
         self, vectors: Float[Tensor, "*shape dim"], indices: Int64[Tensor, "*shape"], uniform: Tensor
+    ) -> dict[str, Tensor]:
+        """Returns nothing: the optimizer moves this codebook."""
+        return {}
+
+    def advance(
+        self, buffers: Mapping[str, Tensor], observed: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Returns nothing: the optimizer moves this codebook."""
-        return {}, torch.zeros((), dtype=torch.int64, device=vectors.device)
+        return {}, torch.zeros((), dtype=torch.int64, device=self.codes.device)
 
     @torch.no_grad()
     def initialise(self, vectors: Float[Tensor, "count dim"], uniform: Tensor, num_updates: int = 1) -> None:
@@ -234,12 +272,22 @@ class MovingAverageQuantiser(Quantiser):
         """Returns the codes at some indices."""
         return F.embedding(indices, self.codes)
 
-    def transition(
+    def observe(
         self, vectors: Float[Tensor, "*shape dim"], indices: Int64[Tensor, "*shape"], uniform: Tensor
+    ) -> dict[str, Tensor]:
+        """Returns number and sum of the vectors of each code, and a vector for each code that may be dead."""
+        return {
+            "seen": assigned_sums(vectors, indices, self.num_codes, self.sums.dtype),
+            "drawn": drawn_vectors(vectors, uniform[0]),
+        }
+
+    def advance(
+        self, buffers: Mapping[str, Tensor], observed: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Returns the codebook after its averages have seen the vectors and dead codes were revived."""
-        codebook = update_codebook(self.codebook, vectors, indices, self.decay, self.smoothing)
-        codebook, num_revived = revive_dead_codes(codebook, vectors, uniform[0], self.least_usage)
+        codebook = Codebook(**{name: buffers[name] for name in Codebook._fields})
+        codebook = update_from_sums(codebook, observed["seen"], self.decay, self.smoothing)
+        codebook, num_revived = revive_from_drawn(codebook, observed["drawn"], self.least_usage)
         return codebook._asdict(), num_revived
 
     def initialise(self, vectors: Float[Tensor, "count dim"], uniform: Tensor, num_updates: int = 1) -> None:
@@ -317,17 +365,29 @@ class ResidualQuantiser(Quantiser):
         codes = [stage.look_up(chosen) for stage, chosen in zip(self._stages(), indices.unbind(-1), strict=False)]
         return torch.stack(codes).sum(0)
 
-    def transition(
+    def observe(
         self, vectors: Float[Tensor, "*shape dim"], indices: Int64[Tensor, "*shape books"], uniform: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Returns the next state of every stage, each having seen what the ones before it left."""
-        changes: dict[str, Tensor] = {}
-        total, revived = self._zeros(vectors), []
+    ) -> dict[str, Tensor]:
+        """Returns the sums of every stage, over what the ones before it left."""
+        observed: dict[str, Tensor] = {}
+        total = self._zeros(vectors)
         for i, stage in enumerate(self._stages()):
-            stage_changes, num_revived = stage.transition(vectors.detach() - total, indices[..., i], uniform[i : i + 1])
-            changes.update({f"stages.{i}.{name}": value for name, value in stage_changes.items()})
-            revived.append(num_revived)
+            sums = stage.observe(vectors.detach() - total, indices[..., i], uniform[i : i + 1])
+            observed.update({f"stages.{i}.{name}": value for name, value in sums.items()})
             total = total + stage.look_up(indices[..., i])
+        return observed
+
+    def advance(
+        self, buffers: Mapping[str, Tensor], observed: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Returns the next state of every stage."""
+        changes: dict[str, Tensor] = {}
+        revived = []
+        for i, stage in enumerate(self._stages()):
+            prefix = f"stages.{i}."
+            stage_changes, num_revived = stage.advance(within(prefix, buffers), within(prefix, observed))
+            changes.update({f"{prefix}{name}": value for name, value in stage_changes.items()})
+            revived.append(num_revived)
         return changes, torch.stack(revived).sum()
 
     @torch.no_grad()
@@ -336,6 +396,16 @@ class ResidualQuantiser(Quantiser):
         for i, stage in enumerate(self._stages()):
             stage.initialise(vectors, uniform[i : i + 1], num_updates)
             vectors = vectors - stage(vectors).codes
+
+
+def within(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a part of a module, by their names there.
+
+    Example:
+        >>> sorted(within("stages.1.", {"stages.1.codes": torch.zeros(1), "stages.0.codes": torch.zeros(1)}))
+        ['codes']
+    """
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def jitter(

@@ -71,7 +71,7 @@ def diagnose(train_step: TrainStep, state: TrainState, batch: Any) -> Diagnosis:
     handles = [look_at_output(name or type(model).__name__, module) for name, module in model.named_modules()]
     try:
         with matrix_products(train_step.precision, device):
-            loss, metrics, changes = train_step.loss_function(
+            loss, metrics, observed = train_step.loss_function(
                 state.parameters, state.buffers, batch, noise, values, state.auxiliary
             )
             leaves = list(state.parameters.values())
@@ -79,6 +79,8 @@ def diagnose(train_step: TrainStep, state: TrainState, batch: Any) -> Diagnosis:
     finally:
         for handle in handles:
             handle.remove()
+    tensors = {**state.buffers, **state.auxiliary}
+    changes, metrics = train_step.objective.transition(model, tensors, metrics, observed)
     for kind, results in (
         ("metric", metrics),
         ("change", changes),

@@ -27,6 +27,7 @@ class Hooks(NamedTuple):
         save: called with the state after every evaluation, when all else is done, and when the loop is stopped.
         stop: whether to stop before the next step.
         max_skipped_steps: how many steps in a row may be skipped.
+        quiet: whether no progress is shown, not even on a terminal.
 
     Example: `train` shows one.
     """
@@ -40,6 +41,7 @@ class Hooks(NamedTuple):
     save: Callable[[TrainState], None] = lambda state: None
     stop: Callable[[], bool] = lambda: False
     max_skipped_steps: int = 0
+    quiet: bool = False
 
 
 def train(
@@ -78,7 +80,8 @@ def train(
         4
     """
     clock, timed_from, saved = time.perf_counter(), state.step, state.step
-    with tqdm(total=num_steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True) as bar:
+    disable = True if hooks.quiet else None
+    with tqdm(total=num_steps, initial=state.step, unit="step", disable=disable, dynamic_ncols=True) as bar:
         while state.step < num_steps and not hooks.stop():
             batch = draw_batch(state.step, state.generators["binarisation"])
             state, metrics = train_step(state, batch)

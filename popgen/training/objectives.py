@@ -1,9 +1,12 @@
 """Objectives: what a training step minimises.
 
 An objective is called as `objective(forward, batch, noise, settings, state)` and returns the scalar loss, a dictionary
-of detached scalars, and the new values of whatever else the step changes: its own state and buffers of the model, by
-name. `forward` calls the model with the parameters of the training state. The loss is formed here, and here alone the
-mean over the batch is taken.
+of detached scalars, and by name what else it has observed of the batch. `forward` calls the model with the parameters
+of the training state. The loss is formed here, and here alone the mean over the batch is taken. Then `transition` makes
+of what was observed the new values of whatever else the step changes: its own state and buffers of the model.
+
+Several processes each call an objective with a part of the batch. Loss, gradient and metrics are then averaged, what
+was observed is summed, and `transition` sees the results alone; so it may do what is not linear, and the call may not.
 
 The step number itself does not reach it: its `settings(step)` do, as tensors on the device, so that one compiled
 function or one CUDA graph serves every step.
@@ -16,10 +19,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from popgen.distributed import Processes
 from popgen.errors import ArgumentError, check_choice, check_integer, check_number
 from popgen.losses import elbo
 from popgen.models.image_model import LogDensities
 from popgen.models.vqvae import VQVAE, VQVAETerms
+from popgen.nn.vqvae import within
 from popgen.optim.geco import GECO, GECOState
 from popgen.optim.schedules import Constant, Schedule
 
@@ -53,10 +58,20 @@ class Objective(Protocol):
     def draw_noise(self, model: Any, batch: Any, generator: torch.Generator) -> Any:
         """Returns the noise of one step."""
 
+    def part_of_noise(self, noise: Any, processes: Processes) -> Any:
+        """Returns what of the noise of a whole batch belongs to this process's part of it.
+
+        Several processes can train an objective only if it defines this, for its loss is then a mean over examples.
+        """
+
+    def weight(self, batch: Any) -> Tensor | float:
+        """Returns what this part of a batch counts in the means over all parts: as much as any other."""
+        return 1.0
+
     def __call__(
         self, forward: Callable[..., Any], batch: Any, noise: Any, settings: Settings, state: Tensors
     ) -> Result:
-        """Returns the scalar loss, detached scalar metrics, and new values of its state and of buffers of the model.
+        """Returns the scalar loss, detached scalar metrics, and by name what `transition` is to know of the batch.
 
         Args:
             forward: the model, with the parameters and buffers of the training state.
@@ -65,6 +80,21 @@ class Objective(Protocol):
             settings: scalar tensors, those of `settings(step)`.
             state: the objective's own state.
         """
+
+    def transition(
+        self, model: Any, tensors: Tensors, metrics: Metrics, observed: Tensors
+    ) -> tuple[dict[str, Tensor], Metrics]:
+        """Returns the new values of its state and of buffers of the model by name, and all metrics of the step.
+
+        Unless a subclass defines it, what was observed is itself the new values.
+
+        Args:
+            model: the architecture; its own tensors are not used.
+            tensors: its own state and the buffers of the model, as the step found them.
+            metrics: what calling it returned, means over the whole batch.
+            observed: what calling it returned, summed over the parts of the batch.
+        """
+        return dict(observed), metrics
 
 
 class ELBOObjective(Objective):
@@ -93,6 +123,10 @@ class ELBOObjective(Objective):
         """Returns standard normal noise, shape `(num_samples, batch, noise_dim)`."""
         shape = (self.num_samples, len(batch), model.noise_dim)
         return torch.randn(shape, generator=generator, device=batch.device, dtype=batch.dtype)
+
+    def part_of_noise(self, noise: Tensor, processes: Processes) -> Tensor:
+        """Returns the noise of this process's examples."""
+        return processes.part(noise, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +220,7 @@ class ConstrainedELBO(ELBOObjective):
     def __call__(
         self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
     ) -> Result:
-        """Returns the Lagrangian, the metrics and GECO's next state."""
+        """Returns the Lagrangian and the metrics of a batch, of which `constraint` is one."""
         terms = forward(batch, noise)
         reconstruction = terms.log_p_x_given_z.mean()
         kl = (terms.log_q_z_given_x - terms.log_p_z).mean()
@@ -194,17 +228,20 @@ class ConstrainedELBO(ELBOObjective):
             minimised, constraint = kl, self.target - reconstruction
         else:
             minimised, constraint = -reconstruction, kl - self.target
-        before = GECOState(**state)
-        loss = self.geco.lagrangian(minimised, constraint, before)
-        after = self.geco.update(before, constraint)
-        metrics = {
-            "loss": loss.detach(),
-            **bound_metrics(terms),
-            "constraint": constraint.detach(),
+        loss = self.geco.lagrangian(minimised, constraint, GECOState(**state))
+        return loss, {"loss": loss.detach(), **bound_metrics(terms), "constraint": constraint.detach()}, {}
+
+    def transition(
+        self, model: Any, tensors: Tensors, metrics: Metrics, observed: Tensors
+    ) -> tuple[dict[str, Tensor], Metrics]:
+        """Returns GECO's next state, and the metrics with those of its state."""
+        before = GECOState(**{name: tensors[name] for name in GECOState._fields})
+        after = self.geco.update(before, metrics["constraint"])
+        of_state = {
             "constraint_average": after.constraint_average,
             "multiplier": before.multiplier.clone(),  # the step overwrites its state
         }
-        return loss, metrics, after._asdict()
+        return after._asdict(), metrics | of_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,10 +286,17 @@ class VQVAELoss(Objective):
         shape = (model.quantiser.num_codebooks, model.quantiser.num_codes)
         return torch.rand(shape, generator=generator, device=batch.device, dtype=batch.dtype)
 
+    def part_of_noise(self, noise: Tensor, processes: Processes) -> Tensor:
+        """Returns the noise such that the vectors it chooses are this process's for those codes where it is in [0, 1).
+
+        The numbers in [rank / size, (rank + 1) / size) choose from its part, and are stretched to [0, 1).
+        """
+        return noise * processes.size - processes.rank
+
     def __call__(
         self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
     ) -> Result:
-        """Returns the loss, the metrics and the codebook's next state."""
+        """Returns the loss and the metrics of a batch, and what its codebook learns from."""
         terms = forward(batch, None, noise)
         commitment, codebook = terms.commitment_loss.mean(), terms.codebook_loss.mean()
         loss = -terms.log_p_x_given_z.mean() + codebook + self.commitment * commitment
@@ -261,9 +305,16 @@ class VQVAELoss(Objective):
             **bound_metrics(terms),
             "commitment_loss": commitment.detach(),
             "codebook_loss": codebook.detach(),
-            "codes_revived": terms.num_revived.to(loss.dtype),
         }
-        return loss, metrics, terms.changes
+        return loss, metrics, terms.observed
+
+    def transition(
+        self, model: VQVAE, tensors: Tensors, metrics: Metrics, observed: Tensors
+    ) -> tuple[dict[str, Tensor], Metrics]:
+        """Returns the codebook's next state, and the metrics with the number of codes revived."""
+        changes, num_revived = model.quantiser.advance(within("quantiser.", tensors), observed)
+        named = {f"quantiser.{name}": value for name, value in changes.items()}
+        return named, metrics | {"codes_revived": num_revived.to(metrics["loss"].dtype)}
 
 
 def bound_metrics(terms: LogDensities | VQVAETerms) -> Metrics:

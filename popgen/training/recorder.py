@@ -3,14 +3,17 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from popgen.datasets.data import Data
+from popgen.distributed import ALONE, Processes
 from popgen.errors import TrainingError
 from popgen.evaluation.evaluator import Evaluator
 from popgen.evaluation.shown import Shown, save_shown, write_shown
 from popgen.models.model import Model
 from popgen.streams import make_generator
 from popgen.summaries import Writer
+from popgen.training.records import EvaluationFiles
 from popgen.training.run_directory import RunDirectory
 from popgen.training.state import TrainState, model_with_weights, state_to_tensors
 
@@ -29,6 +32,7 @@ class Recorder:
         writer: of TensorBoard's files.
         data: that is trained and evaluated on.
         model: the architecture; its own weights are not used.
+        processes: of the run, whose others are told what an evaluation finds.
 
     Example: `run` makes one.
     """
@@ -42,6 +46,7 @@ class Recorder:
     writer: Writer
     data: Data
     model: Model
+    processes: Processes = ALONE
 
     def log(self, step: int, means: Mapping[str, float]) -> None:
         """Writes a point of the training curves."""
@@ -69,6 +74,7 @@ class Recorder:
         self.writer.scalars("best", {"loss": state.best_loss}, state.step)
         if _is_power_of_two(state.step // self.eval_every) or state.step == self.num_steps:
             self._write_shown(model, state.step)
+        self.processes.from_first((state.best_loss, state.best_step))
         return state
 
     def checkpoint(self, state: TrainState) -> None:
@@ -93,11 +99,60 @@ class Recorder:
         generator = make_generator(next(model.parameters()).device, self.seed, "pictures")
         return self.evaluator.show(model, self.data, self.evaluator.num_shown, generator)
 
+    def show_best(self, best: Model) -> None:
+        """Writes the pictures and sounds of the model at its lowest loss."""
+        save_shown(self.directory.samples_path / "best.png", self.shown(best))
+
+    def write_evaluation(self, files: EvaluationFiles, record: Mapping[str, Any]) -> None:
+        """Writes the record of its evaluation."""
+        files.write(self.writer, {**record, "checkpoint": "best", "weights": "raw"}, self.evaluator.headline)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self.writer.close()
+
     def _write_shown(self, model: Model, step: int) -> None:
         """Writes pictures and sounds; ever more rarely, so that a long run does not fill the disk."""
         shown = self.shown(model)
         write_shown(self.writer, shown, step)
         save_shown(self.directory.samples_path / f"step_{step:08d}.png", shown)
+
+
+@dataclasses.dataclass(frozen=True)
+class Follower:
+    """What the other processes of a run do where the first one has its `Recorder`: they write nothing.
+
+    Attributes:
+        processes: of the run.
+
+    Example:
+        >>> Follower(Processes(rank=1, size=2)).log(100, {"loss": 90.0})
+    """
+
+    processes: Processes
+
+    def log(self, step: int, means: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+    def evaluate(self, state: TrainState) -> TrainState:
+        """Returns the state with what the evaluation of the first process has found."""
+        best_loss, best_step = self.processes.from_first((state.best_loss, state.best_step))
+        return dataclasses.replace(state, best_loss=best_loss, best_step=best_step)
+
+    def checkpoint(self, state: TrainState) -> None:
+        """Does nothing."""
+
+    def save(self, state: TrainState) -> None:
+        """Does nothing."""
+
+    def show_best(self, best: Model) -> None:
+        """Does nothing."""
+
+    def write_evaluation(self, files: EvaluationFiles, record: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 def _is_power_of_two(number: int) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from popgen.datasets.sequences import SequenceBatch
+from popgen.distributed import Processes
 from popgen.distributions.mu_law import mu_law_encode
 from popgen.errors import ArgumentError
 from popgen.models.cpc import CPC
@@ -49,6 +50,13 @@ class NegativeLogLikelihood(Objective):
     def draw_noise(self, model: Any, batch: SequenceBatch, generator: torch.Generator) -> None:
         """Returns nothing: the likelihood is exact."""
 
+    def part_of_noise(self, noise: None, processes: Processes) -> None:
+        """Returns nothing."""
+
+    def weight(self, batch: SequenceBatch) -> Tensor:
+        """Returns the number of samples that are no padding, over which the mean is taken."""
+        return batch.lengths.sum()
+
     def __call__(
         self, forward: Callable[..., Any], batch: SequenceBatch, noise: None, settings: Settings, state: Tensors
     ) -> Result:
@@ -64,7 +72,7 @@ class ContrastiveLoss(Objective):
     """Minimises the loss of contrastive predictive coding, a mean over all pairs of a batch and all steps ahead, nats.
 
     Eq. 4 of van den Oord et al. 2018 (https://arxiv.org/abs/1807.03748). What it asks, and of which negatives, is the
-    model's: see `popgen.models.cpc`.
+    model's: see `popgen.models.cpc`. Since negatives come from the whole batch, one process trains it.
 
     Metrics: `loss`, `accuracy` (of picking the positive), and both for each number k of frames ahead, `loss_ahead_k`
     and `accuracy_ahead_k`.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from popgen.distributed import ALONE, Processes
 from popgen.errors import ArgumentError
 from popgen.execution import compile_or_fall_back, matrix_products
 from popgen.optim.schedules import Schedule
@@ -32,6 +33,7 @@ class TrainStep:
         skip_gradient_norm: steps whose gradient has a larger norm are skipped.
         precision: of the matrix products.
         learning_rate: as a function of the steps taken; None for that of the optimizer.
+        processes: among which every batch is shared out.
 
     Example: `make_train_step` shows one.
     """
@@ -44,6 +46,7 @@ class TrainStep:
     precision: str
     learning_rate: Schedule | None = None
     skip_gradient_norm: float | None = None
+    processes: Processes = ALONE
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics of a batch; the old state is consumed."""
@@ -67,13 +70,25 @@ class TrainStep:
         Where the loss or the gradient is not finite, or the gradient too large, the step is skipped: parameters,
         optimizer, average and all that the objective changes stay as they were. All the work on the device is here, and
         nothing in it depends on the step's number or waits for the device.
+
+        Every process is given the whole batch and draws all of the noise, so that both are what one process would have;
+        each then takes its part of both. All that follows from the combined gradient is the same in every process.
         """
         noise = self.objective.draw_noise(self.model, batch, state.generators["posterior noise"])
+        if self.processes.size > 1:
+            batch, noise = self.processes.part(batch), self.objective.part_of_noise(noise, self.processes)
         with matrix_products(self.precision, _device(state)):
-            loss, metrics, changes = self.loss_function(
+            loss, metrics, observed = self.loss_function(
                 state.parameters, state.buffers, batch, noise, settings, state.auxiliary
             )
-            gradients = torch.autograd.grad(loss, list(state.parameters.values()), allow_unused=True)
+            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+                loss, list(state.parameters.values()), allow_unused=True
+            )
+        if self.processes.size > 1:
+            weight = self.objective.weight(batch)
+            loss, gradients, metrics, observed = self._combine(loss, gradients, metrics, observed, weight)
+        tensors = {**state.buffers, **state.auxiliary}
+        changes, metrics = self.objective.transition(self.model, tensors, metrics, observed)
         changing = [(_changeable(state, name, value), value.detach()) for name, value in changes.items()]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([g for g in gradients if g is not None])))
         taken = torch.isfinite(loss.detach()) & torch.isfinite(norm)
@@ -93,11 +108,32 @@ class TrainStep:
             "skipped_in_a_row": in_a_row.to(norm.dtype),
         }
 
+    def _combine(
+        self, loss: Tensor, gradients: tuple[Tensor | None, ...], metrics: Metrics, observed: Tensors, weight: Any
+    ) -> tuple[Tensor, tuple[Tensor | None, ...], Metrics, Tensors]:
+        """Returns the loss, the gradients and the metrics of the whole batch, and what all processes observed of it."""
+        if observed and type(self.objective).transition is Objective.transition:
+            raise ArgumentError(
+                f"{type(self.objective).__name__} cannot be shared by {self.processes.size} processes: it must define "
+                f"transition, which is given the sums over all of {', '.join(observed)}"
+            )
+        used = [gradient for gradient in gradients if gradient is not None]
+        means, sums = self.processes.combine([loss, *metrics.values(), *used], list(observed.values()), weight)
+        loss, values, found = means[0], means[1 : 1 + len(metrics)], iter(means[1 + len(metrics) :])
+        return (
+            loss,
+            tuple(None if gradient is None else next(found) for gradient in gradients),
+            dict(zip(metrics, values, strict=True)),
+            dict(zip(observed, sums, strict=True)),
+        )
+
     def _apply(self, gradients: tuple[Tensor | None, ...], norm: Tensor, taken: Tensor, state: TrainState) -> None:
         """Lets the optimizer take its step along the clipped gradients, unless it is skipped."""
         leaves: list[Tensor] = list(state.parameters.values())
         optimizer: Any = state.optimizer  # fused ones take attributes that the base class does not know
         for leaf, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None and gradient.stride() != leaf.stride():  # fused kernels go by memory alone
+                gradient = torch.empty_like(leaf).copy_(gradient)
             leaf.grad = gradient
         if can_be_told(optimizer):  # fused kernels divide by `grad_scale` in passing, and do nothing at `found_inf`
             limit = self.max_gradient_norm
@@ -194,6 +230,7 @@ def make_train_step(
     precision: str = "fp32",
     learning_rate: Schedule | None = None,
     skip_gradient_norm: float | None = None,
+    processes: Processes = ALONE,
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`.
 
@@ -211,9 +248,11 @@ def make_train_step(
         learning_rate: as a function of the steps taken; None for that of the optimizer.
         skip_gradient_norm: steps whose gradient has a larger norm are skipped, as are those whose loss or gradient is
             not finite; None for no limit.
+        processes: among which every batch is shared out; each is given the whole of it.
 
     Raises:
-        ArgumentError: if the objective has a setting of a name that the step needs.
+        ArgumentError: if the objective has a setting of a name that the step needs, or several processes cannot share
+            it.
 
     Example:
         >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
@@ -236,6 +275,11 @@ def make_train_step(
     reserved = {"average_weight", "learning_rate"} & set(objective.settings(0))
     if reserved:
         raise ArgumentError(f"the settings of {objective!r} must have other names than {', '.join(sorted(reserved))}")
+    if processes.size > 1 and type(objective).part_of_noise is Objective.part_of_noise:
+        raise ArgumentError(
+            f"{type(objective).__name__} cannot be shared by {processes.size} processes: it does not say which part of "
+            "its noise belongs to which part of a batch (part_of_noise)"
+        )
     if compiled:
         loss_function = compile_or_fall_back(loss_function, _with_settings_of_one)
     return TrainStep(
@@ -247,6 +291,7 @@ def make_train_step(
         precision,
         learning_rate,
         skip_gradient_norm,
+        processes,
     )
 
 

@@ -145,7 +145,7 @@ def test_terms_by_brute_force(quantiser: str) -> None:
     distance = (vectors - codes).square().sum((1, 2, 3))
     torch.testing.assert_close(terms.commitment_loss, distance)
     torch.testing.assert_close(terms.codebook_loss, distance if quantiser == "gradient" else torch.zeros_like(distance))
-    assert terms.changes == {} and terms.num_revived == 0, "nothing moves unless noise for it is given"
+    assert terms.observed == {}, "nothing moves unless noise for it is given"
 
 
 @every_quantiser
@@ -203,11 +203,13 @@ def test_the_codebooks_next_state_is_asked_for_by_noise(quantiser: str) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     uniform = torch.rand(model.quantiser.num_codebooks, 5, dtype=torch.float64)
     terms = model(x, None, uniform)
+    buffers = dict(model.quantiser.named_buffers())
     expected, num_revived = model.quantiser.transition(model.encoder(x), terms.indices, uniform)
-    assert set(terms.changes) == set(dict(model.named_buffers())), "by their names in the model"
+    found, num_found = model.quantiser.advance(buffers, terms.observed)
+    assert set(found) == set(buffers)
     for name, value in expected.items():
-        assert torch.equal(terms.changes[f"quantiser.{name}"], value) and not value.requires_grad
-    assert terms.num_revived == num_revived
+        assert torch.equal(found[name], value) and not value.requires_grad
+    assert num_found == num_revived
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -222,8 +224,9 @@ def test_a_batch_of_one_and_an_empty_one(quantiser: str) -> None:
     for name in ("commitment_loss", "codebook_loss", "indices"):
         torch.testing.assert_close(getattr(one, name), getattr(whole, name)[2:3])
         assert getattr(none, name).shape == (0, *getattr(whole, name).shape[1:])
-    buffers = dict(model.named_buffers())
-    assert all(torch.equal(value, buffers[name]) for name, value in none.changes.items()), "nothing was seen"
+    buffers = dict(model.quantiser.named_buffers())
+    changes, _ = model.quantiser.advance(buffers, none.observed)
+    assert all(torch.equal(value, buffers[name]) for name, value in changes.items()), "nothing was seen"
     assert model.decode(none.indices).mean.shape == (0, 96)
 
 
@@ -235,11 +238,11 @@ def test_float32_and_float64_agree(quantiser: str) -> None:
     single = model.float()(x.float(), None, uniform.float())
     assert torch.equal(single.indices, double.indices)
     for terms, dtype in ((single, torch.float32), (double, torch.float64)):
-        assert {value.dtype for value in (*terms[:6], *terms.changes.values())} == {dtype}
+        assert {value.dtype for value in (*terms[:6], *terms.observed.values())} == {dtype}
     for one, other in zip(single[:6], double[:6], strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
-    for name, value in single.changes.items():
-        torch.testing.assert_close(value.double(), double.changes[name], rtol=1e-4, atol=1e-4)
+    for name, value in single.observed.items():
+        torch.testing.assert_close(value.double(), double.observed[name], rtol=1e-4, atol=1e-4)
 
 
 # --- the bound -------------------------------------------------------------------------------------------------------

@@ -1,10 +1,6 @@
-"""Codebooks against brute force, the averages of appendix A.1 written out, and k-means; alone and over processes."""
+"""Codebooks against brute force, the averages of appendix A.1 written out, and k-means."""
 
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,17 +9,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import popgen
 from popgen.errors import ArgumentError
 from popgen.nn import codebook as codebook_module
 from popgen.nn.codebook import (
     Codebook,
     CodeUsage,
+    assigned_sums,
     cluster,
+    drawn_vectors,
     empty_codebook,
     nearest_codes,
     revive_dead_codes,
+    revive_from_drawn,
     update_codebook,
+    update_from_sums,
 )
 
 STATISTICS = ("counts", "sums", "weights")
@@ -535,60 +534,23 @@ def test_no_usage_has_no_perplexity() -> None:
     assert (some + none).perplexity == some.perplexity == 1.0
 
 
-# --- several processes -----------------------------------------------------------------------------------------------
-
-# Two processes that have imported torch once. Each has a part of the vectors and its own noise.
-TWO_PROCESSES = """
-import datetime, sys, torch
-from popgen.nn.codebook import Codebook, revive_dead_codes, update_codebook
-
-def work(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", f"file://{folder}/meeting", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
-    )
-    before, cases = torch.load(f"{folder}/inputs.pt")
-    results = []
-    for case in cases:
-        vectors, indices, uniform = case[rank]
-        updated = update_codebook(Codebook(*before), vectors, indices)
-        revived, num_revived = revive_dead_codes(updated, vectors, uniform)
-        results.append((tuple(updated), tuple(revived), num_revived))
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-torch.multiprocessing.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")
-"""
+# --- parts of a batch ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available() or not hasattr(os, "fork"),
-    reason="needs gloo and fork",
-)
-def test_processes_keep_one_codebook(tmp_path: pathlib.Path) -> None:
-    """The update is that of all vectors together, and dead codes go to the first process's; either may have none."""
+@pytest.mark.parametrize("num_parts", [1, 2, 4])
+def test_parts_of_a_batch_keep_the_codebook_of_the_whole(num_parts: int) -> None:
+    """Sums over the parts are those over the whole; a dead code goes to the same vector, whichever part it is in."""
     before = empty_codebook(torch.tensor([[1.0], [50.0], [-1.0], [-50.0]], dtype=torch.float64))
-    vectors = torch.randn(40, 1, dtype=torch.float64)
-    indices, cuts = nearest_codes(vectors, before.codes), (20, 3, 40, 0)
-    cases = [
-        [(vectors[:cut], indices[:cut], torch.rand(4)), (vectors[cut:], indices[cut:], torch.rand(4))] for cut in cuts
-    ]
-    torch.save((tuple(before), cases), tmp_path / "inputs.pt")
-    root = str(pathlib.Path(popgen.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", TWO_PROCESSES, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    vectors, uniform = torch.randn(40, 1, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    indices = nearest_codes(vectors, before.codes)
+    size = len(vectors) // num_parts
+    parts = list(enumerate(zip(vectors.split(size), indices.split(size), strict=True)))
+    seen = sum(assigned_sums(part, chosen, 4, torch.float64) for _, (part, chosen) in parts)
+    drawn = [drawn_vectors(part, uniform * num_parts - place) for place, (part, _) in parts]
+    updated = update_from_sums(before, seen)
     alone = update_codebook(before, vectors, indices)
-    for cut, case, results, other_results in zip(cuts, cases, one, other, strict=True):
-        torch.testing.assert_close(results, other_results, rtol=0, atol=0)
-        updated, revived, num_revived = Codebook(*results[0]), Codebook(*results[1]), results[2]
-        torch.testing.assert_close(tuple(updated), tuple(alone), rtol=1e-12, atol=1e-12)
-        expected, expected_num = revive_dead_codes(updated, vectors[:cut], case[0][2])
-        assert equal(revived, expected)
-        assert num_revived == expected_num == (2 if cut else 0)
+    torch.testing.assert_close(tuple(updated), tuple(alone), rtol=1e-12, atol=1e-12)
+    revived, num_revived = revive_from_drawn(updated, sum(drawn))
+    expected, expected_num = revive_dead_codes(updated, vectors, uniform)
+    assert equal(revived, expected) and num_revived == expected_num == 2
+    assert all((part[:, 0] == 1).sum() < 4 for part in drawn) or num_parts == 1, "no part draws for all"

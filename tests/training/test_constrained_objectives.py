@@ -97,9 +97,10 @@ def test_loss_metrics_and_state_by_hand(
 ) -> None:
     """λ = 2, the average was 4, and half of it is forgotten; λ grows by exp(0.1 · average)."""
     objective = ConstrainedELBO(GECO(rate=0.1, decay=0.5), constraint, target, num_samples=2)
-    found, metrics, changes = objective(
+    found, metrics, observed = objective(
         lambda batch, noise: TERMS, torch.zeros(2, 4), torch.zeros(2, 2, 3), {}, dict(GECO_STATE)
     )
+    changes, metrics = objective.transition(None, GECO_STATE, metrics, observed)
     assert found.shape == () and found.item() == pytest.approx(loss)
     expected = {"loss": loss, **PARTS, "constraint": violation, "constraint_average": average, "multiplier": 2.0}
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected)
@@ -116,7 +117,9 @@ def test_gradients_are_those_of_one_term_and_the_multiplier_times_the_other(cons
     objective = ConstrainedELBO(GECO(rate=0.1), constraint, target=1.5, num_samples=3)
     noise = objective.draw_noise(vae, x, torch.Generator())
     assert noise.shape == (3, 24, 4) and noise.dtype == torch.float64
-    loss, metrics, changes = objective(vae, x, noise, {}, {name: value.double() for name, value in GECO_STATE.items()})
+    state = {name: value.double() for name, value in GECO_STATE.items()}
+    loss, metrics, observed = objective(vae, x, noise, {}, state)
+    changes, metrics = objective.transition(vae, state, metrics, observed)
     terms, parameters = vae(x, noise), list(vae.parameters())
     reconstruction = terms.log_p_x_given_z.mean()
     kl = (terms.log_q_z_given_x - terms.log_p_z).mean()
@@ -237,7 +240,7 @@ def test_a_vae_reaches_its_target(constraint: str, target: float, rate: float) -
 @pytest.mark.parametrize("commitment", [0.0, 0.25, 2.0])
 def test_loss_of_a_vqvae_by_hand(commitment: float) -> None:
     """10 nats, a codebook loss of 5, and the weight times a commitment loss of 3."""
-    changes = {"quantiser.codes": torch.ones(2, 3)}
+    observed = {"seen": torch.ones(2, 4)}
     terms = VQVAETerms(
         log_p_x_given_z=torch.tensor([[-4.0, -16.0]]),
         log_p_z=torch.tensor([[-3.0, -5.0]]),
@@ -246,18 +249,17 @@ def test_loss_of_a_vqvae_by_hand(commitment: float) -> None:
         commitment_loss=torch.tensor([2.0, 4.0]),
         codebook_loss=torch.tensor([1.0, 9.0]),
         indices=torch.zeros(2, 1, 1, dtype=torch.int64),
-        changes=changes,
-        num_revived=torch.tensor(7),
+        observed=observed,
     )
     seen: list[Any] = []
     noise = torch.rand(1, 2)
     loss, metrics, found = VQVAELoss(commitment)(
         lambda *inputs: seen.extend(inputs) or terms, torch.zeros(2, 4), noise, {}, {}
     )
-    assert loss.item() == pytest.approx(15.0 + 3.0 * commitment) and found is changes
+    assert loss.item() == pytest.approx(15.0 + 3.0 * commitment) and found is observed
     expected = {"loss": 15.0 + 3.0 * commitment, "elbo": -14.0, "reconstruction": -10.0, "kl": 4.0}
     expected |= {"log_q_z_given_x": 0.0, "log_p_z": -4.0, "log_det": 0.0}
-    expected |= {"commitment_loss": 3.0, "codebook_loss": 5.0, "codes_revived": 7.0}
+    expected |= {"commitment_loss": 3.0, "codebook_loss": 5.0}
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected)
     assert len({value.dtype for value in metrics.values()}) == 1, "the loop stacks them"
     assert seen[2] is noise

@@ -146,6 +146,38 @@ def test_gradients_are_clipped_to_the_largest_norm():
         torch.testing.assert_close(clipped[name], free[name] / 4, rtol=1e-3, atol=1e-6)
 
 
+class ByColumns(Objective):
+    """Has a known gradient, which lies in memory column by column where the parameter lies row by row."""
+
+    def draw_noise(self, model, batch, generator):
+        return None
+
+    def __call__(self, forward, batch, noise, settings, state):
+        loss = (forward() * batch).sum()
+        return loss, {"loss": loss.detach()}, {}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_each_weight_moves_by_its_own_gradient_however_it_lies_in_memory(fused: bool):
+    """Fused kernels go by memory alone, and torch.autograd.grad promises nothing of it."""
+
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self):
+            return self.weight.t() * 1.0
+
+    model, batch = Transposed(), torch.randn(4, 3)
+    state = initial_state(model, functools.partial(torch.optim.SGD, lr=0.5, fused=fused), seed=0)
+    before = state.parameters["weight"].detach().clone()
+    (gradient,) = torch.autograd.grad((model() * batch).sum(), model.weight)
+    assert gradient.stride() != model.weight.stride(), "or else nothing is tested"
+    state, _ = make_train_step(model, ByColumns())(state, batch)
+    torch.testing.assert_close(state.parameters["weight"].detach(), before - 0.5 * batch.t())
+
+
 @pytest.mark.parametrize(("flow", "prior"), list(itertools.product(FLOWS, PRIORS)))
 def test_every_pair_trains_and_resumes_bit_for_bit(flow, prior, tmp_path):
     vae = tiny_vae(flow, prior)

@@ -1,0 +1,216 @@
+"""What several processes exchange, and how they end when one of them does."""
+
+import os
+import signal
+import time
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.together import results_of, together
+from popgen.distributed import ALONE, Processes, check_divided, joined, launched_together
+from popgen.errors import ArgumentError, CheckpointError, ProcessesError, StoppedError
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """A process that has several threads is not to be forked."""
+    torch.set_num_threads(1)
+
+
+class Pair(NamedTuple):
+    values: Tensor
+    labels: dict[str, Tensor]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_parts_make_the_whole(size: int) -> None:
+    """Nothing is lost and nothing is seen twice, on any axis and in any collection."""
+    batch = Pair(torch.arange(24).view(12, 2), {"digit": torch.arange(12)})
+    parts = [Processes(rank, size).part(batch) for rank in range(size)]
+    assert torch.equal(torch.cat([part.values for part in parts]), batch.values)
+    assert torch.equal(torch.cat([part.labels["digit"] for part in parts]), batch.labels["digit"])
+    noise = torch.arange(24).view(2, 12)
+    assert torch.equal(torch.cat([Processes(rank, size).part(noise, axis=1) for rank in range(size)], 1), noise)
+
+
+def test_one_process_alone_starts_nothing() -> None:
+    with joined(timeout=1.0) as processes:
+        assert processes is ALONE and processes.first
+    assert not torch.distributed.is_initialized() and not launched_together()
+    means, sums = [torch.ones(2)], [torch.zeros(3)]
+    assert ALONE.combine(means, sums, weight=7.0) == (means, sums), "not even copied"
+    assert ALONE.from_first(means) is means and ALONE.gather(3) == [3] and ALONE.any(True) and not ALONE.any(False)
+    assert ALONE.part(means) is means
+
+
+def test_one_process_of_torchrun_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with joined(timeout=1.0) as processes:
+        assert processes is ALONE and not torch.distributed.is_initialized()
+
+
+def test_processes_combine_and_tell() -> None:
+    """Weighted means and sums of several dtypes and shapes, the same bits everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    dtypes, shapes = (torch.float32, torch.float64, torch.float32), ((), (3, 2), (5,))
+    held = [
+        [torch.randn(shape, generator=generator, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        for _ in range(3)
+    ]
+    weights = [1.0, 4.0, 2.5]
+
+    def work(processes: Processes) -> Any:
+        own = held[processes.rank]
+        combined = processes.combine(own[:2], own[2:], weights[processes.rank])
+        unweighted = processes.combine(own, [])
+        told = processes.from_first({"rank": processes.rank, "values": own[1]})
+        return combined, unweighted, told, processes.gather(processes.rank), processes.any(processes.rank == 2)
+
+    results = results_of(work, size=3)
+    for (means, sums), (plain_means, no_sums), told, ranks, said in results:
+        for place, mean in enumerate(means):
+            expected = sum(w * one[place].double() for w, one in zip(weights, held, strict=True)) / sum(weights)
+            torch.testing.assert_close(mean, expected.to(dtypes[place]))
+        torch.testing.assert_close(sums[0], held[0][2] + held[1][2] + held[2][2])
+        torch.testing.assert_close(plain_means[1], (held[0][1] + held[1][1] + held[2][1]) / 3)
+        assert no_sums == [] and told["rank"] == 0 and torch.equal(told["values"], held[0][1])
+        assert ranks == [0, 1, 2] and said is True
+    first, *others = ([*means, *sums, *plain] for (means, sums), (plain, _), *_ in results)
+    assert all(torch.equal(one, two) for other in others for one, two in zip(first, other, strict=True))
+
+
+def test_what_is_not_finite_in_one_process_is_not_finite_in_all() -> None:
+    def work(processes: Processes) -> Any:
+        return processes.combine([torch.full((2,), torch.nan if processes.rank else 1.0)], [])[0][0]
+
+    assert all(torch.isnan(result).all() for result in results_of(work, size=2))
+
+
+# --- one process ends ------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_is_killed_takes_the_others_down() -> None:
+    """At once, long before the timeout, with one line between them."""
+
+    def work(processes: Processes) -> None:
+        processes.any(False)
+        if processes.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        processes.any(False)
+
+    started = time.perf_counter()
+    outcomes = together(work, size=3, timeout=60.0)
+    assert time.perf_counter() - started < 20.0
+    assert [outcome.status for outcome in outcomes] == [1, -signal.SIGKILL, 1]
+    said = "".join(outcome.said for outcome in outcomes)
+    assert said.startswith("error: another process of this run has ended, or does not answer (")
+    assert said.count("\n") == 1 and "the same command goes on from the latest checkpoint" in said
+
+
+def test_a_process_that_hangs_is_not_waited_for_longer_than_the_timeout() -> None:
+    def work(processes: Processes) -> None:
+        if processes.rank == 1:
+            time.sleep(4.0)
+            os._exit(9)
+        processes.any(False)
+
+    started = time.perf_counter()
+    outcomes = together(work, size=2, timeout=1.0)
+    assert time.perf_counter() - started < 20.0
+    assert [outcome.status for outcome in outcomes] == [1, 9]
+    assert outcomes[0].said.startswith("error: another process of this run has ended, or does not answer (")
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_an_error_is_said_once(everywhere: bool) -> None:
+    """By whoever has it; those that only see the other one go say nothing."""
+
+    def work(processes: Processes) -> None:
+        if everywhere or processes.rank == 1:
+            raise CheckpointError("it is damaged")
+        processes.any(False)
+
+    outcomes = together(work, size=3)
+    assert [outcome.status for outcome in outcomes] == [1, 1, 1]
+    assert sorted(outcome.said for outcome in outcomes) == ["", "", "error: it is damaged\n"]
+
+
+def test_different_errors_are_all_said() -> None:
+    def work(processes: Processes) -> None:
+        raise CheckpointError(f"{processes.rank} is damaged")
+
+    said = sorted(outcome.said for outcome in together(work, size=2))
+    assert said == ["error: 0 is damaged\n", "error: 1 is damaged\n"]
+
+
+def test_all_stop_with_the_status_of_one_that_stops() -> None:
+    def work(processes: Processes) -> None:
+        if processes.any(processes.rank == 1):
+            raise StoppedError("stopped at step 3")
+
+    outcomes = together(work, size=2)
+    assert [outcome.status for outcome in outcomes] == [75, 75]
+    assert sorted(outcome.said for outcome in outcomes) == ["", "stopped at step 3\n"]
+
+
+def test_processes_that_never_come_are_named() -> None:
+    first, second = together(lambda processes: None, size=4, timeout=1.0, present=2)
+    assert first.status == second.status == 1
+    assert first.said == "error: process 2, 3 of 4 did not come within 1 seconds (--process_timeout)\n"
+    assert second.said == "error: process 0 of 4 did not come within 1 seconds (--process_timeout)\n" or not second.said
+
+
+def test_what_an_earlier_start_has_left_in_the_store_does_no_harm() -> None:
+    """When torchrun starts processes again, its store still holds the addresses of those that have ended."""
+
+    def work(processes: Processes) -> list[list[int]]:
+        found = []
+        torch.distributed.destroy_process_group()
+        for _ in range(3):
+            if processes.rank == 1:
+                time.sleep(0.1)  # the first one finds what this one has left
+            with joined(timeout=20.0) as again:
+                found.append(again.gather(again.rank))
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        return found  # and leaves what it has just begun
+
+    assert results_of(work, size=2) == [[[0, 1]] * 3] * 2
+
+
+def test_the_first_goes_ahead() -> None:
+    def work(processes: Processes) -> float:
+        with processes.first_goes_ahead():
+            began = time.monotonic()
+            time.sleep(0.2 if processes.first else 0.0)
+        return began
+
+    first, *others = results_of(work, size=3)
+    assert all(began >= first + 0.2 for began in others)
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    gpu = torch.device("cuda")
+    assert Processes(3, 4, local_rank=1, local_size=2).device("device", gpu) == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 1)]
+    assert Processes(3, 4, 3, 4).device("device", torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(ArgumentError, match="4 processes on a machine of 2 GPUs: start torchrun with --nproc_per_node"):
+        Processes(0, 4, 0, 4).device("Experiment.device", gpu)
+    with pytest.raises(ArgumentError, match="Experiment.device must be 'cuda', of which .* got 'cuda:1'"):
+        Processes(0, 2, 0, 2).device("Experiment.device", torch.device("cuda", 1))
+
+
+def test_a_batch_that_cannot_be_divided() -> None:
+    check_divided("batch_size", 100, Processes(0, 4))
+    with pytest.raises(ArgumentError, match="batch_size must be a multiple of the 3 processes, got 100"):
+        check_divided("batch_size", 100, Processes(0, 3))
+    assert issubclass(ProcessesError, Exception)
