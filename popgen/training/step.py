@@ -17,6 +17,7 @@ from popgen.training.objectives import Metrics, Objective, Result, Settings, Ten
 from popgen.training.state import TrainState
 
 LossFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], Result]
+Gradients = tuple[Tensor | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +70,18 @@ class TrainStep:
         nothing in it depends on the step's number or waits for the device.
         """
         noise = self.objective.draw_noise(self.model, batch, state.generators["posterior noise"])
+        return self.take(state, *self.gradients(state, batch, noise, settings), settings)
+
+    def gradients(self, state: TrainState, batch: Any, noise: Any, settings: Settings) -> tuple[Result, Gradients]:
+        """Returns what the loss function returns, and the gradients of the parameters."""
         with matrix_products(self.precision, _device(state)):
-            loss, metrics, changes = self.loss_function(
-                state.parameters, state.buffers, batch, noise, settings, state.auxiliary
-            )
-            gradients = torch.autograd.grad(loss, list(state.parameters.values()), allow_unused=True)
+            result = self.loss_function(state.parameters, state.buffers, batch, noise, settings, state.auxiliary)
+            leaves = list(state.parameters.values())
+            return result, torch.autograd.grad(result[0].sum(), leaves, allow_unused=True)
+
+    def take(self, state: TrainState, result: Result, gradients: Gradients, settings: Settings) -> Metrics:
+        """Updates the tensors of a state in place along its gradients, and returns the metrics."""
+        loss, metrics, changes = result
         changing = [(_changeable(state, name, value), value.detach()) for name, value in changes.items()]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([g for g in gradients if g is not None])))
         taken = torch.isfinite(loss.detach()) & torch.isfinite(norm)
@@ -93,12 +101,12 @@ class TrainStep:
             "skipped_in_a_row": in_a_row.to(norm.dtype),
         }
 
-    def _apply(self, gradients: tuple[Tensor | None, ...], norm: Tensor, taken: Tensor, state: TrainState) -> None:
+    def _apply(self, gradients: Gradients, norm: Tensor, taken: Tensor, state: TrainState) -> None:
         """Lets the optimizer take its step along the clipped gradients, unless it is skipped."""
         leaves: list[Tensor] = list(state.parameters.values())
         optimizer: Any = state.optimizer  # fused ones take attributes that the base class does not know
         for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient
+            leaf.grad = None if gradient is None else gradient.contiguous()  # fused kernels go by the parameter's layout
         if can_be_told(optimizer):  # fused kernels divide by `grad_scale` in passing, and do nothing at `found_inf`
             limit = self.max_gradient_norm
             optimizer.grad_scale = None if limit is None else (norm / limit).clamp_min(1.0).float()
@@ -237,7 +245,7 @@ def make_train_step(
     if reserved:
         raise ArgumentError(f"the settings of {objective!r} must have other names than {', '.join(sorted(reserved))}")
     if compiled:
-        loss_function = compile_or_fall_back(loss_function, _with_settings_of_one)
+        loss_function = compile_or_fall_back(loss_function, with_settings_of_one)
     return TrainStep(
         model,
         objective,
@@ -250,7 +258,10 @@ def make_train_step(
     )
 
 
-def _with_settings_of_one(arguments: tuple) -> tuple:
-    """Returns the arguments of a loss function with which a mistake shows: a weight of nought hides what it weighs."""
+def with_settings_of_one(arguments: tuple) -> tuple:
+    """Returns the arguments of a loss function with which a mistake shows: a weight of nought hides what it weighs.
+
+    Example: `make_train_step` calls it.
+    """
     *others, settings, state = arguments
     return *others, {name: torch.ones_like(value) for name, value in settings.items()}, state
