@@ -92,4 +92,8 @@ def existing_run(run_dir: str) -> tuple[RunDirectory, config.LoadedConfig]:
     directory = RunDirectory(pathlib.Path(run_dir))
     if not directory.config_path.is_file():
         raise RunDirectoryError(f"there is no run in {run_dir!r} (no config.gin); --run_dir names what training wrote")
-    return directory, config.load([os.path.abspath(directory.config_path)])
+    loaded = config.load([os.path.abspath(directory.config_path)])
+    if loaded.experiment.num_replicas != 1:
+        names = ", ".join(str(replica.path) for replica in directory.replicas())
+        raise RunDirectoryError(f"{run_dir!r} holds several replicas; --run_dir names one of them: {names}")
+    return directory, loaded

@@ -69,6 +69,8 @@ class Experiment:
         num_steps: steps in all.
         batch_size: examples in a step.
         seed: of the model's first weights, the order of the data and all noise.
+        num_replicas: runs that are trained side by side in one process, with the seeds `seed`, `seed + 1`, ...; see
+            `popgen.replicas`.
         eval_every: steps between evaluations on the selection split; each also saves `latest`.
         log_every: steps between points of the training curves.
         checkpoint_every: steps between checkpoints that are kept for good.
@@ -111,6 +113,7 @@ class Experiment:
     num_steps: int = 1_000_000
     batch_size: int = 100
     seed: int = 0
+    num_replicas: int = 1
     eval_every: int = 1_000
     log_every: int = 100
     checkpoint_every: int = 100_000
@@ -131,6 +134,7 @@ class Experiment:
             ("num_steps", 1),
             ("batch_size", 1),
             ("seed", 0),
+            ("num_replicas", 1),
             ("eval_every", 1),
             ("log_every", 1),
             ("checkpoint_every", 1),
@@ -264,33 +268,16 @@ def run(
     """
     device = experiment.torch_device()
     check_precision("Experiment.precision", experiment.precision, device)
+    if experiment.num_replicas != 1:
+        raise ArgumentError(f"run trains one replica, got num_replicas = {experiment.num_replicas}: use run_replicas")
+    directory.check_num_replicas(1)
     data, model = prepare(experiment, device)
-    final_examples = first_examples(data, experiment.final_num_examples)  # an error now rather than after the last step
-    found = directory.newest_checkpoint()
-    state = starting_state(experiment, model, data, found)
-    if found is not None and not directory.continue_from(found):
-        state = dataclasses.replace(state, best_loss=math.inf, best_step=0)
+    first_examples(data, experiment.final_num_examples)  # an error now rather than after the last step
+    state = continued_state(experiment, model, data, directory, directory.newest_checkpoint())
     # Written only now that everything is built and loaded: a mistake leaves an earlier run as it was.
-    write_whole(directory.config_path, configuration.given.encode())
-    write_whole(directory.operative_config_path, configuration.operative.encode())
-
-    writer = Writer(directory.path, purge_step=state.step + 1)
+    writer = open_writer(experiment, directory, configuration, state.step)
     try:
-        writer.text("config", configuration.given, state.step)
-        writer.text("operative_config", configuration.operative, state.step)
-        metrics = ["best/loss", *(f"evaluation/{name}" for name in experiment.evaluator.headline)]
-        writer.hyper_parameters(configuration.settings, metrics, configuration.compared)
-        recorder = Recorder(
-            experiment.evaluator,
-            experiment.selection_split,
-            experiment.seed,
-            experiment.eval_every,
-            experiment.num_steps,
-            directory,
-            writer,
-            data,
-            model,
-        )
+        recorder = recorder_of(experiment, directory, writer, data, model)
         hooks = Hooks(
             log_every=experiment.log_every,
             log=recorder.log,
@@ -305,22 +292,79 @@ def run(
         try:
             state = train(state, *training_functions(experiment, model, data), experiment.num_steps, hooks)
         except DivergedError as error:
-            replay = f"python -m launch.replay --run_dir={directory.path} --step={error.step}"
-            raise DivergedError(f"{error}. What went wrong where: {replay}", error.step) from error
+            raise with_replay(error, directory) from error
         if stop():
             raise StoppedError(f"stopped at step {state.step}, which is saved; the same command goes on from there")
-        tensors = directory.load_checkpoint("best")
-        best = model_of_checkpoint(model, tensors)
-        save_shown(directory.samples_path / "best.png", recorder.shown(best))
-        if experiment.final_num_samples:
-            num_samples, num_examples, step = experiment.final_num_samples, len(final_examples), tensors["step"]
-            files = EvaluationFiles(directory.path, step, "raw", num_samples, num_examples)
-            table = ImageTable(files.images)
-            record = evaluate_model(experiment, best, data, num_samples, num_examples, step, table=table, stop=stop)
-            files.write(writer, record | {"checkpoint": "best", "weights": "raw"}, experiment.evaluator.headline)
+        finish(experiment, recorder, stop)
     finally:
         writer.close()
     return state
+
+
+def open_writer(
+    experiment: Experiment,
+    directory: RunDirectory,
+    configuration: Configuration,
+    step: int,
+    make_writer: Callable[..., Writer] = Writer,
+) -> Writer:
+    """Returns the writer of a run's curves, which goes on after a step; the configuration is written first.
+
+    Example: `run` calls it.
+    """
+    write_whole(directory.config_path, configuration.given.encode())
+    write_whole(directory.operative_config_path, configuration.operative.encode())
+    writer = make_writer(directory.path, purge_step=step + 1)
+    writer.text("config", configuration.given, step)
+    writer.text("operative_config", configuration.operative, step)
+    metrics = ["best/loss", *(f"evaluation/{name}" for name in experiment.evaluator.headline)]
+    writer.hyper_parameters(configuration.settings, metrics, configuration.compared)
+    return writer
+
+
+def recorder_of(experiment: Experiment, directory: RunDirectory, writer: Writer, data: Data, model: Model) -> Recorder:
+    """Returns what an experiment writes while it trains.
+
+    Example: `run` calls it.
+    """
+    return Recorder(
+        experiment.evaluator,
+        experiment.selection_split,
+        experiment.seed,
+        experiment.eval_every,
+        experiment.num_steps,
+        directory,
+        writer,
+        data,
+        model,
+    )
+
+
+def with_replay(error: DivergedError, directory: RunDirectory) -> DivergedError:
+    """Returns the same error, which also says what command shows what went wrong.
+
+    Example: `run` calls it.
+    """
+    replay = f"python -m launch.replay --run_dir={directory.path} --step={error.step}"
+    return DivergedError(f"{error}. What went wrong where: {replay}", error.step, error.replica)
+
+
+def finish(experiment: Experiment, recorder: Recorder, stop: Callable[[], bool]) -> None:
+    """Writes what the best checkpoint of a run has to show, and its evaluation if there is to be one.
+
+    Example: `run` calls it.
+    """
+    directory, data = recorder.directory, recorder.data
+    tensors = directory.load_checkpoint("best")
+    best = model_of_checkpoint(recorder.model, tensors)
+    save_shown(directory.samples_path / "best.png", recorder.shown(best))
+    if experiment.final_num_samples:
+        num_samples, step = experiment.final_num_samples, tensors["step"]
+        num_examples = len(first_examples(data, experiment.final_num_examples))
+        files = EvaluationFiles(directory.path, step, "raw", num_samples, num_examples)
+        table = ImageTable(files.images)
+        record = evaluate_model(experiment, best, data, num_samples, num_examples, step, table=table, stop=stop)
+        files.write(recorder.writer, record | {"checkpoint": "best", "weights": "raw"}, experiment.evaluator.headline)
 
 
 def prepare(experiment: Experiment, device: torch.device) -> tuple[Data, Model]:
@@ -366,6 +410,22 @@ def starting_state(experiment: Experiment, model: Model, data: Data, found: Foun
         return state_from_tensors(found.tensors, first_state(experiment, model))
     initialise(model, experiment.pretrained, data.train, experiment.seed)
     return first_state(experiment, model)
+
+
+def continued_state(
+    experiment: Experiment, model: Model, data: Data, directory: RunDirectory, found: Found | None
+) -> TrainState:
+    """Returns what `starting_state` does, and makes the files of the run fit it.
+
+    Raises:
+        CheckpointError: if the checkpoint is of another model, optimizer or kind of device.
+
+    Example: `run` calls it.
+    """
+    state = starting_state(experiment, model, data, found)
+    if found is not None and not directory.continue_from(found):
+        return dataclasses.replace(state, best_loss=math.inf, best_step=0)
+    return state
 
 
 def replay(experiment: Experiment, directory: RunDirectory, step: int) -> Diagnosis:

@@ -1,9 +1,9 @@
 """Replicas: runs that differ in their seed alone, trained side by side.
 
-Each replica is an ordinary `TrainState` with an optimizer, generators, an average and counts of its own. Its parameters,
-its buffers and the state of its objective are slices of tensors that are stacked along a first axis: on those, loss and
-gradients of all replicas are formed at once. Then every replica takes its step by itself, as it would alone: clipped by
-its own norm, or skipped.
+Each replica is an ordinary `TrainState` with an optimizer, generators, an average and counts of its own. Its
+parameters, its buffers and the state of its objective are slices of tensors that are stacked along a first axis: on
+those, loss and gradients of all replicas are formed at once. Then every replica takes its step by itself, as it would
+alone: clipped by its own norm, or skipped.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from popgen.datasets.data import Batches
@@ -40,6 +40,7 @@ class ReplicatedState(TrainState):
     Example: `stack_states` returns one.
     """
 
+    generators: dict[str, Any]  # of a tuple for each purpose
     replicas: tuple[TrainState, ...] = ()
 
 
@@ -94,6 +95,14 @@ def split_states(state: ReplicatedState) -> list[TrainState]:
         dataclasses.replace(replica, step=state.step, recent=[row[index] for row in rows])
         for index, replica in enumerate(state.replicas)
     ]
+
+
+def replicas_of(state: TrainState) -> tuple[TrainState, ...]:
+    """Returns the states of all replicas; a run that stands alone is its own.
+
+    Example: `popgen.training.captured_step.CapturedStep` calls it.
+    """
+    return state.replicas if isinstance(state, ReplicatedState) else (state,)
 
 
 def stack(trees: Sequence[Any]) -> Any:
@@ -166,7 +175,7 @@ class ReplicatedStep(TrainStep):
             batch: a list of the batches of all replicas.
             settings: which are the same for all.
         """
-        replicas = _replicas(state)
+        replicas = replicas_of(state)
         noise = stack(
             [
                 self.objective.draw_noise(self.model, own, replica.generators["posterior noise"])
@@ -298,9 +307,3 @@ def spread(each: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[
     columns = {name: [numbers[name] for numbers in each if name in numbers] for name in names}
     means = {name: statistics.fmean(column) for name, column in columns.items()}
     return means, {name: statistics.stdev(column) for name, column in columns.items() if len(column) > 1}
-
-
-def _replicas(state: TrainState) -> tuple[TrainState, ...]:
-    if not isinstance(state, ReplicatedState):
-        raise ArgumentError(f"the step of replicas takes a ReplicatedState, got {type(state).__name__}")
-    return state.replicas

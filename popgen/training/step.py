@@ -106,7 +106,9 @@ class TrainStep:
         leaves: list[Tensor] = list(state.parameters.values())
         optimizer: Any = state.optimizer  # fused ones take attributes that the base class does not know
         for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = None if gradient is None else gradient.contiguous()  # fused kernels go by the parameter's layout
+            leaf.grad = (
+                None if gradient is None else gradient.contiguous()
+            )  # fused kernels go by the parameter's layout
         if can_be_told(optimizer):  # fused kernels divide by `grad_scale` in passing, and do nothing at `found_inf`
             limit = self.max_gradient_norm
             optimizer.grad_scale = None if limit is None else (norm / limit).clamp_min(1.0).float()
