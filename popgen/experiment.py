@@ -87,6 +87,7 @@ class Experiment:
         device: "auto" (the GPU if there is one), or a device of torch.
         precision: of the networks' matrix products in training: "fp32", "tf32" (GPU) or "bf16"; densities stay exact.
         compile: whether torch.compile fuses the loss, its gradient and the evaluation; it starts half a minute later.
+            Not with several replicas.
         cuda_graph: on a GPU, whether a step is recorded and replayed; a model that waits for the device needs False.
 
     Raises:
@@ -183,6 +184,11 @@ class Experiment:
         for name in ("compile", "cuda_graph"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"Experiment.{name} must be True or False, got {getattr(self, name)!r}")
+        if self.compile and self.num_replicas > 1:
+            raise ArgumentError(
+                f"Experiment.compile must be False with num_replicas = {self.num_replicas}: torch.compile cannot "
+                "follow functions with gradients of their own that are mapped over replicas"
+            )
         check_choice("Experiment.precision", self.precision, PRECISIONS)
         self.torch_device()
 

@@ -39,7 +39,6 @@ from popgen.training.replicas import (
     ReplicaMeans,
     ReplicatedBatches,
     ReplicatedState,
-    ReplicatedStep,
     check_can_map,
     make_replicated_step,
     mean_metrics_of_replicas,
@@ -99,7 +98,7 @@ def run_replicas(
     data, model = prepare(first, device)
     first_examples(data, first.final_num_examples)
     models = [model, *(experiment.model.to(device) for experiment in experiments[1:])]
-    check_can_map(replicated_step(first, compiled=False), first_states(experiments, models), first.batch_size)
+    check_can_map(make_replicated_step(plain_step(first, model)), first_states(experiments, models), first.batch_size)
     own = [directory.replica(index) for index in range(len(replicas))]
     with contextlib.ExitStack() as stack:
         for one in own:
@@ -181,14 +180,6 @@ def first_states(experiments: Sequence[Experiment], models: Sequence[Model]) -> 
     return stack_states([first_state(*one) for one in zip(experiments, models, strict=True)])
 
 
-def replicated_step(experiment: Experiment, compiled: bool) -> ReplicatedStep:
-    """Returns the training step of replicas of an experiment.
-
-    Example: `run_replicas` calls it.
-    """
-    return make_replicated_step(plain_step(dataclasses.replace(experiment, compile=False), experiment.model), compiled)
-
-
 def replicated_training(experiments: Sequence[Experiment], model: Model, data: Data) -> tuple[Step, DrawBatch]:
     """Returns the training step of replicas and what draws their batches, for `popgen.training.loop.train`.
 
@@ -197,7 +188,7 @@ def replicated_training(experiments: Sequence[Experiment], model: Model, data: D
     Example: `run_replicas` calls it.
     """
     first = experiments[0]
-    step = replicated_step(first, first.compile)
+    step = make_replicated_step(plain_step(first, model))
     batches = ReplicatedBatches([data.batches(one.batch_size, one.seed) for one in experiments])
     if next(model.parameters()).is_cuda and first.cuda_graph:
         return CapturedStep(step, batches), lambda step, generator: batches.indices(step)

@@ -17,12 +17,11 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from popgen.datasets.data import Batches
 from popgen.errors import ArgumentError, DivergedError, reason_of
-from popgen.execution import compile_or_fall_back
 from popgen.streams import make_generator
 from popgen.training.loop import mean_metrics
 from popgen.training.objectives import Metrics, Result, Settings
 from popgen.training.state import TrainState
-from popgen.training.step import LossFunction, TrainStep, with_settings_of_one
+from popgen.training.step import LossFunction, TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +174,9 @@ class ReplicatedStep(TrainStep):
             batch: a list of the batches of all replicas.
             settings: which are the same for all.
         """
-        replicas = replicas_of(state)
+        if not isinstance(state, ReplicatedState):
+            raise ArgumentError(f"the step of replicas takes a ReplicatedState, got {type(state).__name__}")
+        replicas = state.replicas
         noise = stack(
             [
                 self.objective.draw_noise(self.model, own, replica.generators["posterior noise"])
@@ -187,12 +188,8 @@ class ReplicatedStep(TrainStep):
         return stack([self.take(replica, result, gradients, settings) for replica, (result, gradients) in rows])
 
 
-def make_replicated_step(step: TrainStep, compiled: bool = False) -> ReplicatedStep:
-    """Returns the training step of replicas, given that of one alone.
-
-    Args:
-        step: of one, not compiled.
-        compiled: whether torch.compile fuses the loss and its gradient; see `popgen.execution`.
+def make_replicated_step(step: TrainStep) -> ReplicatedStep:
+    """Returns the training step of replicas, given that of one alone, which is not compiled.
 
     Example:
         >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
@@ -207,10 +204,7 @@ def make_replicated_step(step: TrainStep, compiled: bool = False) -> ReplicatedS
         >>> state.step, metrics["loss"].shape
         (1, torch.Size([3]))
     """
-    mapped = mapped_over_replicas(step.loss_function)
-    if compiled:
-        mapped = compile_or_fall_back(mapped, with_settings_of_one)
-    return ReplicatedStep(**{**vars(step), "loss_function": mapped})
+    return ReplicatedStep(**{**vars(step), "loss_function": mapped_over_replicas(step.loss_function)})
 
 
 def mapped_over_replicas(loss_function: LossFunction) -> LossFunction:

@@ -247,7 +247,7 @@ def make_train_step(
     if reserved:
         raise ArgumentError(f"the settings of {objective!r} must have other names than {', '.join(sorted(reserved))}")
     if compiled:
-        loss_function = compile_or_fall_back(loss_function, with_settings_of_one)
+        loss_function = compile_or_fall_back(loss_function, _with_settings_of_one)
     return TrainStep(
         model,
         objective,
@@ -260,10 +260,7 @@ def make_train_step(
     )
 
 
-def with_settings_of_one(arguments: tuple) -> tuple:
-    """Returns the arguments of a loss function with which a mistake shows: a weight of nought hides what it weighs.
-
-    Example: `make_train_step` calls it.
-    """
+def _with_settings_of_one(arguments: tuple) -> tuple:
+    """Returns the arguments of a loss function with which a mistake shows: a weight of nought hides what it weighs."""
     *others, settings, state = arguments
     return *others, {name: torch.ones_like(value) for name, value in settings.items()}, state
