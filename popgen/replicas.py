@@ -205,14 +205,14 @@ class KeepingWriter(Writer):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.kept: dict[str, dict[str, float]] = {}
+        self.kept: dict[str, dict[str, float | int]] = {}
 
     def scalars(self, group: str, values: Mapping[str, float | int], step: int) -> None:
         """Writes each value as `group/name`."""
         super().scalars(group, values, step)
         self.kept.setdefault(group, {}).update(values)
 
-    def take(self) -> dict[str, dict[str, float]]:
+    def take(self) -> dict[str, dict[str, float | int]]:
         """Returns what was written since the last time."""
         taken, self.kept = self.kept, {}
         return taken

@@ -237,7 +237,7 @@ class VQVAE(ImageModel):
         quantised = quantiser(vectors)
         log_p_x_given_z = self.decoder(quantised.values).log_density(x)[None]
         zeros = torch.zeros_like(log_p_x_given_z)
-        by_gradient = quantised.codes.requires_grad
+        by_gradient = any(True for _ in quantiser.parameters())
         changes: dict[str, Tensor] = {}
         num_revived = torch.zeros((), dtype=torch.int64, device=x.device)
         if uniform is not None:

@@ -288,7 +288,7 @@ def mean_metrics_of_replicas(recent: Sequence[Metrics], step: int, max_skipped_s
     return ReplicaMeans(each)
 
 
-def spread(each: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
+def spread(each: Sequence[Mapping[str, float | int]]) -> tuple[dict[str, float], dict[str, float]]:
     """Returns means and standard deviations (of a sample; none of a single one) of numbers, by name.
 
     A name that some have not is that of the others.
