@@ -1,6 +1,7 @@
 """Whole runs of several replicas: against runs alone, killed, stopped, continued together and apart, and refused."""
 
 import itertools
+import json
 import pathlib
 import re
 import statistics
@@ -12,6 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from launch import command
 from popgen import config
 from popgen.errors import ArgumentError, CheckpointError, DivergedError, RunDirectoryError, StoppedError, TrainingError
 from popgen.experiment import Configuration, Experiment, run
@@ -21,6 +23,7 @@ from popgen.nn.vamp_prior import VampPrior
 from popgen.replicas import Replica, run_replicas
 from popgen.training.run_directory import RunDirectory
 from popgen.training.state import TrainState
+from tests.test_commands import Workspace
 from tests.training.test_runs import (
     CONFIGURATION,
     SometimesNan,
@@ -275,3 +278,50 @@ def test_the_configuration_of_a_replica_is_that_of_its_seed_alone() -> None:
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     first, second = (replica.experiment.model.state_dict() for replica in replicas)
     assert not torch.equal(first["prior.logits"], second["prior.logits"])
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+TWO = ("--gin_bindings=Experiment.num_replicas = 2", "--gin_bindings=HIDDEN_DIM = 8", "--run_dir=runs")
+
+
+def test_the_command_trains_replicas(tmp_path: pathlib.Path) -> None:
+    workspace = Workspace(tmp_path)
+    shown = workspace.succeed("train", "--gin_file=vae_squares.gin", *TWO)
+    assert "2 replicas: lowest loss" in shown.splitlines()[-1]
+    for index in range(2):
+        assert f"evaluate: python -m launch.evaluate --run_dir=runs/replica_{index}" in shown
+        written = (tmp_path / "runs" / f"replica_{index}" / "config.gin").read_text()
+        assert f"Experiment.seed = {index}\n" in written and "Experiment.num_replicas = 1\n" in written
+        assert RunDirectory(tmp_path / "runs" / f"replica_{index}").load_checkpoint("latest")["step"] == 4
+    assert "Experiment.num_replicas = 2\n" in (tmp_path / "runs" / "config.gin").read_text()
+
+
+@pytest.mark.slow
+def test_the_other_commands_take_a_replica_for_the_run_that_it_is(tmp_path: pathlib.Path) -> None:
+    workspace, train = Workspace(tmp_path), ("train", "--gin_file=vae_squares.gin", *TWO)
+    workspace.succeed(*train)
+    workspace.succeed("evaluate", "--run_dir=runs/replica_1", "--num_samples=5")
+    (record,) = (tmp_path / "runs" / "replica_1").glob("evaluation_*.json")
+    assert json.loads(record.read_text())["seed"] == 1
+    workspace.succeed("sample", "--run_dir=runs/replica_0", "--out=samples.png")
+    assert "to go on from" not in workspace.succeed(*train), "a finished run is finished"
+    assert "holds several replicas; --run_dir names one" in workspace.fail("evaluate", "--run_dir=runs")
+    for number in (1, 3):
+        bindings = f"--gin_bindings=Experiment.num_replicas = {number}"
+        for flag in ("--noreconfigure", "--reconfigure"):
+            assert f"num_replicas = 2, which cannot go on with {number}" in workspace.fail(*train, bindings, flag)
+    alone = ("--gin_file=runs/replica_1/config.gin", "--run_dir=runs/replica_1", "--reconfigure")
+    workspace.succeed("train", *alone, "--gin_bindings=Experiment.num_steps = 6")
+    assert RunDirectory(tmp_path / "runs" / "replica_1").load_checkpoint("latest")["step"] == 6
+    workspace.succeed(*train, "--overwrite", "--gin_bindings=Experiment.num_replicas = 3")
+    assert RunDirectory(tmp_path / "runs" / "replica_2").load_checkpoint("latest")["step"] == 4
+
+
+def test_a_command_on_the_whole_names_the_replicas(tmp_path: pathlib.Path) -> None:
+    given = config.load(["configs/vae.gin"], ["HIDDEN_DIM = 8", "Experiment.num_replicas = 2"]).configuration.given
+    for path in (tmp_path, tmp_path / "replica_0", tmp_path / "replica_1"):
+        path.mkdir(exist_ok=True)
+        (path / "config.gin").write_text(given)
+    with pytest.raises(RunDirectoryError, match="holds several replicas; --run_dir names one of them: .*/replica_1$"):
+        command.existing_run(str(tmp_path))
