@@ -51,7 +51,7 @@ def stack_states(states: Sequence[TrainState]) -> ReplicatedState:
 
     Example:
         >>> from popgen.training.state import initial_state
-        >>> states = [initial_state(nn.Linear(2, 1), torch.optim.Adam, seed) for seed in range(3)]
+        >>> states = [initial_state(torch.nn.Linear(2, 1), torch.optim.Adam, seed) for seed in range(3)]
         >>> stacked = stack_states(states)
         >>> stacked.parameters["weight"].shape
         torch.Size([3, 1, 2])
@@ -85,7 +85,7 @@ def split_states(state: ReplicatedState) -> list[TrainState]:
 
     Example:
         >>> from popgen.training.state import initial_state
-        >>> states = [initial_state(nn.Linear(2, 1), torch.optim.Adam, seed) for seed in range(3)]
+        >>> states = [initial_state(torch.nn.Linear(2, 1), torch.optim.Adam, seed) for seed in range(3)]
         >>> [one.parameters["weight"].shape for one in split_states(stack_states(states))][2]
         torch.Size([1, 2])
     """
