@@ -4,7 +4,8 @@
     python -m benchmarks.results table
 
 A run is collected with its configuration, the record of each evaluation and its figure, its curves, and the time that
-training took. The table takes every number from there; a number is not claimed for more steps than it had.
+training took, in a folder of its name and seed; a run of replicas as all of them. The table takes every number from
+there; a number is not claimed for more steps than it had. Where there are several seeds, their mean comes last.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import csv
 import json
 import pathlib
 import shutil
+import statistics
 import sys
 from typing import Any
 
@@ -25,6 +27,7 @@ RESULTS = REPOSITORY / "results"
 README = REPOSITORY / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PUBLISHED = {"vae": -84.04, "vamp": -81.96, "vamp_hsnf": -80.69}  # at a million steps, nats
+SAME = ("config", "steps", "weights", "num_samples", "num_examples", "precision", "training_precision")
 CURVES = ("train/loss", "test/loss", "validation/loss", "best/loss")
 
 
@@ -48,13 +51,13 @@ def curves_of(path: pathlib.Path) -> tuple[dict[int, dict[str, float]], float]:
 
 
 def collect(run_dir: pathlib.Path, name: str) -> pathlib.Path:
-    """Copies what a run has to show into results/, and returns the folder."""
+    """Copies what a run has to show into results/<name>/seed_<seed>, and returns that folder."""
     directory = RunDirectory(run_dir)
     records = sorted(run_dir.glob("evaluation_step*.json"))
     if not records:
         raise RunDirectoryError(f"{str(run_dir)!r} has no evaluation; python -m launch.evaluate --run_dir makes one")
     points, seconds = curves_of(run_dir)
-    folder = RESULTS / name
+    folder = RESULTS / name / f"seed_{json.loads(records[0].read_text())['seed']}"
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("evaluation_*"):
         stale.unlink()
@@ -76,27 +79,56 @@ def rows_of(folder: pathlib.Path) -> list[dict[str, Any]]:
     """Returns a row for each evaluation of a result, with what training took."""
     training = json.loads((folder / "training.json").read_text())
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("evaluation_*.json"))]
-    return [{"config": folder.name, **training, **record} for record in records]
+    return [{"config": folder.parent.name, **training, **record} for record in records]
+
+
+def groups_of(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Returns rows together that differ in their seed alone, each in the order of seeds."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(name) for name in SAME), []).append(row)
+    return [sorted(group, key=lambda row: row["seed"]) for group in groups.values()]
 
 
 def table(results: pathlib.Path = RESULTS) -> str:
-    """Returns the table of all results, those with a published number first."""
-    folders = [path.parent for path in results.glob("*/training.json")]
+    """Returns the table of all results, those with a published number first.
+
+    Behind the number of a seed stands its standard error over images, behind a mean the standard deviation over seeds.
+    """
+    folders = [path.parent for path in results.glob("*/seed_*/training.json")]
     order = list(PUBLISHED)
-    folders.sort(key=lambda path: (order.index(path.name) if path.name in order else len(order), path.name))
+
+    def place(folder: pathlib.Path) -> tuple[int, str, int]:
+        name = folder.parent.name
+        return order.index(name) if name in order else len(order), name, int(folder.name.removeprefix("seed_"))
+
     lines = [
         "| config | seed | steps | `best` at | weights | published | log p(x) | Monte Carlo error | hours | on |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in [row for folder in folders for row in rows_of(folder)]:
-        published = PUBLISHED.get(row["config"])
-        log_p_x = f"{row['log_p_x']:.2f} ± {row['log_p_x_standard_error']:.2f}".replace("-", "−")
-        lines.append(
-            f"| [`{row['config']}`](results/{row['config']}) | {row['seed']} | {row['steps']:,} | {row['step']:,} "
-            f"| {row['weights']} | {'' if published is None else f'{published:.2f}'.replace('-', '−')} | {log_p_x} "
-            f"| {row['monte_carlo_error']:.3f} | {row['seconds_of_steps'] / 3600.0:.1f} | {row['hardware']} |"
-        )
+    for group in groups_of([row for folder in sorted(folders, key=place) for row in rows_of(folder)]):
+        published = PUBLISHED.get(group[0]["config"])
+        shown = "" if published is None else _signed(f"{published:.2f}")
+        for row in group:
+            log_p_x = _signed(f"{row['log_p_x']:.2f} ± {row['log_p_x_standard_error']:.2f}")
+            folder = f"results/{row['config']}/seed_{row['seed']}"
+            lines.append(
+                f"| [`{row['config']}`]({folder}) | {row['seed']} | {row['steps']:,} | {row['step']:,} "
+                f"| {row['weights']} | {shown} | {log_p_x} "
+                f"| {row['monte_carlo_error']:.3f} | {row['seconds_of_steps'] / 3600.0:.1f} | {row['hardware']} |"
+            )
+        if len(group) > 1:
+            first, found = group[0], [row["log_p_x"] for row in group]
+            mean = _signed(f"**{statistics.fmean(found):.2f}** ± {statistics.stdev(found):.2f} over seeds")
+            lines.append(
+                f"| `{first['config']}` | {len(group)} seeds | {first['steps']:,} | | {first['weights']} | {shown} "
+                f"| {mean} | | | {first['hardware']} |"
+            )
     return "\n".join(lines)
+
+
+def _signed(number: str) -> str:
+    return number.replace("-", "−")
 
 
 def in_readme(readme: str, text: str) -> str:
@@ -119,7 +151,9 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if arguments.command == "collect":
-            print(f"collected in {collect(arguments.run_dir, arguments.name)}")
+            replicas = [replica.path for replica in RunDirectory(arguments.run_dir).replicas()]
+            for path in replicas or [arguments.run_dir]:
+                print(f"collected in {collect(path, arguments.name)}")
         else:
             README.write_text(in_readme(README.read_text(), table()))
             print(table())

@@ -6,6 +6,7 @@ Several processes train together if torchrun starts them: torchrun --nproc_per_n
 
 import dataclasses
 import pathlib
+import statistics
 
 import torch
 from absl import flags
@@ -15,8 +16,9 @@ from popgen import config, distributed
 from popgen.distributed import Processes
 from popgen.errors import ConfigError, RunDirectoryError
 from popgen.experiment import Experiment, run
+from popgen.replicas import Replica, run_replicas
 from popgen.training.run_directory import RunDirectory, default_root
-from popgen.training.state import tensors_of
+from popgen.training.state import TrainState, tensors_of
 
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("gin_file", [], "A config file; may be repeated, later files override earlier ones.")
@@ -57,13 +59,36 @@ def train_together(processes: Processes) -> None:
         print(describe(loaded.experiment))
         return
     with directory.locked():
-        settle_earlier_run(directory, configuration.given)
+        settle_earlier_run(directory, configuration.given, loaded.experiment.num_replicas)
         print(
             f"run directory: {directory.path}\nfollow it with: tensorboard --logdir {directory.path}",
             flush=True,
         )
         with command.stop_requests() as stop:
-            state = run(loaded.experiment, directory, configuration, stop, processes)
+            if loaded.experiment.num_replicas == 1:
+                results = [(directory, run(loaded.experiment, directory, configuration, stop, processes))]
+            else:
+                states = run_replicas(replicas_of(loaded.experiment), directory, configuration, stop, processes)
+                results = list(zip(directory.replicas(), states, strict=True))
+    for own, state in results:
+        report(own, state)
+    if len(results) > 1:
+        losses = [state.best_loss for _, state in results]
+        print(
+            f"{len(losses)} replicas: lowest loss {statistics.fmean(losses):.3f} ± {statistics.stdev(losses):.3f} nats"
+        )
+
+
+def replicas_of(experiment: Experiment) -> list[Replica]:
+    """Returns the replicas of the experiment that the flags describe."""
+    loaded = config.load_replicas(FLAGS.gin_file, FLAGS.gin_bindings, experiment)
+    return [
+        Replica(one.experiment, dataclasses.replace(one.configuration, compared=tuple(FLAGS.hparam))) for one in loaded
+    ]
+
+
+def report(directory: RunDirectory, state: TrainState) -> None:
+    """Prints what a run came to, and what can be done with it."""
     print(f"finished at step {state.step}; the lowest loss was {state.best_loss:.3f} nats, at step {state.best_step}")
     for path in sorted(directory.samples_path.glob("best*")):
         print(f"samples: {path}")
@@ -86,14 +111,15 @@ def run_path() -> pathlib.Path:
     return default_root() / name
 
 
-def settle_earlier_run(directory: RunDirectory, given: str) -> None:
+def settle_earlier_run(directory: RunDirectory, given: str, num_replicas: int) -> None:
     """Makes way for a new run, or makes sure that an earlier one is continued as it was.
 
     Raises:
-        RunDirectoryError: if the configuration has changed and no flag says what is meant.
+        RunDirectoryError: if the configuration has changed and no flag says what is meant, or the number of replicas.
     """
     if FLAGS.overwrite:
         directory.clear()
+    directory.check_num_replicas(num_replicas)
     changed = config.changes_since(directory, given)
     if changed and not FLAGS.reconfigure:
         raise RunDirectoryError(

@@ -47,11 +47,12 @@ class DivergedError(TrainingError):
 
     Attributes:
         step: the first of them.
+        replica: whose they are; 0 where there is one alone.
     """
 
-    def __init__(self, message: str, step: int) -> None:
+    def __init__(self, message: str, step: int, replica: int = 0) -> None:
         super().__init__(message)
-        self.step = step
+        self.step, self.replica = step, replica
 
 
 class StoppedError(PopgenError):

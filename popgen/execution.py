@@ -159,6 +159,18 @@ def _values_and_gradients(function: Callable[..., Any], arguments: tuple) -> lis
     return [*(value.detach() for value in values), *(gradient for gradient in gradients if gradient is not None)]
 
 
+def can_be_read(tensor: Tensor) -> bool:
+    """Returns whether a look at the values of a tensor waits for nothing and breaks nothing.
+
+    On a GPU it would wait; what is being compiled has no values yet, and under torch.vmap several stand in one.
+
+    Example:
+        >>> can_be_read(torch.zeros(3)), torch.vmap(lambda x: x + can_be_read(x))(torch.zeros(3))
+        (True, tensor([0., 0., 0.]))
+    """
+    return not (tensor.is_cuda or torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(tensor))
+
+
 def hardware(device: torch.device) -> str:
     """Returns what a device is, in words.
 

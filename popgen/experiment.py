@@ -69,6 +69,8 @@ class Experiment:
         num_steps: steps in all.
         batch_size: examples in a step.
         seed: of the model's first weights, the order of the data and all noise.
+        num_replicas: runs that are trained side by side in one process, with the seeds `seed`, `seed + 1`, ...; see
+            `popgen.replicas`.
         eval_every: steps between evaluations on the selection split; each also saves `latest`.
         log_every: steps between points of the training curves.
         checkpoint_every: steps between checkpoints that are kept for good.
@@ -85,6 +87,7 @@ class Experiment:
         device: "auto" (the GPU if there is one), or a device of torch.
         precision: of the networks' matrix products in training: "fp32", "tf32" (GPU) or "bf16"; densities stay exact.
         compile: whether torch.compile fuses the loss, its gradient and the evaluation; it starts half a minute later.
+            Not with several replicas.
         cuda_graph: on a GPU, whether a step is recorded and replayed; a model that waits for the device needs False.
 
     Raises:
@@ -111,6 +114,7 @@ class Experiment:
     num_steps: int = 1_000_000
     batch_size: int = 100
     seed: int = 0
+    num_replicas: int = 1
     eval_every: int = 1_000
     log_every: int = 100
     checkpoint_every: int = 100_000
@@ -131,6 +135,7 @@ class Experiment:
             ("num_steps", 1),
             ("batch_size", 1),
             ("seed", 0),
+            ("num_replicas", 1),
             ("eval_every", 1),
             ("log_every", 1),
             ("checkpoint_every", 1),
@@ -179,6 +184,11 @@ class Experiment:
         for name in ("compile", "cuda_graph"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"Experiment.{name} must be True or False, got {getattr(self, name)!r}")
+        if self.compile and self.num_replicas > 1:
+            raise ArgumentError(
+                f"Experiment.compile must be False with num_replicas = {self.num_replicas}: torch.compile cannot "
+                "follow functions with gradients of their own that are mapped over replicas"
+            )
         check_choice("Experiment.precision", self.precision, PRECISIONS)
         self.torch_device()
 
@@ -263,13 +273,19 @@ def run(
     """
     device = processes.device("Experiment.device", experiment.torch_device())
     check_precision("Experiment.precision", experiment.precision, device)
+    if experiment.num_replicas != 1:
+        raise ArgumentError(f"run trains one replica, got num_replicas = {experiment.num_replicas}: use run_replicas")
     check_divided("Experiment.batch_size", experiment.batch_size, processes)
+    directory.check_num_replicas(1)
     with processes.first_goes_ahead():
         data, model = prepare(experiment, device)
-    final_examples = first_examples(data, experiment.final_num_examples)  # an error now rather than after the last step
+    first_examples(data, experiment.final_num_examples)  # an error now rather than after the last step
     step_function, draw_batch = training_functions(experiment, model, data, processes)
     state = state_of_all(experiment, model, data, directory, processes)
-    recorder = make_recorder(experiment, model, data, directory, configuration, state.step, processes)
+    recorder: Recorder | Follower = Follower(processes)
+    if processes.first:
+        writer = open_writer(experiment, directory, configuration, state.step)
+        recorder = recorder_of(experiment, model, data, directory, writer, processes)
     try:
         hooks = Hooks(
             log_every=experiment.log_every,
@@ -286,48 +302,27 @@ def run(
         try:
             state = train(state, step_function, draw_batch, experiment.num_steps, hooks)
         except DivergedError as error:
-            replay = f"python -m launch.replay --run_dir={directory.path} --step={error.step} --trust_config"
-            raise DivergedError(f"{error}. What went wrong where: {replay}", error.step) from error
+            raise with_replay(error, directory) from error
         if hooks.stop():
             raise StoppedError(f"stopped at step {state.step}, which is saved; the same command goes on from there")
-        tensors = processes.from_first(directory.load_checkpoint("best") if processes.first else {})
-        best = model_of_checkpoint(model, tensors)
-        recorder.show_best(best)
-        in_parts = isinstance(experiment.evaluator, ImageEvaluator)
-        if experiment.final_num_samples and (in_parts or processes.first):
-            num_samples, num_examples, step = experiment.final_num_samples, len(final_examples), tensors["step"]
-            files = EvaluationFiles(directory.path, step, "raw", num_samples, num_examples)
-            table = ImageTable(files.images, processes=processes if in_parts else ALONE)
-            record = evaluate_model(experiment, best, data, num_samples, num_examples, step, table=table, stop=stop)
-            recorder.write_evaluation(files, record)
+        finish(experiment, model, data, directory, recorder, stop, processes)
     finally:
         recorder.close()
     return state
 
 
-def make_recorder(
+def recorder_of(
     experiment: Experiment,
     model: Model,
     data: Data,
     directory: RunDirectory,
-    configuration: Configuration,
-    step: int,
-    processes: Processes,
-) -> Recorder | Follower:
-    """Returns what writes the run from a step on, once it has written the configuration.
+    writer: Writer,
+    processes: Processes = ALONE,
+) -> Recorder:
+    """Returns what writes a run while it trains.
 
     Example: `run` calls it.
     """
-    if not processes.first:
-        return Follower(processes)
-    # Written only now that everything is built and loaded: a mistake leaves an earlier run as it was.
-    write_whole(directory.config_path, configuration.given.encode())
-    write_whole(directory.operative_config_path, configuration.operative.encode())
-    writer = Writer(directory.path, purge_step=step + 1)
-    writer.text("config", configuration.given, step)
-    writer.text("operative_config", configuration.operative, step)
-    metrics = ["best/loss", *(f"evaluation/{name}" for name in experiment.evaluator.headline)]
-    writer.hyper_parameters(configuration.settings, metrics, configuration.compared)
     return Recorder(
         experiment.evaluator,
         experiment.selection_split,
@@ -340,6 +335,63 @@ def make_recorder(
         model,
         processes,
     )
+
+
+def open_writer(
+    experiment: Experiment,
+    directory: RunDirectory,
+    configuration: Configuration,
+    step: int,
+    make_writer: Callable[..., Writer] = Writer,
+) -> Writer:
+    """Returns the writer of a run's curves, which goes on after a step; the configuration is written first.
+
+    Example: `run` calls it.
+    """
+    # Written only now that everything is built and loaded: a mistake leaves an earlier run as it was.
+    write_whole(directory.config_path, configuration.given.encode())
+    write_whole(directory.operative_config_path, configuration.operative.encode())
+    writer = make_writer(directory.path, purge_step=step + 1)
+    writer.text("config", configuration.given, step)
+    writer.text("operative_config", configuration.operative, step)
+    metrics = ["best/loss", *(f"evaluation/{name}" for name in experiment.evaluator.headline)]
+    writer.hyper_parameters(configuration.settings, metrics, configuration.compared)
+    return writer
+
+
+def with_replay(error: DivergedError, directory: RunDirectory) -> DivergedError:
+    """Returns the same error, which also says what command shows what went wrong.
+
+    Example: `run` calls it.
+    """
+    replay = f"python -m launch.replay --run_dir={directory.path} --step={error.step} --trust_config"
+    return DivergedError(f"{error}. What went wrong where: {replay}", error.step, error.replica)
+
+
+def finish(
+    experiment: Experiment,
+    model: Model,
+    data: Data,
+    directory: RunDirectory,
+    recorder: Recorder | Follower,
+    stop: Callable[[], bool],
+    processes: Processes = ALONE,
+) -> None:
+    """Writes what the best checkpoint of a run has to show, and its evaluation if there is to be one.
+
+    Example: `run` calls it.
+    """
+    tensors = processes.from_first(directory.load_checkpoint("best") if processes.first else {})
+    best = model_of_checkpoint(model, tensors)
+    recorder.show_best(best)
+    in_parts = isinstance(experiment.evaluator, ImageEvaluator)
+    if experiment.final_num_samples and (in_parts or processes.first):
+        num_samples, step = experiment.final_num_samples, tensors["step"]
+        num_examples = len(first_examples(data, experiment.final_num_examples))
+        files = EvaluationFiles(directory.path, step, "raw", num_samples, num_examples)
+        table = ImageTable(files.images, processes=processes if in_parts else ALONE)
+        record = evaluate_model(experiment, best, data, num_samples, num_examples, step, table=table, stop=stop)
+        recorder.write_evaluation(files, record)
 
 
 def prepare(experiment: Experiment, device: torch.device) -> tuple[Data, Model]:
@@ -387,6 +439,22 @@ def starting_state(experiment: Experiment, model: Model, data: Data, found: Foun
     return first_state(experiment, model)
 
 
+def continued_state(
+    experiment: Experiment, model: Model, data: Data, directory: RunDirectory, found: Found | None
+) -> TrainState:
+    """Returns what `starting_state` does, and makes the files of the run fit it.
+
+    Raises:
+        CheckpointError: if the checkpoint is of another model, optimizer or kind of device.
+
+    Example: `run` calls it.
+    """
+    state = starting_state(experiment, model, data, found)
+    if found is not None and not directory.continue_from(found):
+        return dataclasses.replace(state, best_loss=math.inf, best_step=0)
+    return state
+
+
 def state_of_all(
     experiment: Experiment, model: Model, data: Data, directory: RunDirectory, processes: Processes
 ) -> TrainState:
@@ -396,10 +464,7 @@ def state_of_all(
     """
     if not processes.first:
         return state_from_tensors(processes.from_first({}), first_state(experiment, model))
-    found = directory.newest_checkpoint()
-    state = starting_state(experiment, model, data, found)
-    if found is not None and not directory.continue_from(found):
-        state = dataclasses.replace(state, best_loss=math.inf, best_step=0)
+    state = continued_state(experiment, model, data, directory, directory.newest_checkpoint())
     processes.from_first(state_to_tensors(state))
     return state
 

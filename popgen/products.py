@@ -51,6 +51,7 @@ def _prefers_onednn() -> bool:
 
 
 USES_ONEDNN = _prefers_onednn()
+ONE_BY_ONE = 2**24  # multiplications from which a product of several is formed by itself
 
 
 # An operator of its own: the compiler calls it as it is, where it would copy transposed factors for oneDNN.
@@ -87,13 +88,24 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims: tuple, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
-        """Returns one product for each pair; where the layer is shared, one product for all."""
+        """Returns one product for each pair; where the layer is shared, one product for all.
+
+        oneDNN forms them one after another if they are large; one call of MKL forms many small ones with less ado.
+        """
         x_dim, weight_dim, bias_dim = in_dims
         if weight_dim is None and bias_dim is None:
             return linear(x.movedim(x_dim, 0), weight, bias), 0
-        x = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
-        weight = weight if weight_dim is None else weight.movedim(weight_dim, 0)
+        x, weight = (_leading(tensor, dim, info.batch_size) for tensor, dim in ((x, x_dim), (weight, weight_dim)))
+        bias = None if bias is None else _leading(bias, bias_dim, info.batch_size)
+        if x[0].numel() * weight.shape[1] >= ONE_BY_ONE:
+            biases = [None] * len(x) if bias is None else bias.unbind()
+            return torch.stack([linear(*one) for one in zip(x.unbind(), weight.unbind(), biases, strict=True)]), 0
         product = torch.matmul(x.reshape(len(x), -1, x.shape[-1]), weight.mT)
         if bias is not None:
-            product = product + (bias if bias_dim is None else bias.movedim(bias_dim, 0)[:, None])
+            product = product + bias[:, None]
         return product.view(*x.shape[:-1], -1), 0
+
+
+def _leading(tensor: Tensor, dim: int | None, count: int) -> Tensor:
+    """Returns a tensor with the mapped axis in front; one that all share is repeated without a copy."""
+    return tensor.expand(count, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

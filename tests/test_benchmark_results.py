@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import shutil
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def test_a_run_is_collected(trained: RunDirectory) -> None:
     folder = results.collect(trained.path, "vae")
     (record,) = folder.glob("evaluation_*.json")
     assert record.read_text() == (trained.path / record.name).read_text()
+    assert folder == results.RESULTS / "vae" / "seed_0"
     assert (folder / "config.gin").read_text() == "given"
     assert (folder / record.with_suffix(".png").name).stat().st_size > 1_000
     with (folder / "curve.csv").open() as file:
@@ -58,9 +60,28 @@ def test_the_table_has_a_row_for_each_evaluation(trained: RunDirectory) -> None:
         results.collect(trained.path, name)
     lines = results.table(results.RESULTS).splitlines()
     assert [line.split("`")[1] for line in lines[2:]] == ["vae", "vamp", "zebra"]
-    (record,) = (json.loads(path.read_text()) for path in (results.RESULTS / "vae").glob("evaluation_*.json"))
+    (record,) = (
+        json.loads(path.read_text()) for path in (results.RESULTS / "vae" / "seed_0").glob("evaluation_*.json")
+    )
     assert f"| 0 | 8 | {record['step']} | raw | −84.04 | −{-record['log_p_x']:.2f} ± " in lines[2]
     assert "| raw |  | −" in lines[4], "nothing was published of it"
+
+
+def test_seeds_of_one_configuration_have_a_mean(trained: RunDirectory) -> None:
+    """Rows of other weights, or of other steps, are not in it."""
+    folder = results.collect(trained.path, "vae")
+    (path,) = folder.glob("evaluation_*.json")
+    record = json.loads(path.read_text())
+    for seed, log_p_x in ((10, -84.0), (9, -86.0), (11, -91.0)):
+        other = folder.with_name(f"seed_{seed}")
+        shutil.copytree(folder, other)
+        changed = record | {"seed": seed, "log_p_x": log_p_x, "weights": "averaged" if seed == 11 else "raw"}
+        (other / path.name).write_text(json.dumps(changed))
+    path.write_text(json.dumps(record | {"log_p_x": -88.0}))
+    lines = results.table(results.RESULTS).splitlines()[2:]
+    assert [line.split("|")[2].strip() for line in lines] == ["0", "9", "10", "3 seeds", "11"]
+    assert "| raw | −84.04 | **−86.00** ± 2.00 over seeds |" in lines[3]
+    assert "(results/vae/seed_9)" in lines[1]
 
 
 def test_what_cannot_be_collected_is_named(tmp_path: pathlib.Path) -> None:
@@ -82,7 +103,7 @@ def test_the_table_goes_between_its_marks() -> None:
 
 def test_the_readme_says_what_the_results_say() -> None:
     readme = results.README.read_text()
-    if not list(results.RESULTS.glob("*/training.json")):
+    if not list(results.RESULTS.glob("*/seed_*/training.json")):
         assert results.BEGIN not in readme
     else:
         assert results.in_readme(readme, results.table()) == readme

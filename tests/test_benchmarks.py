@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 
+from benchmarks import replicas
 from benchmarks.measure import bare_products, in_fresh_process, interleaved, prepared, ratio, table
 from benchmarks.speed import CONFIGS, one_step
+from popgen.training.loop import Hooks
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -41,6 +43,23 @@ def test_a_step_has_the_products_that_its_formula_has(name: str, tmp_path_factor
     assert flops == 2.0 * (inputs * encoder + images * (decoder + flow + mixture))
 
 
+@pytest.mark.parametrize("num_replicas", [None, 2])
+def test_the_cost_of_replicas_is_that_of_training(num_replicas: int | None, tmp_path_factory, monkeypatch):
+    """The step trains: twice the work takes the state on from where it was."""
+    monkeypatch.setenv("POPGEN_DATA", str(tmp_path_factory.getbasetemp() / "digits"))
+    monkeypatch.setattr(replicas, "STEPS", 2)
+    losses: list[float] = []
+
+    def listening(log_every, log, *others):
+        return Hooks(1, lambda step, means: losses.append(means["loss"]), *others)
+
+    monkeypatch.setattr(replicas, "Hooks", listening)
+    work = replicas.training("vae", "cpu", ("HIDDEN_DIM = 8", "Adam.lr = 1e-2"), num_replicas)
+    work()
+    work()
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
 def test_contenders_take_turns_and_are_compared_round_by_round():
     calls: list[str] = []
     work = {name: (lambda name=name: calls.append(name), 1) for name in ("one", "other")}
@@ -68,7 +87,7 @@ def test_table():
     assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
-@pytest.mark.parametrize("name", ["speed", "growth", "profile", "precision", "kills", "soak"])
+@pytest.mark.parametrize("name", ["speed", "growth", "profile", "precision", "kills", "soak", "replicas", "scaling"])
 def test_commands_parse(name: str):
     command = [sys.executable, "-m", f"benchmarks.{name}"]
     done = subprocess.run([*command, "--help"], cwd=REPOSITORY, capture_output=True, text=True)

@@ -190,7 +190,7 @@ def test_no_gin_frame_survives_the_build():
 
 BAD_BINDINGS = {
     "Experimnt.num_steps = 3": (ConfigError, "'Experimnt'", "did you mean Experiment?"),
-    "Experiment.num_step = 3": (ConfigError, "'num_step'", "did you mean num_steps?"),
+    "Experiment.num_step = 3": (ConfigError, "'num_step'", "did you mean num_steps or num_replicas?"),
     'Experiment.num_steps = "nine"': (ArgumentError, "Experiment.num_steps", "integer of at least 1, got 'nine'"),
     "Experiment.num_steps = nine": (ConfigError, "Experiment.num_steps = nine", "text in quotes"),
     "Experiment.num_steps = 1e4": (ArgumentError, "Experiment.num_steps", "got 10000.0"),

@@ -67,7 +67,11 @@ def test_second_derivatives():
     "in_dims", [(0, 0, 0), (0, None, None), (None, 0, 0), (0, 0, None), (1, 2, 1), (None, None, 0)]
 )
 @pytest.mark.parametrize("shape", [(5,), (6, 5), (2, 6, 5)])
-def test_mapped_over_replicas(in_dims: tuple[int | None, ...], shape: tuple[int, ...]):
+@pytest.mark.parametrize("one_by_one", [0, products.ONE_BY_ONE])
+def test_mapped_over_replicas(
+    in_dims: tuple[int | None, ...], shape: tuple[int, ...], one_by_one: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(products, "ONE_BY_ONE", one_by_one)
     single = [torch.randn(shape), torch.randn(3, 5), torch.randn(3)]
     if any(dim is not None and dim > tensor.ndim for dim, tensor in zip(in_dims, single, strict=True)):
         pytest.skip("no such axis")

@@ -117,6 +117,28 @@ def _load(overridden: "dict[_BindingKey, str]", limit: foreign.SizeLimit | None 
     return LoadedConfig(experiment, configuration, orphans)
 
 
+def load_replicas(
+    gin_files: Sequence[str | os.PathLike], bindings: Sequence[str], experiment: Experiment
+) -> list[LoadedConfig]:
+    """Returns the configuration of each replica of an experiment: the same, alone, under a seed of its own.
+
+    Args:
+        gin_files: as in `load`.
+        bindings: as in `load`.
+        experiment: what these describe.
+
+    Example:
+        >>> bindings = ["Experiment.num_replicas = 3", "Experiment.seed = 10"]
+        >>> loaded = load(["configs/vae.gin"], bindings)
+        >>> replicas = load_replicas(["configs/vae.gin"], bindings, loaded.experiment)
+        >>> [(replica.experiment.seed, replica.experiment.num_replicas) for replica in replicas]
+        [(10, 1), (11, 1), (12, 1)]
+    """
+    seeds = range(experiment.seed, experiment.seed + experiment.num_replicas)
+    own = [[f"Experiment.seed = {seed}", "Experiment.num_replicas = 1"] for seed in seeds]
+    return [load(gin_files, [*bindings, *one]) for one in own]
+
+
 def differences(old: str, new: str) -> list[str]:
     """Returns the bindings in which two configuration texts differ, as `name: old -> new`; neither text is run.
 

@@ -5,6 +5,7 @@ on the training device, and a batch is gathered and binarised there in a handful
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -90,7 +91,12 @@ class ImageData:
         Raises:
             ArgumentError: if a batch is larger than the data.
         """
-        return TrainBatches(self.train, batch_size, seed)
+        return TrainBatches(self._train_thresholds, batch_size, seed)
+
+    @functools.cached_property
+    def _train_thresholds(self) -> Tensor:
+        """The thresholds of grey training images, which all batches share; floating-point images as they are."""
+        return bernoulli_thresholds(self.train) if self.train.dtype == torch.uint8 else self.train
 
     def facts(self) -> dict[str, Any]:
         """Returns the binarisation protocol."""
@@ -235,7 +241,7 @@ class TrainBatches(ShuffledBatches):
     """The training batches of a run, images in random order.
 
     Args:
-        images: uint8 levels or floating point, shape `(count, size)`.
+        images: uint8 levels, their `bernoulli_thresholds`, or floating point, shape `(count, size)`.
         batch_size: images in a batch.
         seed: of the order.
 

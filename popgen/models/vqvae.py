@@ -236,7 +236,7 @@ class VQVAE(ImageModel):
         quantised = quantiser(vectors)
         log_p_x_given_z = self.decoder(quantised.values).log_density(x)[None]
         zeros = torch.zeros_like(log_p_x_given_z)
-        by_gradient = quantised.codes.requires_grad
+        by_gradient = any(True for _ in quantiser.parameters())
         observed = {} if uniform is None else quantiser.observe(vectors, quantised.indices, uniform)
         return VQVAETerms(
             log_p_x_given_z=log_p_x_given_z,

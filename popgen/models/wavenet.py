@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from popgen.distributions.codes import CategoricalOutput, CodeDensity, LogisticMixtureOutput
 from popgen.distributions.mu_law import NUM_CODES
 from popgen.errors import ArgumentError, DataError, check_integer
-from popgen.execution import compile_or_fall_back, record_or_fall_back
+from popgen.execution import can_be_read, compile_or_fall_back, record_or_fall_back
 from popgen.models.model import Model
 from popgen.nn.causal_conv import CausalConv1d, PastInputs, no_past_inputs
 
@@ -141,15 +141,15 @@ class WaveNet(Model):
             local: features of each position, if `local_dim` is not 0.
 
         Raises:
-            ArgumentError: if names, shapes or values are not those. On a GPU, where a look at the values would wait for
-                it, they are not looked at: `check_values` does it once for a data set.
+            ArgumentError: if names, shapes or values are not those. Values that cannot be looked at without waiting for
+                a GPU are not, nor those of mapped or compiled functions: `check_values` does it once for a data set.
         """
         batch, time = codes.shape
         if time == 0:
             raise ArgumentError(f"codes must have at least one position, got shape {tuple(codes.shape)}")
         self._check_labels(labels, batch)
         self._check_local(local, (batch, self.local_dim, time))
-        if not codes.is_cuda and not torch.compiler.is_compiling():
+        if can_be_read(codes):
             self.check_values(codes, labels)
         x = self.embedding(F.pad(codes, (1, -1), value=START)).transpose(1, 2)
         conditions, skips = self._conditions(labels), None

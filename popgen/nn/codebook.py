@@ -80,13 +80,13 @@ def nearest_codes(vectors: Float[Tensor, "*shape dim"], codes: Float[Tensor, "co
     centred = codes.to(dtype) - centre
     half_norms = 0.5 * centred.square().sum(1)
     flat = vectors.reshape(-1, vectors.shape[-1])
-    indices = torch.empty(len(flat), dtype=torch.int64, device=flat.device)
     rows = max(1, PAIRS_IN_FLIGHT.get(flat.device.type, PAIRS_IN_FLIGHT["cpu"]) // len(codes))
+    indices = []
     with full_precision(flat.device):
-        for start in range(0, len(flat), rows):
-            chunk = (flat[start : start + rows] - centre).to(dtype)
-            indices[start : start + rows] = torch.addmm(half_norms, chunk, centred.T, alpha=-1).argmin(1)
-    return indices.view(vectors.shape[:-1])
+        for chunk in flat.split(rows):
+            centred_chunk = (chunk - centre).to(dtype)
+            indices.append(torch.addmm(half_norms, centred_chunk, centred.T, alpha=-1).argmin(1))
+    return torch.cat(indices).view(vectors.shape[:-1])
 
 
 @torch.no_grad()
@@ -110,8 +110,8 @@ def assigned_sums(
                 [0., 0.]])
     """
     rows = vectors.detach().reshape(-1, vectors.shape[-1]).to(dtype)
-    seen = torch.zeros(num_codes, 1 + rows.shape[1], dtype=rows.dtype, device=rows.device)
-    return seen.index_add_(0, indices.reshape(-1), torch.cat([torch.ones_like(rows[:, :1]), rows], dim=1))
+    empty = torch.zeros(num_codes, 1 + rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return empty.index_add(0, indices.reshape(-1), torch.cat([torch.ones_like(rows[:, :1]), rows], dim=1))
 
 
 @torch.no_grad()

@@ -152,6 +152,10 @@ def check_points(
         except PopgenError as error:
             raise ConfigError(f"{error} (at the point {name}; nothing was started)") from error
         given, experiment = loaded.configuration.given, loaded.experiment
+        if experiment.num_replicas != 1:
+            raise ConfigError(
+                f"Experiment.num_replicas must be 1 in a sweep, got {experiment.num_replicas}: sweep Experiment.seed"
+            )
         if (same := named_by_configuration.setdefault(given, name)) != name:
             raise ConfigError(f"the points {same} and {name} are the same configuration; nothing was started")
         directory = RunDirectory(sweep.path / name)

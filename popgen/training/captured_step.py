@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from popgen.datasets.data import Batches
 from popgen.errors import TrainingError, reason_of
 from popgen.execution import Recorded, record_cuda_graph
 from popgen.training.objectives import Metrics
+from popgen.training.replicas import replicas_of
 from popgen.training.state import TrainState
 from popgen.training.step import TrainStep, settings_tensor
 
@@ -86,8 +88,9 @@ class CapturedStep:
                 metrics = self._work()
             else:
                 if self._replay is None:
-                    _check_optimizer(state)
-                    self._replay, self._metrics = self.record(self._work, state.generators.values())
+                    for one in replicas_of(state):
+                        _check_optimizer(one)
+                    self._replay, self._metrics = self.record(self._work, tree_leaves(state.generators))
                 self._replay()
                 metrics = self._metrics
         values = torch.stack(list(metrics.values()))  # a copy: the next replay overwrites what it was made of
@@ -101,7 +104,8 @@ class CapturedStep:
         self._settings = torch.zeros(len(names), dtype=reference.dtype, device=reference.device)
         settings = dict(zip(names, self._settings.unbind(), strict=True))
         if reference.is_cuda:
-            _count_on_device(state)
+            for one in replicas_of(state):
+                _count_on_device(one)
 
         def work() -> Metrics:
             batch = self.batches.gather(self._indices, state.generators["binarisation"])

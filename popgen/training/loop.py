@@ -16,6 +16,38 @@ Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 DrawBatch = Callable[[int, torch.Generator], Any]
 
 
+def mean_metrics(recent: Sequence[Metrics], step: int, max_skipped_steps: int) -> dict[str, float]:
+    """Returns the mean of each metric over the steps that were taken, read from the device once.
+
+    Raises:
+        DivergedError: if more steps in a row were skipped than may be.
+
+    Example:
+        >>> row = {"loss": torch.tensor(3.0), "skipped_steps": torch.tensor(0.0), "skipped_in_a_row": torch.tensor(0.0)}
+        >>> mean_metrics([row], step=1, max_skipped_steps=0)
+        {'loss': 3.0, 'skipped_steps': 0.0}
+    """
+    names = list(recent[0])
+    table = torch.stack([torch.stack([metrics[name] for name in names]) for metrics in recent]).double().cpu()
+    columns = dict(zip(names, table.unbind(1), strict=True))
+    in_a_row = columns.pop("skipped_in_a_row")
+    for row in (in_a_row > max_skipped_steps).nonzero().flatten().tolist()[:1]:
+        wrong = next((name for name in ("loss", "gradient_norm") if not math.isfinite(columns[name][row])), None)
+        what = "gradient norm became too large," if wrong is None else f"{wrong.replace('_', ' ')} became"
+        value, number = columns[wrong or "gradient_norm"][row].item(), int(in_a_row[row])
+        last = step - len(recent) + row + 1
+        raise DivergedError(
+            f"the {what} {value:.6g} at step {last}"
+            + (f", and {number} steps in a row were skipped" if number > 1 else "")
+            + "; nothing was saved after the last checkpoint. A lower learning rate or Experiment.max_gradient_norm "
+            "may help",
+            step=last - number + 1,
+        )
+    skipped, taken = columns.pop("skipped_steps"), in_a_row == 0
+    means = {name: column[taken].mean().item() for name, column in columns.items()} if taken.any() else {}
+    return {**means, "skipped_steps": skipped[-1].item()}
+
+
 class Hooks(NamedTuple):
     """What the loop calls, and how often. Each is also called after the last step.
 
@@ -28,6 +60,7 @@ class Hooks(NamedTuple):
         stop: whether to stop before the next step.
         max_skipped_steps: how many steps in a row may be skipped.
         quiet: whether no progress is shown, not even on a terminal.
+        mean: forms the means; see `mean_metrics`.
 
     Example: `train` shows one.
     """
@@ -42,6 +75,7 @@ class Hooks(NamedTuple):
     stop: Callable[[], bool] = lambda: False
     max_skipped_steps: int = 0
     quiet: bool = False
+    mean: Callable[[Sequence[Metrics], int, int], dict[str, float]] = mean_metrics
 
 
 def train(
@@ -92,7 +126,7 @@ def train(
             evaluating = last or state.step % hooks.eval_every == 0
             checkpointing = last or state.step % hooks.checkpoint_every == 0
             if evaluating or checkpointing or state.step % hooks.log_every == 0:
-                means = _mean_metrics(state.recent, state.step, hooks.max_skipped_steps)
+                means = hooks.mean(state.recent, state.step, hooks.max_skipped_steps)
                 means["steps_per_second"] = (state.step - timed_from) / (time.perf_counter() - clock)
                 shown = (
                     f"ELBO {means['elbo']:.2f} nats" if "elbo" in means else f"loss {means.get('loss', math.nan):.3f}"
@@ -110,33 +144,6 @@ def train(
                 clock, timed_from = time.perf_counter(), state.step
     if state.step > saved:
         if state.recent:
-            _mean_metrics(state.recent, state.step, hooks.max_skipped_steps)  # a run that has gone wrong is not saved
+            hooks.mean(state.recent, state.step, hooks.max_skipped_steps)  # a run that has gone wrong is not saved
         hooks.save(state)
     return state
-
-
-def _mean_metrics(recent: Sequence[Metrics], step: int, max_skipped_steps: int) -> dict[str, float]:
-    """Returns the mean of each metric over the steps that were taken, read from the device once.
-
-    Raises:
-        DivergedError: if more steps in a row were skipped than may be.
-    """
-    names = list(recent[0])
-    table = torch.stack([torch.stack([metrics[name] for name in names]) for metrics in recent]).double().cpu()
-    columns = dict(zip(names, table.unbind(1), strict=True))
-    in_a_row = columns.pop("skipped_in_a_row")
-    for row in (in_a_row > max_skipped_steps).nonzero().flatten().tolist()[:1]:
-        wrong = next((name for name in ("loss", "gradient_norm") if not math.isfinite(columns[name][row])), None)
-        what = "gradient norm became too large," if wrong is None else f"{wrong.replace('_', ' ')} became"
-        value, number = columns[wrong or "gradient_norm"][row].item(), int(in_a_row[row])
-        last = step - len(recent) + row + 1
-        raise DivergedError(
-            f"the {what} {value:.6g} at step {last}"
-            + (f", and {number} steps in a row were skipped" if number > 1 else "")
-            + "; nothing was saved after the last checkpoint. A lower learning rate or Experiment.max_gradient_norm "
-            "may help",
-            step=last - number + 1,
-        )
-    skipped, taken = columns.pop("skipped_steps"), in_a_row == 0
-    means = {name: column[taken].mean().item() for name, column in columns.items()} if taken.any() else {}
-    return {**means, "skipped_steps": skipped[-1].item()}

@@ -14,6 +14,7 @@ from popgen.errors import CheckpointError, RunDirectoryError
 from popgen.training import checkpoints
 
 LOCK_NAME = ".lock"
+REPLICA = "replica_"  # and its number: the run directory of a replica, see `popgen.replicas`
 MAX_DIGITS = 19  # of a step
 NAMES = ("best", "latest", "previous")  # of checkpoints, beside those of steps
 # Everything that a run writes; starting anew removes these and nothing else. The configuration goes last: as long as
@@ -107,8 +108,30 @@ class RunDirectory:
         return [name for name in names if self.checkpoint_path(name).is_file()]
 
     def has_checkpoint(self) -> bool:
-        """Whether there is something to continue."""
-        return bool(self.checkpoint_names())
+        """Whether there is something to continue, of this run or of its replicas."""
+        return bool(self.checkpoint_names()) or any(replica.has_checkpoint() for replica in self.replicas())
+
+    def replica(self, index: int) -> "RunDirectory":
+        """Returns the run directory of a replica."""
+        return RunDirectory(self.path / f"{REPLICA}{index}")
+
+    def replicas(self) -> list["RunDirectory"]:
+        """Returns the run directories of the replicas that there are."""
+        count = sum(1 for path in self.path.glob(f"{REPLICA}*/config.gin"))
+        return [self.replica(index) for index in range(count)]
+
+    def check_num_replicas(self, num_replicas: int) -> None:
+        """Checks that a run of so many replicas can be continued here, or begun.
+
+        Raises:
+            RunDirectoryError: if there is a run of another number.
+        """
+        found = 1 if self.checkpoint_names() else len(self.replicas()) if self.has_checkpoint() else num_replicas
+        if found != num_replicas:
+            raise RunDirectoryError(
+                f"{self.path} holds a run of num_replicas = {found}, which cannot go on with {num_replicas}: "
+                "--overwrite starts anew, --run_dir names another place"
+            )
 
     def load_checkpoint(self, name: str) -> dict[str, Any]:
         """Returns the contents of a checkpoint by name.
@@ -178,7 +201,7 @@ class RunDirectory:
             print(f"{'; '.join(found.damaged)}; continuing from {found.name}, step {step}", file=sys.stderr, flush=True)
         if found.name != "latest":
             latest = self.checkpoint_path("latest")
-            if latest.is_file():
+            if latest.is_file() and found.damaged:
                 os.replace(latest, latest.with_suffix(".damaged"))
             checkpoints.save(latest, found.tensors)
         best = self._load_whole("best")
@@ -239,7 +262,9 @@ class RunDirectory:
             return True
 
     def clear(self) -> None:
-        """Removes what an earlier run wrote, and nothing else."""
+        """Removes what an earlier run and its replicas wrote, and nothing else."""
+        for replica in self.replicas():
+            replica.clear()
         for pattern in CONTENTS:
             for found in self.path.glob(pattern):
                 found.unlink()

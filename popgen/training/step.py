@@ -18,6 +18,7 @@ from popgen.training.objectives import Metrics, Objective, Result, Settings, Ten
 from popgen.training.state import TrainState
 
 LossFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], Result]
+Gradients = tuple[Tensor | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +78,21 @@ class TrainStep:
         noise = self.objective.draw_noise(self.model, batch, state.generators["posterior noise"])
         if self.processes.size > 1:
             batch, noise = self.processes.part(batch), self.objective.part_of_noise(noise, self.processes)
-        with matrix_products(self.precision, _device(state)):
-            loss, metrics, observed = self.loss_function(
-                state.parameters, state.buffers, batch, noise, settings, state.auxiliary
-            )
-            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-                loss, list(state.parameters.values()), allow_unused=True
-            )
+        result, gradients = self.gradients(state, batch, noise, settings)
         if self.processes.size > 1:
-            weight = self.objective.weight(batch)
-            loss, gradients, metrics, observed = self._combine(loss, gradients, metrics, observed, weight)
+            result, gradients = self._combine(result, gradients, self.objective.weight(batch))
+        return self.take(state, result, gradients, settings)
+
+    def gradients(self, state: TrainState, batch: Any, noise: Any, settings: Settings) -> tuple[Result, Gradients]:
+        """Returns what the loss function returns, and the gradients of the parameters."""
+        with matrix_products(self.precision, _device(state)):
+            result = self.loss_function(state.parameters, state.buffers, batch, noise, settings, state.auxiliary)
+            leaves = list(state.parameters.values())
+            return result, torch.autograd.grad(result[0].sum(), leaves, allow_unused=True)
+
+    def take(self, state: TrainState, result: Result, gradients: Gradients, settings: Settings) -> Metrics:
+        """Updates the tensors of a state in place along its gradients, and returns the metrics."""
+        loss, metrics, observed = result
         tensors = {**state.buffers, **state.auxiliary}
         changes, metrics = self.objective.transition(self.model, tensors, metrics, observed)
         changing = [(_changeable(state, name, value), value.detach()) for name, value in changes.items()]
@@ -108,10 +114,9 @@ class TrainStep:
             "skipped_in_a_row": in_a_row.to(norm.dtype),
         }
 
-    def _combine(
-        self, loss: Tensor, gradients: tuple[Tensor | None, ...], metrics: Metrics, observed: Tensors, weight: Any
-    ) -> tuple[Tensor, tuple[Tensor | None, ...], Metrics, Tensors]:
-        """Returns the loss, the gradients and the metrics of the whole batch, and what all processes observed of it."""
+    def _combine(self, result: Result, gradients: Gradients, weight: Any) -> tuple[Result, Gradients]:
+        """Returns what the loss function returns for the whole batch, of which each process saw a part."""
+        loss, metrics, observed = result
         if observed and type(self.objective).transition is Objective.transition:
             raise ArgumentError(
                 f"{type(self.objective).__name__} cannot be shared by {self.processes.size} processes: it must define "
@@ -119,15 +124,11 @@ class TrainStep:
             )
         used = [gradient for gradient in gradients if gradient is not None]
         means, sums = self.processes.combine([loss, *metrics.values(), *used], list(observed.values()), weight)
-        loss, values, found = means[0], means[1 : 1 + len(metrics)], iter(means[1 + len(metrics) :])
-        return (
-            loss,
-            tuple(None if gradient is None else next(found) for gradient in gradients),
-            dict(zip(metrics, values, strict=True)),
-            dict(zip(observed, sums, strict=True)),
-        )
+        values, found = means[1 : 1 + len(metrics)], iter(means[1 + len(metrics) :])
+        whole = means[0], dict(zip(metrics, values, strict=True)), dict(zip(observed, sums, strict=True))
+        return whole, tuple(None if gradient is None else next(found) for gradient in gradients)
 
-    def _apply(self, gradients: tuple[Tensor | None, ...], norm: Tensor, taken: Tensor, state: TrainState) -> None:
+    def _apply(self, gradients: Gradients, norm: Tensor, taken: Tensor, state: TrainState) -> None:
         """Lets the optimizer take its step along the clipped gradients, unless it is skipped."""
         leaves: list[Tensor] = list(state.parameters.values())
         optimizer: Any = state.optimizer  # fused ones take attributes that the base class does not know

@@ -263,6 +263,14 @@ def test_batches_of_grey_levels_have_the_right_mean() -> None:
     assert mean == pytest.approx(levels.double().mean().item() / 255, abs=5 * 0.5 / math.sqrt(40 * 5_000))
 
 
+def test_batches_of_several_seeds_share_one_copy_of_the_images(grey) -> None:
+    data = prepare_images(*grey, (4, 4), "dynamic", binarisation_seed=0)
+    first, second = (data.batches(2, seed) for seed in range(2))
+    assert first.images is second.images
+    drawn = [batches.draw(3, torch.Generator().manual_seed(5)) for batches in (first, TrainBatches(data.train, 2, 0))]
+    assert torch.equal(*drawn)
+
+
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     assert TrainBatches(numbered(5), batch_size=5, seed=0).steps_per_epoch == 1
     with pytest.raises(ArgumentError, match="batch_size must be at most the 5 training images, got 6"):

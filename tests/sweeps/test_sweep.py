@@ -95,6 +95,11 @@ def test_mistakes_name_the_point(sweep: SweepDirectory) -> None:
     assert not sweep.path.exists()
 
 
+def test_replicas_are_not_swept(sweep: SweepDirectory) -> None:
+    with pytest.raises(ConfigError, match="Experiment.num_replicas must be 1 in a sweep, got 3: sweep Experiment.seed"):
+        plan(sweep, "LATENT_DIM = [2, 3]", fixed=("Experiment.num_replicas = 3",))
+
+
 def test_one_process_holds_a_sweep(sweep: SweepDirectory) -> None:
     again = SweepDirectory(sweep.path)
     with sweep.locked(), pytest.raises(RunDirectoryError, match="another process runs the sweep"), again.locked():

@@ -1,0 +1,273 @@
+"""Several seeds of one experiment in one process: replicas, which train side by side and end as runs of their own.
+
+`<run directory>/replica_0`, `replica_1`, ... are ordinary run directories. The run directory itself holds the
+configuration of the whole, and curves of the means over replicas (`train/loss`) and of their standard deviations
+(`train_std/loss`). See docs/replicas.md.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from popgen.datasets.data import Data
+from popgen.distributed import ALONE, Processes
+from popgen.errors import ArgumentError, CheckpointError, DivergedError, StoppedError, TrainingError
+from popgen.execution import check_precision
+from popgen.experiment import (
+    Configuration,
+    Experiment,
+    continued_state,
+    finish,
+    first_examples,
+    first_state,
+    open_writer,
+    plain_step,
+    prepare,
+    recorder_of,
+    with_replay,
+)
+from popgen.models.model import Model
+from popgen.summaries import Writer
+from popgen.training.captured_step import CapturedStep
+from popgen.training.loop import DrawBatch, Hooks, Step, train
+from popgen.training.recorder import Recorder
+from popgen.training.replicas import (
+    ReplicaMeans,
+    ReplicatedBatches,
+    ReplicatedState,
+    check_can_map,
+    make_replicated_step,
+    mean_metrics_of_replicas,
+    split_states,
+    spread,
+    stack_states,
+)
+from popgen.training.run_directory import Found, RunDirectory
+from popgen.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Replica:
+    """A replica: an experiment that differs from the others in its seed alone, and its configuration.
+
+    Example: `run_replicas` takes some.
+    """
+
+    experiment: Experiment
+    configuration: Configuration
+
+
+def run_replicas(
+    replicas: Sequence[Replica],
+    directory: RunDirectory,
+    configuration: Configuration,
+    stop: Callable[[], bool] = lambda: False,
+    processes: Processes = ALONE,
+) -> list[TrainState]:
+    """Trains replicas side by side, from their newest checkpoints of one step, and returns their last states.
+
+    The caller holds the lock of the directory; those of the replicas' own are taken here.
+
+    Args:
+        replicas: what is run.
+        directory: of the whole; replica `i` is kept in `replica_<i>` there.
+        configuration: of the whole.
+        stop: asked before every step, and while the final evaluations last; where it says so, the states are saved.
+        processes: there must be one.
+
+    Raises:
+        DataError: if the data cannot be loaded or does not fit the model.
+        ArgumentError: if the data is too small, the model or the objective cannot be mapped over replicas, or there are
+            several processes.
+        RunDirectoryError: if there is a run of another number of replicas, or a replica is in use.
+        CheckpointError: if the replicas cannot be continued from one step.
+        TrainingError: if the loss of one is no longer finite.
+        StoppedError: if it was stopped; the same call goes on.
+
+    Example: `python -m launch.train` calls it where `Experiment.num_replicas` is above 1.
+    """
+    experiments = [replica.experiment for replica in replicas]
+    first = experiments[0]
+    device = first.torch_device()
+    check_precision("Experiment.precision", first.precision, device)
+    if processes.size > 1:
+        raise ArgumentError("Experiment.num_replicas must be 1 where there are several processes: give each its seeds")
+    directory.check_num_replicas(len(replicas))
+    data, model = prepare(first, device)
+    first_examples(data, first.final_num_examples)
+    models = [model, *(experiment.model.to(device) for experiment in experiments[1:])]
+    check_can_map(make_replicated_step(plain_step(first, model)), first_states(experiments, models), first.batch_size)
+    own = [directory.replica(index) for index in range(len(replicas))]
+    with contextlib.ExitStack() as stack:
+        for one in own:
+            stack.enter_context(one.locked())
+        everything = zip(experiments, models, own, newest_common(directory.path, own), strict=True)
+        state = stack_states([continued_state(e, m, data, one, found) for e, m, one, found in everything])
+        whole = open_writer(first, directory, configuration, state.step)
+        stack.callback(whole.close)
+        recorders = []
+        for replica, one, own_model in zip(replicas, own, models, strict=True):
+            writer = open_writer(replica.experiment, one, replica.configuration, state.step, KeepingWriter)
+            stack.callback(writer.close)
+            recorders.append(recorder_of(replica.experiment, own_model, data, one, writer))
+        together = Recorders(recorders, whole)
+        hooks = Hooks(
+            log_every=first.log_every,
+            log=together.log,
+            eval_every=first.eval_every,
+            evaluate=together.evaluate,
+            checkpoint_every=first.checkpoint_every,
+            checkpoint=together.checkpoint,
+            save=together.save,
+            stop=stop,
+            max_skipped_steps=first.max_skipped_steps,
+            mean=mean_metrics_of_replicas,
+        )
+        try:
+            last = train(state, *replicated_training(experiments, model, data), first.num_steps, hooks)
+        except DivergedError as error:
+            raise with_replay(error, own[error.replica]) from error
+        if stop():
+            raise StoppedError(f"stopped at step {last.step}, which is saved; the same command goes on from there")
+        for experiment, recorder in zip(experiments, recorders, strict=True):
+            finish(experiment, recorder.model, data, recorder.directory, recorder, stop)
+        together.write_spread(last.step)
+    return split_states(cast(ReplicatedState, last))
+
+
+def newest_common(path: pathlib.Path, directories: Sequence[RunDirectory]) -> list[Found | None]:
+    """Returns the newest checkpoints of replicas that are of one step; None for each if none has begun.
+
+    A process may be killed when some replicas have saved a step and others have not: those go back to the step before,
+    whose checkpoint is kept. If it was the first of all, every replica starts anew.
+
+    Args:
+        path: of the whole, for errors.
+        directories: of the replicas.
+
+    Raises:
+        CheckpointError: if they have no step in common.
+
+    Example:
+        >>> newest_common(pathlib.Path("nowhere"), [RunDirectory(pathlib.Path("nowhere"))] * 2)
+        [None, None]
+    """
+    newest = [directory.newest_checkpoint() for directory in directories]
+    found = newest
+    while all(found) and len(steps := {one.tensors["step"] for one in found if one is not None}) > 1:
+        found = [directory.newest_checkpoint(min(steps)) for directory in directories]
+    if all(found):
+        return found
+    if any(directory.checkpoint_path("previous").is_file() for directory in directories):
+        listed = ", ".join(
+            f"{directory.path.name}: {one.tensors['step'] if one else 'none'}"
+            for directory, one in zip(directories, newest, strict=True)
+        )
+        raise CheckpointError(
+            f"the replicas in {path} have no step in common to go on from ({listed}): continue each alone, with "
+            f"--run_dir={directories[0].path}"
+        )
+    return [None] * len(directories)
+
+
+def first_states(experiments: Sequence[Experiment], models: Sequence[Model]) -> ReplicatedState:
+    """Returns the states before the first step, stacked.
+
+    Example: `run_replicas` calls it.
+    """
+    return stack_states([first_state(*one) for one in zip(experiments, models, strict=True)])
+
+
+def replicated_training(experiments: Sequence[Experiment], model: Model, data: Data) -> tuple[Step, DrawBatch]:
+    """Returns the training step of replicas and what draws their batches, for `popgen.training.loop.train`.
+
+    On a GPU the step of all is recorded as one CUDA graph.
+
+    Example: `run_replicas` calls it.
+    """
+    first = experiments[0]
+    step = make_replicated_step(plain_step(first, model))
+    batches = ReplicatedBatches([data.batches(one.batch_size, one.seed) for one in experiments])
+    if next(model.parameters()).is_cuda and first.cuda_graph:
+        return CapturedStep(step, batches), lambda step, generator: batches.indices(step)
+    return step, batches.draw
+
+
+class KeepingWriter(Writer):
+    """A writer that keeps the last value of each scalar, by group and name, until they are taken.
+
+    Args: those of `Writer`.
+
+    Example: `run_replicas` makes one for each replica.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.kept: dict[str, dict[str, float | int]] = {}
+
+    def scalars(self, group: str, values: Mapping[str, float | int], step: int) -> None:
+        """Writes each value as `group/name`."""
+        super().scalars(group, values, step)
+        self.kept.setdefault(group, {}).update(values)
+
+    def take(self) -> dict[str, dict[str, float | int]]:
+        """Returns what was written since the last time."""
+        taken, self.kept = self.kept, {}
+        return taken
+
+
+class Recorders:
+    """What replicas write while they train: each its own, and after it means and standard deviations.
+
+    Args:
+        recorders: of the replicas; their writers are `KeepingWriter`s.
+        writer: of the whole.
+
+    Example: `run_replicas` makes one.
+    """
+
+    def __init__(self, recorders: Sequence[Recorder], writer: Writer) -> None:
+        self.recorders, self.writer = recorders, writer
+
+    def log(self, step: int, means: Mapping[str, float]) -> None:
+        """Writes a point of the training curves."""
+        each, speed = cast(ReplicaMeans, means).each, means["steps_per_second"]
+        for recorder, own in zip(self.recorders, each, strict=True):
+            recorder.log(step, {**own, "steps_per_second": speed})
+        self.write_spread(step)
+
+    def evaluate(self, state: TrainState) -> TrainState:
+        """Writes the curves of the selection split, and pictures and sounds, of each replica."""
+        replicas = []
+        for index, (recorder, one) in enumerate(zip(self.recorders, _split(state), strict=True)):
+            try:
+                replicas.append(recorder.evaluate(one))
+            except TrainingError as error:
+                raise TrainingError(f"replica {index}: {error}") from error
+        self.write_spread(state.step)
+        return dataclasses.replace(cast(ReplicatedState, state), replicas=tuple(replicas))
+
+    def checkpoint(self, state: TrainState) -> None:
+        """Saves a checkpoint of each that is kept."""
+        for recorder, one in zip(self.recorders, _split(state), strict=True):
+            recorder.checkpoint(one)
+
+    def save(self, state: TrainState) -> None:
+        """Saves `latest` of each, and `best` of those whose loss is the lowest so far."""
+        self.writer.sync()
+        for recorder, one in zip(self.recorders, _split(state), strict=True):
+            recorder.save(one)
+
+    def write_spread(self, step: int) -> None:
+        """Writes mean and standard deviation of what the replicas have written since the last time."""
+        taken = [cast(KeepingWriter, recorder.writer).take() for recorder in self.recorders]
+        for group in dict.fromkeys(group for one in taken for group in one):
+            means, deviations = spread([one.get(group, {}) for one in taken])
+            self.writer.scalars(group, means, step)
+            self.writer.scalars(f"{group}_std", deviations, step)
+
+
+def _split(state: TrainState) -> list[TrainState]:
+    return split_states(cast(ReplicatedState, state))
