@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed
 from torch import Tensor
 
 from launch import command
 from popgen import config
+from popgen.distributed import ALONE, Processes
 from popgen.errors import ArgumentError, CheckpointError, DivergedError, RunDirectoryError, StoppedError, TrainingError
 from popgen.experiment import Configuration, Experiment, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
@@ -48,11 +48,13 @@ def experiments(**changes: Any) -> list[Experiment]:
     return found
 
 
-def train_in(path: pathlib.Path, stop: Callable[[], bool] = lambda: False, **changes: Any) -> list[TrainState]:
+def train_in(
+    path: pathlib.Path, stop: Callable[[], bool] = lambda: False, processes: Processes = ALONE, **changes: Any
+) -> list[TrainState]:
     directory = RunDirectory(path)
     replicas = [Replica(one, Configuration(f"of seed {one.seed}", "", {})) for one in experiments(**changes)]
     with directory.locked():
-        return run_replicas(replicas, directory, CONFIGURATION, stop)
+        return run_replicas(replicas, directory, CONFIGURATION, stop, processes)
 
 
 def assert_same_runs(first: pathlib.Path, second: pathlib.Path) -> None:
@@ -214,14 +216,13 @@ def test_the_number_of_replicas_is_a_positive_integer(value: Any) -> None:
         make_experiment(num_replicas=value)
 
 
-def test_what_does_not_go_with_replicas_is_refused(tmp_path: pathlib.Path, monkeypatch) -> None:
+def test_what_does_not_go_with_replicas_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ArgumentError, match="^Experiment.compile must be False with num_replicas = 2: "):
         make_experiment(num_replicas=2, compile=True)
     with RunDirectory(tmp_path).locked(), pytest.raises(ArgumentError, match="num_replicas = 2: use run_replicas"):
         run(make_experiment(num_replicas=2), RunDirectory(tmp_path), CONFIGURATION)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(ArgumentError, match="num_replicas must be 1 where there are several processes"):
-        train_in(tmp_path)
+        train_in(tmp_path, processes=Processes(rank=0, size=2))
     assert not list(tmp_path.glob("replica_*"))
 
 

@@ -1,0 +1,203 @@
+"""What defines a run: an experiment and the text of its configuration."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from popgen.datasets.data import Dataset
+from popgen.errors import (
+    ArgumentError,
+    check_choice,
+    check_integer,
+    check_number,
+    reason_of,
+)
+from popgen.evaluation.evaluator import Evaluator, VAEEvaluator
+from popgen.execution import PRECISIONS
+from popgen.models.model import Model
+from popgen.optim.schedules import Schedule
+from popgen.training.objectives import NegativeELBO, Objective
+from popgen.training.state import (
+    OptimizerFactory,
+)
+
+SELECTION_SPLITS = ("test", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that defines a run.
+
+    Args:
+        model: the model, built; a `popgen.models.model.Model`.
+        dataset: has a `load()` that returns a `popgen.datasets.data.Data`.
+        objective: what a step minimises; see `popgen.training.objectives`.
+        evaluator: what an evaluation reports; see `popgen.evaluation.evaluator`.
+        pretrained: parts of the model whose weights come from the best checkpoint of another run when training starts:
+            name of the part to the run's directory, or its name under `$EXPERIMENT_DIR`.
+        optimizer: called with the parameters, for example `torch.optim.Adam` with its arguments bound.
+        learning_rate: as a function of the steps taken, see `popgen.optim.schedules`; None for that of the optimizer.
+        num_steps: steps in all.
+        batch_size: examples in a step.
+        seed: of the model's first weights, the order of the data and all noise.
+        num_replicas: runs that are trained side by side in one process, with the seeds `seed`, `seed + 1`, ...; see
+            `popgen.replicas`.
+        eval_every: steps between evaluations on the selection split; each also saves `latest`.
+        log_every: steps between points of the training curves.
+        checkpoint_every: steps between checkpoints that are kept for good.
+        selection_split: "test" or "validation": the split whose loss chooses the `best` checkpoint; for a model with
+            latent variables it is -ELBO at β = 1.
+        weight_average_decay: of the exponential moving average of the weights; None for no average.
+        max_gradient_norm: gradients with a larger norm are scaled down to it; None for no limit.
+        skip_gradient_norm: steps whose gradient has a larger norm are skipped, as are those whose loss or gradient is
+            not finite; None for no limit.
+        max_skipped_steps: steps in a row that may be skipped before the run stops; 0 stops at the first.
+        final_num_samples: samples for each example of an evaluation when training ends (importance samples of a VAE);
+            0 for no evaluation (`launch.evaluate` makes one at any time).
+        final_num_examples: test examples of that evaluation; None for all.
+        device: "auto" (the GPU if there is one), or a device of torch.
+        precision: of the networks' matrix products in training: "fp32", "tf32" (GPU) or "bf16"; densities stay exact.
+        compile: whether torch.compile fuses the loss, its gradient and the evaluation; it starts half a minute later.
+            Not with several replicas.
+        cuda_graph: on a GPU, whether a step is recorded and replayed; a model that waits for the device needs False.
+
+    Raises:
+        ArgumentError: if an argument has the wrong type or is outside its domain.
+
+    Example:
+        >>> from popgen.datasets.stroke_digits import StrokeDigits
+        >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+        >>> from popgen.nn.priors import StandardNormalPrior
+        >>> vae = VAE(GaussianEncoder(784, 40), BernoulliDecoder(40, 784), StandardNormalPrior())
+        >>> Experiment(model=vae, dataset=StrokeDigits(), num_steps=0)
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: Experiment.num_steps must be an integer of at least 1, got 0
+    """
+
+    model: Model
+    dataset: Dataset
+    objective: Objective = NegativeELBO()
+    evaluator: Evaluator = VAEEvaluator()
+    pretrained: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    optimizer: OptimizerFactory = torch.optim.Adam
+    learning_rate: Schedule | None = None
+    num_steps: int = 1_000_000
+    batch_size: int = 100
+    seed: int = 0
+    num_replicas: int = 1
+    eval_every: int = 1_000
+    log_every: int = 100
+    checkpoint_every: int = 100_000
+    selection_split: str = "test"
+    weight_average_decay: float | None = 0.9999
+    max_gradient_norm: float | None = None
+    skip_gradient_norm: float | None = None
+    max_skipped_steps: int = 10
+    final_num_samples: int = 0
+    final_num_examples: int | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+    compile: bool = False
+    cuda_graph: bool = True
+
+    def __post_init__(self) -> None:
+        for name, minimum in (
+            ("num_steps", 1),
+            ("batch_size", 1),
+            ("seed", 0),
+            ("num_replicas", 1),
+            ("eval_every", 1),
+            ("log_every", 1),
+            ("checkpoint_every", 1),
+            ("max_skipped_steps", 0),
+            ("final_num_samples", 0),
+        ):
+            check_integer(f"Experiment.{name}", getattr(self, name), minimum)
+        if self.final_num_examples is not None:
+            check_integer("Experiment.final_num_examples", self.final_num_examples, minimum=1)
+        check_choice("Experiment.selection_split", self.selection_split, SELECTION_SPLITS)
+        if self.weight_average_decay is not None:
+            check_number("Experiment.weight_average_decay", self.weight_average_decay, minimum=0.0, maximum=1.0)
+        for name in ("max_gradient_norm", "skip_gradient_norm"):
+            if getattr(self, name) is not None:
+                check_number(f"Experiment.{name}", getattr(self, name), minimum=0.0)
+        for name, described, fits in (
+            ("model", "a Model (see popgen.models.model), such as @VAE()", isinstance(self.model, Model)),
+            ("dataset", "an object with a load() method", hasattr(self.dataset, "load")),
+            (
+                "objective",
+                "an Objective (see popgen.training.objectives), such as @NegativeELBO()",
+                isinstance(self.objective, Objective),
+            ),
+            ("evaluator", "an Evaluator, such as @VAEEvaluator()", isinstance(self.evaluator, Evaluator)),
+            (
+                "pretrained",
+                "a dictionary of parts of the model and runs, such as {'autoencoder': 'vqvae'}",
+                isinstance(self.pretrained, Mapping)
+                and all(isinstance(text, str) for item in self.pretrained.items() for text in item),
+            ),
+            ("optimizer", "a function of the parameters, such as @torch.optim.Adam", callable(self.optimizer)),
+            (
+                "learning_rate",
+                "None or a function of the step, such as @CosineAnnealing()",
+                self.learning_rate is None or callable(self.learning_rate),
+            ),
+        ):
+            if not fits or (name != "optimizer" and isinstance(getattr(self, name), type)):
+                raise ArgumentError(f"Experiment.{name} must be {described}, got {getattr(self, name)!r}")
+        self.objective.check_model(self.model)
+        if not isinstance(self.model, self.evaluator.model_type):
+            evaluated = f"{type(self.evaluator).__name__} evaluates a {self.evaluator.model_type.__name__}"
+            raise ArgumentError(f"Experiment.evaluator: {evaluated}, and the model is a {type(self.model).__name__}")
+        if self.final_num_samples:  # an error now rather than after the last step
+            self.evaluator.check_num_samples("Experiment.final_num_samples", self.final_num_samples)
+        for name in ("compile", "cuda_graph"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"Experiment.{name} must be True or False, got {getattr(self, name)!r}")
+        if self.compile and self.num_replicas > 1:
+            raise ArgumentError(
+                f"Experiment.compile must be False with num_replicas = {self.num_replicas}: torch.compile cannot "
+                "follow functions with gradients of their own that are mapped over replicas"
+            )
+        check_choice("Experiment.precision", self.precision, PRECISIONS)
+        self.torch_device()
+
+    def torch_device(self) -> torch.device:
+        """Returns the device that the run uses.
+
+        Raises:
+            ArgumentError: if torch does not know it, or it is not there.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=self.device)
+            return torch.device(self.device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            reason = reason_of(error)
+            raise ArgumentError(f"Experiment.device {self.device!r} cannot be used here: {reason}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """The text of a run's configuration, to be kept with its results.
+
+    Attributes:
+        given: as it was asked for, includes and overrides merged.
+        operative: every value that was used, defaults too.
+        settings: what was bound, by short name, for the HParams tab.
+        compared: the settings that are columns there; all if there are none.
+
+    Example: `run` takes one.
+    """
+
+    given: str
+    operative: str
+    settings: Mapping[str, bool | int | float | str]
+    compared: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.compared:
+            check_choice("hparam", name, tuple(self.settings))
