@@ -86,7 +86,7 @@ def run_replicas(
         TrainingError: if the loss of one is no longer finite.
         StoppedError: if it was stopped; the same call goes on.
 
-    Example: `python -m launch.train` calls it where `Experiment.num_replicas` is above 1.
+    Example: `main` of `launch.train` calls it where `Experiment.num_replicas` is above 1.
     """
     experiments = [replica.experiment for replica in replicas]
     first = experiments[0]
