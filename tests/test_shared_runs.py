@@ -24,6 +24,7 @@ from popgen.evaluation.image_table import ImageTable, Shard, read_table
 from popgen.experiment import Configuration, Experiment, evaluate_model, prepare, run
 from popgen.training.objectives import NegativeELBO
 from popgen.training.run_directory import RunDirectory
+from popgen.training.state import state_to_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -49,15 +50,15 @@ def exact_experiment(kind: str, **changes: Any) -> Experiment:
     return experiment
 
 
-def run_in(path: pathlib.Path, kind: str, processes: Processes, **changes: Any) -> int:
-    """Trains in a directory as the command does, and returns the last step."""
+def run_in(path: pathlib.Path, kind: str, processes: Processes, **changes: Any) -> dict[str, Any]:
+    """Trains in a directory as the command does, and returns the last state."""
     directory, experiment = RunDirectory(path), exact_experiment(kind, **changes)
     configuration = Configuration("given", "operative", {})
     if not processes.first:
         with stop_requests(quiet=True) as stop:
-            return run(experiment, directory, configuration, stop, processes).step
+            return state_to_tensors(run(experiment, directory, configuration, stop, processes))
     with directory.locked(), stop_requests() as stop:
-        return run(experiment, directory, configuration, stop, processes).step
+        return state_to_tensors(run(experiment, directory, configuration, stop, processes))
 
 
 def run_by(size: int, path: pathlib.Path, kind: str, **changes: Any) -> list[Outcome]:
@@ -91,12 +92,19 @@ def names(path: pathlib.Path) -> list[str]:
     return sorted(re.sub(r"tfevents.*", "tfevents", name) for name in found)
 
 
-@pytest.mark.parametrize("kind", ["vae", pytest.param("geco", marks=pytest.mark.slow), "vqvae"])
+@pytest.mark.parametrize("kind", ["vae", "vqvae"])
 def test_a_run_changes_hands_and_ends_as_it_would_have(kind: str, tmp_path: pathlib.Path) -> None:
     """Two processes, one, and two again against two, and against one: states to 1e-9, the same files and curves."""
     for size, num_steps in ((2, 8), (1, 15), (2, 24)):
         outcomes = run_by(size, tmp_path / "handed", kind, num_steps=num_steps)
-        assert [(o.status, o.result) for o in outcomes] == [(0, num_steps)] * size, outcomes[0].said
+        assert [outcome.status for outcome in outcomes] == [0] * size, outcomes[0].said
+        first, *others = (flat(outcome.result) for outcome in outcomes)
+        assert first["/step"] == num_steps and 0 < first["/best_step"] <= num_steps
+        for other in others:
+            assert first.keys() == other.keys()
+            for name, value in first.items():
+                same = torch.equal(value, other[name]) if isinstance(value, Tensor) else value == other[name]
+                assert same, f"{name} is not the same in all processes"
     run_by(2, tmp_path / "two", kind)
     run_by(1, tmp_path / "one", kind)
     for name in ("latest", "best", "10", "20"):
@@ -132,7 +140,7 @@ def test_all_stop_where_one_is_asked_to(rank: int, tmp_path: pathlib.Path) -> No
     assert [outcome.status for outcome in outcomes] == [STOPPED, STOPPED], said
     assert said.count("stopped at step 7, which is saved; the same command goes on from there") == 1
     assert RunDirectory(tmp_path / "run").load_checkpoint("latest")["step"] == 7
-    assert run_by(2, tmp_path / "run", "vae", objective=NegativeELBO())[1].result == 24
+    assert run_by(2, tmp_path / "run", "vae", objective=NegativeELBO())[1].result["step"] == 24
     run_by(2, tmp_path / "whole", "vae", objective=NegativeELBO())
     assert_close_checkpoints(tmp_path / "run", tmp_path / "whole", "latest")
 
@@ -151,7 +159,7 @@ def test_a_run_whose_process_was_killed_goes_on(tmp_path: pathlib.Path) -> None:
     assert [outcome.status for outcome in outcomes] == [1, -signal.SIGKILL]
     assert outcomes[0].said.startswith("error: another process of this run has ended")
     assert outcomes[0].said.count("\n") == 1
-    assert run_by(2, tmp_path / "run", "vae", objective=NegativeELBO())[0].result == 24
+    assert run_by(2, tmp_path / "run", "vae", objective=NegativeELBO())[0].result["step"] == 24
     run_by(2, tmp_path / "whole", "vae", objective=NegativeELBO())
     assert_close_checkpoints(tmp_path / "run", tmp_path / "whole", "latest")
 

@@ -38,6 +38,7 @@ KEYS = {
         "torch_version",
         "python_version",
         "hardware",
+        "processes",
         "model_sha256",
         "images_sha256",
         "seconds_of_images",
