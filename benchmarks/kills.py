@@ -97,26 +97,27 @@ def train_in(path: pathlib.Path, kind: str, **changes: Any) -> None:
         run(make_experiment(kind, **changes), directory, Configuration("given", "operative", {}), stop)
 
 
-def forked(work: Callable[[], None], log: pathlib.Path | None = None) -> int:
+def forked(work: Callable[[], None], stderr: int | None = None) -> int:
     """Returns the process that does some work as a command does it; its exit status is 2 after an unexpected error.
 
     Args:
         work: what it does.
-        log: where its standard error goes.
+        stderr: the file descriptor that its standard error goes to.
     """
     process = os.fork()
     if process:
         return process
-    status, stderr = 2, os.dup(2)
-    os.dup2(os.open(os.devnull if log is None else log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    status, own = 2, sys.stderr
     try:
-        guarded(work)
+        with open(os.devnull if stderr is None else stderr, "w", buffering=1) as sys.stderr:
+            os.dup2(sys.stderr.fileno(), 2)
+            guarded(work)
         status = 0
     except SystemExit as leaving:
         status = int(leaving.code or 0)
     except BaseException:
-        os.dup2(stderr, 2)
-        traceback.print_exc()
+        traceback.print_exc(file=own)
+        own.flush()
     finally:
         os._exit(status)
 
@@ -186,7 +187,7 @@ def shown(path: pathlib.Path) -> dict[str, list[tuple[int, Any]]]:
 
 
 def difference(reference: pathlib.Path, other: pathlib.Path) -> str | None:
-    """Returns the first thing in which two finished runs differ, or None."""
+    """Returns the first thing in which two finished runs differ, or None; evaluations say how long they took."""
     names = [
         {str(file.relative_to(path)) for file in path.rglob("*") if "tfevents" not in file.name}
         for path in (reference, other)
@@ -205,7 +206,7 @@ def difference(reference: pathlib.Path, other: pathlib.Path) -> str | None:
                 same = torch.equal(value, leaves[1][key]) if isinstance(value, Tensor) else value == leaves[1][key]
                 if not same:
                     return f"{name}: {key}"
-        elif one.is_file() and one.read_bytes() != two.read_bytes():
+        elif one.is_file() and not name.startswith("evaluation") and one.read_bytes() != two.read_bytes():
             return name
     curves = shown(reference), shown(other)
     for name in sorted(curves[0].keys() | curves[1].keys()):

@@ -68,12 +68,17 @@ def ratio(one: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
-def bare_products(work: Work, device: torch.device) -> tuple[Work, float]:
+def bare_products(work: Work, device: torch.device, by_torch: bool = False) -> tuple[Work, float]:
     """Returns work that does nothing but the dense matrix products of some other work, in float32, and their FLOPs.
 
     Every aten::mm, aten::addmm and popgen::linear is recorded with the shapes and strides of its factors and repeated
     by the same library on random matrices, those of one shape on the same one. Products of small matrices, one for each
     image, are not among them.
+
+    Args:
+        work: is done once.
+        device: where it is done.
+        by_torch: whether PyTorch's ordinary products are taken in place of popgen::linear.
     """
     matrices: dict[tuple, torch.Tensor] = {}
     calls: list[tuple[Callable, list[torch.Tensor]]] = []
@@ -90,7 +95,8 @@ def bare_products(work: Work, device: torch.device) -> tuple[Work, float]:
                         extent = 1 + sum((size - 1) * step for size, step in zip(f.shape, f.stride(), strict=True))
                         matrices[key] = torch.randn(extent, device=device).as_strided(f.shape, f.stride())
                     repeated.append(None if key is None else matrices[key])
-                calls.append((function, repeated))
+                ours = function is torch.ops.popgen.linear.default
+                calls.append((torch.nn.functional.linear if ours and by_torch else function, repeated))
                 left, right = args[PRODUCTS[function]]
                 flops += 2.0 * left.numel() * right.numel() / left.shape[-1]
             return function(*args, **(kwargs or {}))

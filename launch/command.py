@@ -9,15 +9,20 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
+import torch
 from absl import app, flags
 
 from popgen import config
-from popgen.errors import PopgenError, RunDirectoryError, StoppedError
+from popgen.config.foreign import check_files
+from popgen.errors import PopgenError, RunDirectoryError, StoppedError, reason_of
+from popgen.experiment import Experiment
 from popgen.training.run_directory import RunDirectory
 
 STOPPED = 75  # exit status of a run that was asked to stop: "try again later", EX_TEMPFAIL of sysexits.h
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+TRUST_CONFIG = "Build whatever the run's config.gin names, other code than popgen's and torch's too, which then runs."
 
 
 def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
@@ -45,7 +50,12 @@ def guarded(main: Callable[[], None]) -> None:
         print(stopped, file=sys.stderr)
         sys.exit(STOPPED)
     except PopgenError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: there is not enough memory: {printable(reason_of(error))}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         if error.errno not in OF_THE_DISK:
@@ -83,17 +93,48 @@ def as_typed() -> str:
     return shlex.join(["python", "-m", f"launch.{module}", *sys.argv[1:]])
 
 
-def existing_run(run_dir: str) -> tuple[RunDirectory, config.LoadedConfig]:
-    """Returns the run in a directory, and what its configuration describes.
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory could not be had: of Python and numpy, of a GPU, or of torch on the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def printable(text: str) -> str:
+    """Returns a text in one line, what is no character as Python writes it: it may quote what somebody else wrote."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def existing_run(
+    run_dir: str, checkpoint: str | None, trust_config: bool
+) -> tuple[RunDirectory, Experiment, dict[str, Any]]:
+    """Returns the run in a directory, the experiment that its configuration describes, and a checkpoint.
+
+    Args:
+        run_dir: that training wrote.
+        checkpoint: best, latest, previous, or a step that was kept; None for the newest that is whole, if any.
+        trust_config: whether its configuration may name whatever it likes; else see `popgen.config.foreign`.
 
     Raises:
-        RunDirectoryError: if there is no run.
+        RunDirectoryError: if there is no run, or what is there is not what training writes.
+        CheckpointError: if the checkpoint is missing or damaged.
+        ConfigError: if the configuration cannot be built, or may not be.
     """
     directory = RunDirectory(pathlib.Path(run_dir))
     if not directory.config_path.is_file():
         raise RunDirectoryError(f"there is no run in {run_dir!r} (no config.gin); --run_dir names what training wrote")
-    loaded = config.load([os.path.abspath(directory.config_path)])
-    if loaded.experiment.num_replicas != 1:
+    if directory.replicas() and not directory.checkpoint_names():
         names = ", ".join(str(replica.path) for replica in directory.replicas())
         raise RunDirectoryError(f"{run_dir!r} holds several replicas; --run_dir names one of them: {names}")
-    return directory, loaded
+    if not trust_config:
+        check_files(directory.path)
+    if checkpoint is None:
+        found = directory.newest_checkpoint()
+        tensors = {} if found is None else found.tensors
+    else:
+        tensors = directory.load_checkpoint(checkpoint)
+    if trust_config:
+        return directory, config.load([os.path.abspath(directory.config_path)]).experiment, tensors
+    if not tensors:
+        raise RunDirectoryError(
+            f"{run_dir!r} has no checkpoint yet, which says how large its model may be; --trust_config goes without"
+        )
+    return directory, config.load_foreign(directory.config_path, tensors).experiment, tensors

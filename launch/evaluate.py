@@ -3,11 +3,12 @@
 from absl import flags
 
 from launch import command
+from popgen.datasets.data import first_examples
 from popgen.errors import UnfinishedEvaluationError, check_integer
 from popgen.evaluation.annealed import check_by_annealing, describe_check
 from popgen.evaluation.image_table import ImageTable, Shard
 from popgen.execution import PRECISIONS
-from popgen.experiment import evaluate_model, first_examples, prepare
+from popgen.experiment import evaluate_model, prepare
 from popgen.summaries import Writer
 from popgen.training.records import EvaluationFiles
 from popgen.training.weights import WEIGHTS, model_of_checkpoint
@@ -24,15 +25,14 @@ flags.DEFINE_integer("annealed_images", 0, "Of a VAE: how many to check by annea
 flags.DEFINE_integer("num_temperatures", 1_000, "Of that check.")
 flags.DEFINE_integer("num_chains", 16, "Of that check, for each image.")
 flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
+flags.DEFINE_bool("trust_config", False, command.TRUST_CONFIG)
 
 
 def main() -> None:
     """Evaluates a checkpoint and prints, logs and writes the record."""
     check_integer("annealed_images", FLAGS.annealed_images, minimum=0)
     shard = Shard.parse(FLAGS.shard)
-    directory, loaded = command.existing_run(FLAGS.run_dir)
-    experiment = loaded.experiment
-    tensors = directory.load_checkpoint(FLAGS.checkpoint)
+    directory, experiment, tensors = command.existing_run(FLAGS.run_dir, FLAGS.checkpoint, FLAGS.trust_config)
     data, model = prepare(experiment, experiment.torch_device())
     model = model_of_checkpoint(model, tensors, FLAGS.weights)
     num_samples = experiment.evaluator.default_num_samples if FLAGS.num_samples is None else FLAGS.num_samples

@@ -27,6 +27,7 @@ flags.DEFINE_string(
     "checkpoint", "latest", "best, latest, previous, or a step that was kept; best was chosen on test data."
 )
 flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
+flags.DEFINE_bool("trust_config", False, command.TRUST_CONFIG)
 flags.DEFINE_integer("frames_per_recording", 20, "At most so many, chosen at random, in training and test.")
 flags.DEFINE_list("stacked", ["12", "24"], "Numbers of frames that are put together as plain features.")
 flags.DEFINE_integer("seed", 0, "Of the choice of frames.")
@@ -38,9 +39,7 @@ def main() -> None:
     if not all(text.strip().isdigit() and int(text) > 0 for text in FLAGS.stacked):
         raise ArgumentError(f"stacked must be numbers such as 12,24, got {','.join(FLAGS.stacked)!r}")
     stacked = tuple(int(text) for text in FLAGS.stacked)
-    directory, loaded = command.existing_run(FLAGS.run_dir)
-    experiment = loaded.experiment
-    tensors = directory.load_checkpoint(FLAGS.checkpoint)
+    directory, experiment, tensors = command.existing_run(FLAGS.run_dir, FLAGS.checkpoint, FLAGS.trust_config)
     untrained, data = check_can_be_probed(*reversed(prepare(experiment, experiment.torch_device())))
     model = model_of_checkpoint(untrained, tensors, FLAGS.weights)
     chosen = representations(model, untrained.eval(), data, stacked)

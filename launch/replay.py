@@ -4,10 +4,11 @@ from absl import flags
 
 from launch import command
 from popgen.errors import check_integer
-from popgen.experiment import replay
+from popgen.replay import replay
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run_dir", None, "The run directory that training wrote; nothing in it is changed.")
+flags.DEFINE_bool("trust_config", False, command.TRUST_CONFIG)
 flags.DEFINE_integer("step", None, "The step to look at; 1 is the first.")
 
 SHOWN = 5  # names of each kind
@@ -16,8 +17,8 @@ SHOWN = 5  # names of each kind
 def main() -> None:
     """Recomputes state and batch from the last good checkpoint before the step, and prints what goes wrong in it."""
     check_integer("step", FLAGS.step, minimum=1)
-    directory, loaded = command.existing_run(FLAGS.run_dir)
-    diagnosis = replay(loaded.experiment, directory, FLAGS.step)
+    directory, experiment, _ = command.existing_run(FLAGS.run_dir, None, FLAGS.trust_config)
+    diagnosis = replay(experiment, directory, FLAGS.step)
     print(f"step {FLAGS.step}: loss {diagnosis.loss:.6g}, gradient norm {diagnosis.gradient_norm:.6g}")
     if not diagnosis.not_finite:
         print("everything in it is finite")

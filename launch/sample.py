@@ -17,6 +17,7 @@ flags.DEFINE_string("out", None, "The PNG to write; sounds go beside it as WAV f
 flags.DEFINE_integer("num_samples", None, "Samples, and at most as many of others; default 64 images or 8 sounds.")
 flags.DEFINE_string("checkpoint", "best", "best, latest, previous, or a step that was kept.")
 flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
+flags.DEFINE_bool("trust_config", False, command.TRUST_CONFIG)
 flags.DEFINE_integer("seed", 0, "Of the draws.")
 
 
@@ -27,13 +28,12 @@ def main() -> None:
     out = pathlib.Path(FLAGS.out)
     if not out.parent.is_dir():
         raise RunDirectoryError(f"there is no folder {str(out.parent)!r} to write {out.name} in")
-    directory, loaded = command.existing_run(FLAGS.run_dir)
-    device = loaded.experiment.torch_device()
-    tensors = directory.load_checkpoint(FLAGS.checkpoint)
-    data, model = prepare(loaded.experiment, device)
+    _, experiment, tensors = command.existing_run(FLAGS.run_dir, FLAGS.checkpoint, FLAGS.trust_config)
+    device = experiment.torch_device()
+    data, model = prepare(experiment, device)
     model = model_of_checkpoint(model, tensors, FLAGS.weights)
     generator = torch.Generator(device).manual_seed(FLAGS.seed)
-    evaluator = loaded.experiment.evaluator
+    evaluator = experiment.evaluator
     num_samples = evaluator.num_shown if FLAGS.num_samples is None else FLAGS.num_samples
     shown = evaluator.show(model, data, num_samples, generator)
     if not shown:

@@ -5,18 +5,14 @@ Plain Python: Gin builds an `Experiment` once and is not seen again.
 
 import dataclasses
 import functools
-import math
-import platform
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-import popgen
-from popgen.datasets.data import Data, Dataset
+from popgen.datasets.data import Data, Dataset, first_examples
 from popgen.errors import (
     ArgumentError,
     DivergedError,
@@ -28,18 +24,19 @@ from popgen.errors import (
 )
 from popgen.evaluation.evaluator import Evaluator, ImageEvaluator, VAEEvaluator
 from popgen.evaluation.image_table import ImageTable, Shard
+from popgen.evaluation.progress import show_mean
 from popgen.evaluation.shown import save_shown
-from popgen.execution import PRECISIONS, check_precision, hardware
+from popgen.execution import PRECISIONS, check_precision, surroundings
 from popgen.models.model import Model
 from popgen.optim.schedules import Schedule
 from popgen.summaries import Writer
 from popgen.training.captured_step import CapturedStep
-from popgen.training.diagnosis import Diagnosis, diagnose
+from popgen.training.diagnosis import with_replay
 from popgen.training.files import write_whole
 from popgen.training.loop import DrawBatch, Hooks, Step, train
 from popgen.training.objectives import NegativeELBO, Objective
-from popgen.training.recorder import Recorder
-from popgen.training.records import EvaluationFiles
+from popgen.training.recorder import Recorder, fit_files
+from popgen.training.records import Configuration, EvaluationFiles
 from popgen.training.run_directory import Found, RunDirectory
 from popgen.training.state import (
     OptimizerFactory,
@@ -69,8 +66,7 @@ class Experiment:
         num_steps: steps in all.
         batch_size: examples in a step.
         seed: of the model's first weights, the order of the data and all noise.
-        num_replicas: runs that are trained side by side in one process, with the seeds `seed`, `seed + 1`, ...; see
-            `popgen.replicas`.
+        num_replicas: runs to train side by side, with the seeds `seed`, `seed + 1`, ...; see `popgen.replicas`.
         eval_every: steps between evaluations on the selection split; each also saves `latest`.
         log_every: steps between points of the training curves.
         checkpoint_every: steps between checkpoints that are kept for good.
@@ -87,7 +83,6 @@ class Experiment:
         device: "auto" (the GPU if there is one), or a device of torch.
         precision: of the networks' matrix products in training: "fp32", "tf32" (GPU) or "bf16"; densities stay exact.
         compile: whether torch.compile fuses the loss, its gradient and the evaluation; it starts half a minute later.
-            Not with several replicas.
         cuda_graph: on a GPU, whether a step is recorded and replayed; a model that waits for the device needs False.
 
     Raises:
@@ -184,11 +179,6 @@ class Experiment:
         for name in ("compile", "cuda_graph"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"Experiment.{name} must be True or False, got {getattr(self, name)!r}")
-        if self.compile and self.num_replicas > 1:
-            raise ArgumentError(
-                f"Experiment.compile must be False with num_replicas = {self.num_replicas}: torch.compile cannot "
-                "follow functions with gradients of their own that are mapped over replicas"
-            )
         check_choice("Experiment.precision", self.precision, PRECISIONS)
         self.torch_device()
 
@@ -208,29 +198,6 @@ class Experiment:
             raise ArgumentError(f"Experiment.device {self.device!r} cannot be used here: {reason}") from error
 
 
-@dataclasses.dataclass(frozen=True)
-class Configuration:
-    """The text of a run's configuration, to be kept with its results.
-
-    Attributes:
-        given: as it was asked for, includes and overrides merged.
-        operative: every value that was used, defaults too.
-        settings: what was bound, by short name, for the HParams tab.
-        compared: the settings that are columns there; all if there are none.
-
-    Example: `run` takes one.
-    """
-
-    given: str
-    operative: str
-    settings: Mapping[str, bool | int | float | str]
-    compared: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in self.compared:
-            check_choice("hparam", name, tuple(self.settings))
-
-
 def run(
     experiment: Experiment,
     directory: RunDirectory,
@@ -239,13 +206,8 @@ def run(
 ) -> TrainState:
     """Trains an experiment, from its newest checkpoint if it has one, and returns its last state.
 
-    The caller holds the directory's lock.
-
-    Args:
-        experiment: what is run.
-        directory: where.
-        configuration: is kept with the results.
-        stop: asked before every step, and while the final evaluation lasts; where it says so, the state is saved.
+    The caller holds the directory's lock. `stop` is asked before every step, and while the final evaluation lasts;
+    where it says so, the state is saved.
 
     Raises:
         DataError: if the data cannot be loaded or does not fit the model.
@@ -279,11 +241,11 @@ def run(
     directory.check_num_replicas(1)
     data, model = prepare(experiment, device)
     first_examples(data, experiment.final_num_examples)  # an error now rather than after the last step
-    state = continued_state(experiment, model, data, directory, directory.newest_checkpoint())
+    found = directory.newest_checkpoint()
+    state = fit_files(directory, found, starting_state(experiment, model, data, found))
     # Written only now that everything is built and loaded: a mistake leaves an earlier run as it was.
-    writer = open_writer(experiment, directory, configuration, state.step)
+    recorder = begin(experiment, directory, configuration, data, model, state.step)
     try:
-        recorder = recorder_of(experiment, directory, writer, data, model)
         hooks = Hooks(
             log_every=experiment.log_every,
             log=recorder.log,
@@ -298,23 +260,25 @@ def run(
         try:
             state = train(state, *training_functions(experiment, model, data), experiment.num_steps, hooks)
         except DivergedError as error:
-            raise with_replay(error, directory) from error
+            raise with_replay(error, directory.path) from error
         if stop():
             raise StoppedError(f"stopped at step {state.step}, which is saved; the same command goes on from there")
         finish(experiment, recorder, stop)
     finally:
-        writer.close()
+        recorder.writer.close()
     return state
 
 
-def open_writer(
+def begin(
     experiment: Experiment,
     directory: RunDirectory,
     configuration: Configuration,
+    data: Data,
+    model: Model,
     step: int,
     make_writer: Callable[..., Writer] = Writer,
-) -> Writer:
-    """Returns the writer of a run's curves, which goes on after a step; the configuration is written first.
+) -> Recorder:
+    """Writes the configuration of a run, and returns what records it from a step on; its writer is to be closed.
 
     Example: `run` calls it.
     """
@@ -325,14 +289,6 @@ def open_writer(
     writer.text("operative_config", configuration.operative, step)
     metrics = ["best/loss", *(f"evaluation/{name}" for name in experiment.evaluator.headline)]
     writer.hyper_parameters(configuration.settings, metrics, configuration.compared)
-    return writer
-
-
-def recorder_of(experiment: Experiment, directory: RunDirectory, writer: Writer, data: Data, model: Model) -> Recorder:
-    """Returns what an experiment writes while it trains.
-
-    Example: `run` calls it.
-    """
     return Recorder(
         experiment.evaluator,
         experiment.selection_split,
@@ -344,15 +300,6 @@ def recorder_of(experiment: Experiment, directory: RunDirectory, writer: Writer,
         data,
         model,
     )
-
-
-def with_replay(error: DivergedError, directory: RunDirectory) -> DivergedError:
-    """Returns the same error, which also says what command shows what went wrong.
-
-    Example: `run` calls it.
-    """
-    replay = f"python -m launch.replay --run_dir={directory.path} --step={error.step}"
-    return DivergedError(f"{error}. What went wrong where: {replay}", error.step, error.replica)
 
 
 def finish(experiment: Experiment, recorder: Recorder, stop: Callable[[], bool]) -> None:
@@ -418,43 +365,6 @@ def starting_state(experiment: Experiment, model: Model, data: Data, found: Foun
     return first_state(experiment, model)
 
 
-def continued_state(
-    experiment: Experiment, model: Model, data: Data, directory: RunDirectory, found: Found | None
-) -> TrainState:
-    """Returns what `starting_state` does, and makes the files of the run fit it.
-
-    Raises:
-        CheckpointError: if the checkpoint is of another model, optimizer or kind of device.
-
-    Example: `run` calls it.
-    """
-    state = starting_state(experiment, model, data, found)
-    if found is not None and not directory.continue_from(found):
-        return dataclasses.replace(state, best_loss=math.inf, best_step=0)
-    return state
-
-
-def replay(experiment: Experiment, directory: RunDirectory, step: int) -> Diagnosis:
-    """Returns what is not finite in a step of a run, recomputed from the last good checkpoint before it.
-
-    Nothing is written. The steps on the way are taken as the run takes them, the last one plainly.
-
-    Raises:
-        CheckpointError: if there are checkpoints before the step, and all are damaged or of another model.
-
-    Example: `python -m launch.replay` calls it.
-    """
-    check_integer("step", step, minimum=1)
-    data, model = prepare(experiment, experiment.torch_device())
-    state = starting_state(experiment, model, data, directory.newest_checkpoint(step - 1))
-    train_step, draw_batch = training_functions(experiment, model, data)
-    for _ in tqdm(range(state.step, step - 1), unit="step", disable=None, dynamic_ncols=True):
-        state, _ = train_step(state, draw_batch(state.step, state.generators["binarisation"]))
-    last_step = plain_step(dataclasses.replace(experiment, compile=False), model)
-    batches = data.batches(experiment.batch_size, experiment.seed)
-    return diagnose(last_step, state, batches.draw(state.step, state.generators["binarisation"]))
-
-
 def training_functions(experiment: Experiment, model: Model, data: Data) -> tuple[Step, DrawBatch]:
     """Returns the training step of an experiment and what draws its batches, for `popgen.training.loop.train`.
 
@@ -515,7 +425,7 @@ def evaluate_model(
     evaluator, started = experiment.evaluator, time.perf_counter()
     evaluator.check_num_samples("num_samples", num_samples)
     with tqdm(total=len(examples), unit="example", disable=None, dynamic_ncols=True) as bar:
-        progress = _show_mean(bar, evaluator.progress_text, stop)
+        progress = show_mean(bar, evaluator.progress_text, stop)
         evaluate: Callable[..., dict[str, Any]] = evaluator.evaluate
         if table is not None and isinstance(evaluator, ImageEvaluator):
             evaluate = functools.partial(evaluate, table=table)
@@ -534,42 +444,6 @@ def evaluate_model(
         "precision": precision,
         "training_precision": experiment.precision,
         "dtype": str(reference.dtype).removeprefix("torch."),
-        "device": str(reference.device),
-        "hardware": hardware(reference.device),
         "seconds": round(time.perf_counter() - started, 1),
-        "popgen_version": popgen.__version__,
-        "torch_version": torch.__version__,
-        "python_version": platform.python_version(),
+        **surroundings(reference.device),
     }
-
-
-def first_examples(data: Data, num_examples: int | None) -> Any:
-    """Returns the first test examples; None for all.
-
-    Raises:
-        ArgumentError: if there are fewer.
-
-    Example: `run` calls it.
-    """
-    if num_examples is None:
-        return data.test
-    check_integer("num_examples", num_examples, minimum=1)
-    if num_examples > len(data.test):
-        raise ArgumentError(f"num_examples must be at most the {len(data.test)} test examples, got {num_examples}")
-    return data.test[:num_examples]
-
-
-def _show_mean(bar: tqdm, text: str, stop: Callable[[], bool]) -> Callable[[Tensor], None]:
-    """Returns a function that moves a bar on by some examples, shows the mean of all so far, and may stop."""
-    total = 0.0
-
-    def show(values: Tensor) -> None:
-        nonlocal total
-        if stop():
-            raise StoppedError("stopped during the evaluation; the same command goes on with it")
-        if not bar.disable:
-            total += values.sum().item()
-            bar.update(len(values))
-            bar.set_postfix_str(text.format(total / bar.n))
-
-    return show

@@ -187,11 +187,13 @@ class Writer:
         content = io.BytesIO()
         for event in events:
             self._record_writer(content).write(event.SerializeToString())
-        left = content.getbuffer()
+        left, size = content.getbuffer(), self._file.tell()
         try:
             while left:  # a disk may take a part of it and be full
                 left = left[self._file.write(left) :]
         except OSError as error:
+            self._file.seek(size)
+            self._file.truncate()
             raise self._failure(error) from error
 
     def _begin_file(self) -> None:

@@ -1,5 +1,6 @@
 """Fixtures, and a runtime check of every shape annotation: popgen is imported through jaxtyping's hook."""
 
+import os
 import pathlib
 
 import jaxtyping
@@ -8,6 +9,10 @@ import torch
 from jaxtyping import install_import_hook
 
 install_import_hook("popgen", "beartype.beartype")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several workers: each has a core, and so have the processes it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MNIST_DIR = REPOSITORY.parent / "shared" / "data"

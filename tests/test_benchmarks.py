@@ -87,7 +87,7 @@ def test_table():
     assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
-@pytest.mark.parametrize("name", ["speed", "growth", "profile", "precision", "replicas"])
+@pytest.mark.parametrize("name", ["speed", "growth", "profile", "precision", "kills", "soak", "replicas"])
 def test_commands_parse(name: str):
     command = [sys.executable, "-m", f"benchmarks.{name}"]
     done = subprocess.run([*command, "--help"], cwd=REPOSITORY, capture_output=True, text=True)

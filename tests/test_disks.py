@@ -1,5 +1,6 @@
-"""Disks that are full, read-only or refuse a file of some size: one line, nothing good lost, and the run goes on."""
+"""Disks that are full, read-only or refuse a file's size: one line, nothing good lost, and the run goes on later."""
 
+import logging
 import os
 import pathlib
 import resource
@@ -20,6 +21,7 @@ EVENTS = "events.out.tfevents"
 def one_thread() -> None:
     """A process that has several threads is not to be forked."""
     torch.set_num_threads(1)
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it says what it hides of processes that failed
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +32,17 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def train(path: pathlib.Path) -> None:
-    train_in(path, "vae", num_steps=20, final_num_samples=2)
+    train_in(path, "vae", num_steps=20)
 
 
-def fails_in_one_line(work: Callable[[], None], log: pathlib.Path) -> str:
-    assert ended(forked(work, log)) == 1
-    line = log.read_text()
+def line_of(work: Callable[[], None]) -> str:
+    """Returns the one line in which some work fails."""
+    reading, writing = os.pipe()
+    process = forked(work, writing)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        line = pipe.read()
+    assert ended(process) == 1, line
     assert line.startswith("error: ") and line.count("\n") == 1, line
     return line
 
@@ -48,18 +55,15 @@ def assert_whole(path: pathlib.Path) -> None:
 
 
 def test_no_file_may_be_larger_than_so_many_bytes(reference: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Whichever file it is that fails first: the curves, the configuration, a picture, a checkpoint, a table."""
-    largest = max(file.stat().st_size for file in reference.rglob("*") if file.is_file())
-    limits = (0, 3, 40, 300, 2_000, 10_000, 20_000, 30_000, largest - 1)
+    """Whichever file it is that fails first: the curves, the configuration, a picture, a checkpoint."""
     failed = []
-    for limit in limits:
+    for limit in (0, 2_000, 20_000):
         path = tmp_path / str(limit)
 
         def limited(limit: int = limit, path: pathlib.Path = path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             train(path)
 
-        # a lock is an empty file, and standard error is limited too: it goes to a pipe
         line = line_of(limited)
         assert "File too large" in line, line
         failed.append(line.split(str(path))[-1].split(":")[0])
@@ -67,18 +71,6 @@ def test_no_file_may_be_larger_than_so_many_bytes(reference: pathlib.Path, tmp_p
         assert ended(forked(lambda path=path: train(path))) == 0
         assert difference(reference, path) is None
     assert {name for name in failed if EVENTS in name} and {name for name in failed if "checkpoints" in name}, failed
-
-
-def line_of(work: Callable[[], None]) -> str:
-    reading, writing = os.pipe()
-    log = pathlib.Path(f"/dev/fd/{writing}")
-    process = forked(work, log)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        line = pipe.read()
-    assert ended(process) == 1, line
-    assert line.startswith("error: ") and line.count("\n") == 1, line
-    return line
 
 
 @pytest.fixture
@@ -99,9 +91,9 @@ def remount(disk: pathlib.Path, options: str) -> None:
 def test_a_disk_that_fills_up(disk: pathlib.Path, reference: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Again and again, a little later every time; then there is room, and the run ends as if there always had been."""
     path, lines = disk / "run", []
-    for kilobytes in (64, 128, 192, 256, 320):
+    for kilobytes in (64, 160):
         remount(disk, f"size={kilobytes}k")
-        lines.append(fails_in_one_line(lambda: train(path), tmp_path / "log"))
+        lines.append(line_of(lambda: train(path)))
         assert "No space left on device" in lines[-1]
         assert_whole(path)
     remount(disk, "size=100m")
@@ -110,13 +102,13 @@ def test_a_disk_that_fills_up(disk: pathlib.Path, reference: pathlib.Path, tmp_p
     assert difference(reference, tmp_path / "run") is None
 
 
-def test_a_disk_that_is_read_only(disk: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_disk_that_is_read_only(disk: pathlib.Path) -> None:
     remount(disk, "size=100m")
     assert ended(forked(lambda: train_in(disk / "run", "vae", num_steps=8))) == 0
     before = {file: file.read_bytes() for file in disk.rglob("*") if file.is_file()}
     remount(disk, "ro")
     for name in ("run", "another"):
-        line = fails_in_one_line(lambda name=name: train(disk / name), tmp_path / "log")
+        line = line_of(lambda name=name: train(disk / name))
         assert f"the run directory {disk / name} is not writable" in line and "--run_dir" in line
     assert before == {file: file.read_bytes() for file in disk.rglob("*") if file.is_file()}
     remount(disk, "rw")

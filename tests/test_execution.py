@@ -185,7 +185,9 @@ class WrongGradient(torch.autograd.Function):
 
 @pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize(
-    "wrong", [lambda value: 1.01 * value, WrongGradient.apply, lambda value: value * torch.nan], ids=str
+    "wrong",
+    [lambda value: 1.01 * value, WrongGradient.apply, lambda value: value * torch.nan],
+    ids=["value", "gradient", "not a number"],
 )
 def test_a_wrong_result_is_never_used(wrong, monkeypatch: pytest.MonkeyPatch, capsys):
     """Neither a wrong value nor a wrong gradient; the line is printed once."""

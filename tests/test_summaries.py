@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import resource
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
+from popgen.errors import RunDirectoryError
 from popgen.summaries import Writer, image_grid, write_png
 
 
@@ -130,3 +132,66 @@ def test_what_was_written_at_or_after_the_purge_step_is_hidden(tmp_path: pathlib
     second.scalars("train", {"loss": 60.0}, 6)
     second.close()
     assert scalars(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 5.0), (6, 60.0)]
+
+
+def test_a_file_that_was_cut_at_any_place_hides_nothing_of_the_next_one(tmp_path: pathlib.Path) -> None:
+    """A process may be killed in the middle of a write; what it had written whole is seen, and what comes later."""
+    first = Writer(tmp_path / "whole")
+    for step in (1, 2, 3):
+        first.scalars("train", {"loss": float(step)}, step)
+    first.close()
+    (whole,) = (tmp_path / "whole").iterdir()
+    content = whole.read_bytes()
+    record = (len(content) - len(content[: content.index(b"train/loss")])) // 3
+    for length in range(len(content) - record, len(content) + 1, 5):
+        folder = tmp_path / str(length)
+        folder.mkdir()
+        (folder / whole.name).write_bytes(content[:length])
+        second = Writer(folder, purge_step=3)
+        second.scalars("train", {"loss": 30.0}, 3)
+        second.close()
+        assert scalars(folder, "train/loss") == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_a_new_file_sorts_after_all_others_whatever_the_clock_says(tmp_path: pathlib.Path) -> None:
+    """TensorBoard reads them by name, and would otherwise take what is new for what is old."""
+    (tmp_path / "events.out.tfevents.4000000000.host.1").write_bytes(b"")
+    names = []
+    for _ in range(3):
+        Writer(tmp_path).close()
+        names.append(max(path.name for path in tmp_path.iterdir()))
+    assert names == sorted(set(names)) and names[-1].startswith("events.out.tfevents.4000000003.")
+
+
+def test_two_writers_are_followed_as_they_write(tmp_path: pathlib.Path) -> None:
+    """An evaluation writes while training does; TensorBoard has left the file of the one for that of the other."""
+    events = EventAccumulator(str(tmp_path))
+    training = Writer(tmp_path)
+    for step in range(1, 5):
+        training.scalars("train", {"loss": float(step)}, step)
+        if step == 2:
+            evaluation = Writer(tmp_path)
+            evaluation.scalars("evaluation", {"loss": 20.0}, 1)
+            evaluation.close()
+        events.Reload()
+        assert [event.step for event in events.Scalars("train/loss")] == list(range(1, step + 1))
+    assert [event.value for event in events.Scalars("evaluation/loss")] == [20.0]
+    training.close()
+
+
+def test_a_write_that_fails_leaves_no_part_of_it(tmp_path: pathlib.Path) -> None:
+    writer = Writer(tmp_path)
+    writer.scalars("train", {"loss": 1.0}, 1)
+    (path,) = tmp_path.iterdir()
+    size = path.stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))
+    try:
+        with pytest.raises(RunDirectoryError, match=f"cannot write the curves {path}: .*File too large"):
+            writer.scalars("train", {"loss": 2.0}, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.stat().st_size == size
+    writer.scalars("train", {"loss": 3.0}, 3)
+    writer.close()
+    assert scalars(tmp_path, "train/loss") == [(1, 1.0), (3, 3.0)]

@@ -17,6 +17,9 @@ from popgen.errors import ArgumentError, DataError, check_choice, check_integer,
 from popgen.streams import make_generator
 
 SHORT = ("refuse", "pad")
+FRAMES_IN_BLOCK = 2**14
+MAX_SAMPLES = 2**31  # as many as the largest WAV file has
+MAX_RATIO = 256  # of sample rates
 
 
 def audio_sample_rate(path: str | os.PathLike) -> int:
@@ -68,10 +71,10 @@ def read_audio(
                 f"{path} has a sample rate of {rate:,} Hz, not {sample_rate:,}, and resampling is off: resample it, "
                 "or turn resampling on"
             )
-        try:
-            channels = file.read(dtype="float32", always_2d=True)
-        except (soundfile.LibsndfileError, RuntimeError) as error:
-            raise DataError(f"{path} cannot be read: {_reason(error)}") from error
+        ratio = 1.0 if sample_rate is None else sample_rate / rate
+        if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
+            raise DataError(f"{path} has a sample rate of {rate:,} Hz, too far from {sample_rate:,} Hz to be resampled")
+        channels = _read_frames(path, file)
     if len(channels) == 0:
         raise DataError(f"{path} is empty: it holds no samples")
     if not np.isfinite(channels).all():
@@ -86,6 +89,21 @@ def read_audio(
         if len(waveform) == 0:
             raise DataError(f"{path} is too short: none of its {len(channels)} samples is left at {sample_rate:,} Hz")
     return torch.from_numpy(np.ascontiguousarray(waveform))
+
+
+def _read_frames(path: pathlib.Path, file: soundfile.SoundFile) -> np.ndarray:
+    """Returns the samples of an open file, `(frames, channels)`, for which no header is believed how many there are."""
+    blocks = [np.empty((0, file.channels), np.float32)]
+    frames = 0
+    try:
+        while len(block := file.read(FRAMES_IN_BLOCK, dtype="float32", always_2d=True)):
+            blocks.append(block)
+            frames += len(block)
+            if frames * file.channels > MAX_SAMPLES:
+                raise DataError(f"{path} holds more than {MAX_SAMPLES:,} samples: cut it into several files")
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise DataError(f"{path} cannot be read: {_reason(error)}") from error
+    return np.concatenate(blocks)
 
 
 def _open(path: pathlib.Path) -> soundfile.SoundFile:

@@ -110,3 +110,19 @@ class Dataset(Protocol):
 
     def load(self) -> Data:
         """Reads or makes the data."""
+
+
+def first_examples(data: Data, num_examples: int | None) -> Any:
+    """Returns the first test examples; None for all.
+
+    Raises:
+        ArgumentError: if there are fewer.
+
+    Example: `run` calls it.
+    """
+    if num_examples is None:
+        return data.test
+    check_integer("num_examples", num_examples, minimum=1)
+    if num_examples > len(data.test):
+        raise ArgumentError(f"num_examples must be at most the {len(data.test)} test examples, got {num_examples}")
+    return data.test[:num_examples]

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popgen.errors import ArgumentError, UnfinishedEvaluationError
+from popgen.errors import ArgumentError, DataError, UnfinishedEvaluationError
 
 IMAGES_IN_CHUNK = 100
+MAX_DIGITS = 20  # of a shard
 
 Columns = dict[str, Tensor]
 
@@ -50,7 +51,8 @@ class Shard:
             ArgumentError: if it names none.
         """
         index, slash, number = text.partition("/")
-        if not (slash and index.isdecimal() and number.isdecimal() and 1 <= int(index) <= int(number)):
+        decimal = slash and index.isdecimal() and number.isdecimal() and len(text) <= MAX_DIGITS
+        if not (decimal and 1 <= int(index) <= int(number)):
             raise ArgumentError(f"shard must be a part and the number of parts, such as 1/4 or 4/4, got {text!r}")
         return cls(int(index), int(number))
 
@@ -95,6 +97,7 @@ class ImageTable:
 
         Raises:
             UnfinishedEvaluationError: if images of other shards are missing; this shard is done.
+            DataError: if what is on file has other columns.
         """
         rows, names = self._read(identity)
         self._begin_part(identity)
@@ -109,6 +112,11 @@ class ImageTable:
             started = time.perf_counter()
             columns = {name: column.double().cpu() for name, column in compute(images).items()}
             columns["seconds"] = torch.full((len(images),), (time.perf_counter() - started) / len(images)).double()
+            if names and names != list(columns):
+                raise DataError(
+                    f"{self.path} has the columns {', '.join(names)}, and an evaluation forms {', '.join(columns)}: "
+                    "delete it and its parts"
+                )
             names = list(columns)
             found = dict(zip(images, torch.stack(list(columns.values()), dim=1).tolist(), strict=True))
             self._append(identity, names, found)
@@ -144,7 +152,7 @@ class ImageTable:
             if not path.is_file():
                 continue
             found = read_table(path)
-            if found.identity != dict(identity):
+            if found.identity != dict(identity) or (names and names != found.names):
                 print(f"{path.name} is of another evaluation and is not used", file=sys.stderr, flush=True)
                 continue
             names = found.names
@@ -198,7 +206,7 @@ class StoredTable:
     def columns(self) -> Columns:
         """Returns the columns of all images, float64, in the images' order."""
         table = torch.tensor([self.rows[image] for image in sorted(self.rows)], dtype=torch.float64)
-        return dict(zip(self.names, table.unbind(1), strict=True))
+        return dict(zip(self.names, table.view(len(self.rows), len(self.names)).unbind(1), strict=True))
 
 
 def read_table(path: pathlib.Path) -> StoredTable:
@@ -216,7 +224,9 @@ def read_table(path: pathlib.Path) -> StoredTable:
     try:
         identity = json.loads(lines[0].removeprefix("# "))
         names = next(csv.reader(lines[1:2]))[1:]
-    except (IndexError, StopIteration, ValueError):
+    except (IndexError, StopIteration, ValueError, RecursionError, csv.Error):
+        return StoredTable(None, [], {})
+    if not isinstance(identity, dict):
         return StoredTable(None, [], {})
     rows = {}
     for line in lines[2:]:

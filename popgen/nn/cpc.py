@@ -236,12 +236,13 @@ class CausalConvContext(Context):
         check_integer("CausalConvContext.num_layers", num_layers, minimum=1)
         check_integer("CausalConvContext.kernel_size", kernel_size, minimum=1)
         check_integer("CausalConvContext.dilation_growth", dilation_growth, minimum=1)
-        dilations = [dilation_growth**i for i in range(num_layers)]
-        self.receptive_field = 1 + (kernel_size - 1) * sum(dilations)
         self.first = nn.Linear(input_dim, context_dim)
-        self.convolutions = nn.ModuleList(CausalConv1d(context_dim, context_dim, kernel_size, d) for d in dilations)
-        self.norms = nn.ModuleList(nn.LayerNorm(context_dim) for _ in dilations)
-        self.outputs = nn.ModuleList(nn.Linear(context_dim, context_dim) for _ in dilations)
+        self.convolutions = nn.ModuleList(
+            CausalConv1d(context_dim, context_dim, kernel_size, dilation_growth**i) for i in range(num_layers)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(context_dim) for _ in range(num_layers))
+        self.outputs = nn.ModuleList(nn.Linear(context_dim, context_dim) for _ in range(num_layers))
+        self.receptive_field = 1 + (kernel_size - 1) * sum(dilation_growth**i for i in range(num_layers))
 
     def forward(self, frames: Float[Tensor, "batch frames input"]) -> Float[Tensor, "batch frames context"]:
         """Returns the context after each frame."""

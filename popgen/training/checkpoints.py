@@ -2,16 +2,16 @@
 
 A checkpoint is an ordinary file of `torch.save`, so `torch.load(path, weights_only=True)` reads it. Its header is JSON
 in the comment field of that zip archive: the format's version and the SHA-256 digest of everything before it. `load`
-checks both before it reads a tensor.
+checks both before it reads a tensor, and loads nothing that is larger than the file.
 """
 
 import hashlib
 import io
 import json
 import pathlib
-import pickle
 import struct
 import zipfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from popgen.training.files import write_whole
 
 FORMAT = "popgen checkpoint"
 VERSION = 1
+FIRST_BYTES = b"PK\3\4"  # what begins otherwise torch would read in another format
+MAX_DEPTH = 16
 
 
 def save(path: pathlib.Path, contents: dict[str, Any], keep: pathlib.Path | None = None) -> None:
@@ -68,10 +70,116 @@ def load(path: pathlib.Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has format version {header.get('version')!r}; this popgen reads {VERSION}")
     if hashlib.sha256(archive).hexdigest() != header.get("sha256"):
         raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
+    refused = f"{path} holds more than tensors, numbers and strings, and is not loaded"
     try:
-        return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise CheckpointError(f"{path} holds more than tensors, numbers and strings, and is not loaded") from error
+        contents = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle can make torch's reader raise what it likes
+        raise CheckpointError(refused) from error
+    if not isinstance(contents, dict) or not _is_plain(contents, len(archive)):
+        raise CheckpointError(refused)
+    return contents
+
+
+def load_state(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the contents of a checkpoint of a training state, see `popgen.training.state.state_to_tensors`.
+
+    Raises:
+        CheckpointError: as `load`, and if a field is missing or of another kind.
+
+    Example: `load_checkpoint` of a run directory calls it.
+    """
+    contents = load(path)
+    for name, (described, fits) in FIELDS.items():
+        if name not in contents and name not in LATER_FIELDS:
+            raise CheckpointError(f"{path} holds no training state: it has no {name!r}")
+        if name in contents and not fits(contents[name]):
+            raise CheckpointError(f"{path} holds no training state: its {name!r} must be {described}")
+    return contents
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
+    )
+
+
+def _are_generators(value: Any) -> bool:
+    return _are_tensors(value) and all(state.dtype == torch.uint8 and state.ndim == 1 for state in value.values())
+
+
+def _is_optimizer(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
+        return False
+    groups = value.get("param_groups")
+    return (
+        all(isinstance(moments, dict) for moments in value["state"].values())
+        and isinstance(groups, list)
+        and all(
+            isinstance(group, dict) and isinstance(group.get("params"), list) and all(map(_is_count, group["params"]))
+            for group in groups
+        )
+    )
+
+
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "step": ("a number of steps", _is_count),
+    "parameters": ("tensors by name", _are_tensors),
+    "buffers": ("tensors by name", _are_tensors),
+    "auxiliary": ("tensors by name", _are_tensors),
+    "optimizer": ("the state of an optimizer", _is_optimizer),
+    "optimizer_name": ("a name", lambda value: isinstance(value, str)),
+    "optimizer_defaults": ("options by name", lambda value: isinstance(value, dict)),
+    "weight_average": ("tensors by name, or None", lambda value: value is None or _are_tensors(value)),
+    "generators": ("random states by name", _are_generators),
+    "skipped": ("tensors by name", _are_tensors),
+    "recent": ("tensors by name", _are_tensors),
+    "best_loss": ("a number", lambda value: isinstance(value, float)),
+    "best_step": ("a number of steps", _is_count),
+}
+LATER_FIELDS = (
+    "auxiliary",
+    "optimizer_name",
+    "optimizer_defaults",
+    "skipped",
+    "recent",
+)  # earlier checkpoints have none
+
+
+def _is_plain(contents: dict, size: int) -> bool:
+    """Whether contents are dictionaries and lists of tensors, numbers and strings, the tensors at most `size` bytes.
+
+    A pickle can hold itself, hold one thing many times over, and give a tensor any shape by strides of zero.
+    """
+    left, seen, num_bytes = [(contents, 0)], {id(contents)}, 0
+    while left:
+        value, depth = left.pop()
+        parts: list[Any] = []
+        if type(value) is torch.Tensor:
+            num_bytes += value.numel() * value.element_size()
+            if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu" or num_bytes > size:
+                return False
+        elif isinstance(value, dict):
+            if not all(isinstance(key, str | int) for key in value):
+                return False
+            parts = [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            parts = list(value)
+        elif isinstance(value, int):
+            if abs(value) >= 2**64:
+                return False
+        elif not isinstance(value, float | str | None):
+            return False
+        if parts and depth >= MAX_DEPTH:
+            return False
+        for part in parts:
+            if id(part) not in seen:
+                seen.add(id(part))
+                left.append((part, depth + 1))
+    return True
 
 
 def load_numbers(path: pathlib.Path) -> dict[str, int | float | str]:
@@ -91,18 +199,27 @@ def load_numbers(path: pathlib.Path) -> dict[str, int | float | str]:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # as above
         raise CheckpointError(f"{path} is not a checkpoint of popgen, or is damaged: {reason_of(error)}") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path} is not a checkpoint of popgen")
     return {name: value for name, value in contents.items() if isinstance(value, int | float | str)}
 
 
 def _split(path: pathlib.Path, data: bytes) -> tuple[bytes, dict[str, Any]]:
     """Returns the archive as it was before its comment was added, and the header in the comment."""
     try:
-        comment = zipfile.ZipFile(io.BytesIO(data)).comment
-        header = json.loads(comment)
-        if not comment or header["format"] != FORMAT:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        header = json.loads(archive.comment)
+        if not archive.comment or header["format"] != FORMAT:
             raise ValueError("no header")
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, NotImplementedError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of popgen, or was cut short") from error
-    return data[: -len(comment) - 2] + b"\0\0", header
+    entries = archive.infolist()
+    # torch compresses nothing. What is compressed, or lies in the file once for many entries, could come to any size.
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if not data.startswith(FIRST_BYTES) or not stored or sum(entry.file_size for entry in entries) > len(data):
+        raise CheckpointError(
+            f"{path} is not as torch writes it: its parts are compressed, or are larger than the file"
+        )
+    return data[: -len(archive.comment) - 2] + b"\0\0", header

@@ -7,10 +7,34 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from popgen.errors import check_choice
 from popgen.evaluation.figures import evaluation_figure
 from popgen.evaluation.image_table import read_table
 from popgen.summaries import Writer
 from popgen.training.files import write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """The text of a run's configuration, to be kept with its results.
+
+    Attributes:
+        given: as it was asked for, includes and overrides merged.
+        operative: every value that was used, defaults too.
+        settings: what was bound, by short name, for the HParams tab.
+        compared: the settings that are columns there; all if there are none.
+
+    Example: `run` takes one.
+    """
+
+    given: str
+    operative: str
+    settings: Mapping[str, bool | int | float | str]
+    compared: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.compared:
+            check_choice("hparam", name, tuple(self.settings))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +78,25 @@ class EvaluationFiles:
     def write(self, writer: Writer, record: Mapping[str, Any], headline: Sequence[str]) -> None:
         """Writes the record, what the headline names as scalars too, and the figure of the table if there is one.
 
-        What is not a finite number, such as the standard error of a single image, is `null` in the file.
+        What is not a finite number, such as the standard error of a single image, is `null` in the file. The file comes
+        last: where it has these results already, so does the event file, and they are not shown twice.
         """
-        writer.scalars("evaluation", {name: record[name] for name in headline}, self.step)
         strict = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
+        if not self._has_on_file({name: strict[name] for name in headline}):
+            if self.images.is_file():
+                figure = evaluation_figure(read_table(self.images).columns())
+                figure.savefig(self.figure)
+                writer.figure("evaluation", figure, self.step)
+            writer.scalars("evaluation", {name: record[name] for name in headline}, self.step)
+            writer.sync()
         write_whole(self.record, (json.dumps(strict, indent=2, allow_nan=False) + "\n").encode())
-        if self.images.is_file():
-            figure = evaluation_figure(read_table(self.images).columns())
-            figure.savefig(self.figure)
-            writer.figure("evaluation", figure, self.step)
+
+    def _has_on_file(self, results: Mapping[str, Any]) -> bool:
+        try:
+            found = json.loads(self.record.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+        return all(found.get(name) == value for name, value in results.items())

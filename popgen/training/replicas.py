@@ -99,7 +99,7 @@ def split_states(state: ReplicatedState) -> list[TrainState]:
 def replicas_of(state: TrainState) -> tuple[TrainState, ...]:
     """Returns the states of all replicas; a run that stands alone is its own.
 
-    Example: `popgen.training.captured_step.CapturedStep` calls it.
+    Example: `CapturedStep` calls it.
     """
     return state.replicas if isinstance(state, ReplicatedState) else (state,)
 

@@ -15,6 +15,7 @@ from popgen.training import checkpoints
 
 LOCK_NAME = ".lock"
 REPLICA = "replica_"  # and its number: the run directory of a replica, see `popgen.replicas`
+MAX_DIGITS = 19  # of a step
 NAMES = ("best", "latest", "previous")  # of checkpoints, beside those of steps
 # Everything that a run writes; starting anew removes these and nothing else. The configuration goes last: as long as
 # there is a checkpoint, it says of what.
@@ -93,7 +94,7 @@ class RunDirectory:
         Raises:
             CheckpointError: if the name is none of these.
         """
-        if name.isdecimal():
+        if name.isdecimal() and len(name) <= MAX_DIGITS:
             name = f"step_{int(name):08d}"
         elif name not in NAMES:
             raise CheckpointError(f"checkpoint must be {', '.join(NAMES)} or a step, got {name!r}")
@@ -136,7 +137,8 @@ class RunDirectory:
         """Returns the contents of a checkpoint by name.
 
         Raises:
-            CheckpointError: if it is missing (the message lists what there is) or damaged (it lists what is whole).
+            CheckpointError: if it is missing (the message lists what there is), damaged (it lists what is whole), or no
+                training state.
         """
         path = self.checkpoint_path(name)
         if not path.is_file():
@@ -144,7 +146,7 @@ class RunDirectory:
             there = f"there are: {', '.join(found)}" if found else "it has no checkpoints yet"
             raise CheckpointError(f"{self.path} has no checkpoint {name!r}; {there}")
         try:
-            return checkpoints.load(path)
+            return checkpoints.load_state(path)
         except CheckpointError as error:
             whole = [other for other in self.checkpoint_names() if self._load_whole(other) is not None]
             listed = f"these are whole: {', '.join(whole)}" if whole else "no other is whole"
@@ -153,7 +155,7 @@ class RunDirectory:
     def _load_whole(self, name: str) -> dict[str, Any] | None:
         """Returns the contents of a checkpoint, or None if it is missing or damaged."""
         try:
-            return checkpoints.load(self.checkpoint_path(name))
+            return checkpoints.load_state(self.checkpoint_path(name))
         except CheckpointError:
             return None
 
@@ -173,7 +175,7 @@ class RunDirectory:
             if name.isdecimal() and (int(name) > limit or any(other.name.isdecimal() for other in found)):
                 continue
             try:
-                tensors = checkpoints.load(self.checkpoint_path(name))
+                tensors = checkpoints.load_state(self.checkpoint_path(name))
             except CheckpointError as error:
                 damaged.append(str(error))
                 continue

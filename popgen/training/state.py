@@ -179,7 +179,11 @@ def state_from_tensors(tensors: dict[str, Any], template: TrainState) -> TrainSt
     average = template.weight_average
     if average is not None:
         source = tensors["weight_average"] or tensors["parameters"]  # averaging may have been switched on since
+        check_same_tensors(source, template.parameters)
         average = {name: source[name].to(device).clone() for name in average}
+    missing = sorted(set(template.generators) - set(tensors["generators"]))
+    if missing:
+        raise CheckpointError(f"the checkpoint has no random state of {' and '.join(missing)}")
     for name, generator in template.generators.items():
         try:
             generator.set_state(tensors["generators"][name].cpu())

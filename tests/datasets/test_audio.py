@@ -1,5 +1,6 @@
 """Audio files: formats, channels and rates, what is refused and how, and folders of files."""
 
+import contextlib
 import math
 import pathlib
 import warnings
@@ -114,6 +115,40 @@ def test_no_file_and_a_folder_and_no_bytes(tmp_path: pathlib.Path) -> None:
     check_refused(tmp_path / "b.wav", "b.wav is empty: it has no bytes")
     with pytest.raises(DataError, match="is not there"):
         audio_sample_rate(tmp_path / "a.wav")
+
+
+def test_a_format_that_cannot_be_searched(tmp_path: pathlib.Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.full(1_600, 0.25), 8_000, subtype="GSM610")
+    waveform = read_audio(tmp_path / "a.wav")
+    assert 1_600 <= len(waveform) <= 1_920 and abs(waveform[:100].mean() - 0.25) < 0.1
+
+
+def test_the_length_in_a_header_is_not_believed(tmp_path: pathlib.Path) -> None:
+    """A FLAC file says how many samples it has; memory is taken for those that come."""
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.zeros(1_000), 8_000)
+    content = bytearray(path.read_bytes())
+    content[21] |= 0x0F  # the upper four of 36 bits
+    path.write_bytes(content)
+    with soundfile.SoundFile(path) as file:
+        assert file.frames > 2**35
+    with contextlib.suppress(DataError):
+        assert len(read_audio(path)) <= 1_000
+
+
+@pytest.mark.parametrize("rate", [1, 10**9])
+def test_rates_that_are_too_far_apart(tmp_path: pathlib.Path, rate: int) -> None:
+    """A second of a file of 1 Hz would come to any size."""
+    soundfile.write(tmp_path / "a.wav", np.zeros(1_000), rate)
+    with pytest.raises(DataError, match=f"a.wav has a sample rate of {rate:,} Hz, too far from 16,000 Hz"):
+        read_audio(tmp_path / "a.wav", sample_rate=16_000)
+
+
+def test_more_samples_than_a_file_should_hold(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros((20_000, 2)), 8_000)
+    monkeypatch.setattr("popgen.datasets.audio.MAX_SAMPLES", 30_000)
+    with pytest.raises(DataError, match="a.wav holds more than 30,000 samples"):
+        read_audio(tmp_path / "a.wav")
 
 
 def test_no_samples(tmp_path: pathlib.Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from popgen.datasets.images import ImageData
-from popgen.errors import ArgumentError, UnfinishedEvaluationError
+from popgen.errors import ArgumentError, DataError, UnfinishedEvaluationError
 from popgen.evaluation.evaluator import Results, VAEEvaluator
 from popgen.evaluation.image_table import IMAGES_IN_CHUNK, ImageTable, Shard, read_table
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
@@ -119,6 +119,33 @@ def test_a_file_that_is_no_table_is_replaced(path: pathlib.Path, content: bytes)
     path.write_bytes(content)
     assert_whole(ImageTable(path).fill({"seed": 1}, COUNT, Counted()))
     assert_whole(read_table(path).columns())
+
+
+def test_columns_that_an_evaluation_does_not_form_are_an_error(path: pathlib.Path) -> None:
+    """As they are where another version of popgen began the evaluation."""
+    with pytest.raises(KeyboardInterrupt):
+        ImageTable(path).fill({}, COUNT, Counted(fails_at=205))
+    with pytest.raises(
+        DataError, match="has the columns log_p_x, pareto_shape, seconds, and an evaluation forms other"
+    ):
+        ImageTable(path).fill({}, COUNT, lambda images: {"other": torch.tensor(images)})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "# [1]\nimage,a\n0,1.0\n",
+        "# " + "[" * 10_000 + "\n",
+        "# {}\na" + "a" * 140_000 + "\n",
+        "# {}\n\n",
+        "# {}\nimage\n",
+    ],
+    ids=["no dictionary", "deep", "long", "no names", "no columns"],
+)
+def test_odd_files_are_read_as_empty_tables(content: str, path: pathlib.Path) -> None:
+    path.write_text(content)
+    found = read_table(path)
+    assert found.rows == {} and found.columns() == {}
 
 
 @pytest.mark.parametrize("text", ["", "2", "0/2", "3/2", "1/0", "a/b", "-1/2", "1/2/3", "1.0/2"])

@@ -97,7 +97,7 @@ def test_names_of_checkpoints(tmp_path):
     with directory.locked():
         assert not directory.has_checkpoint()
         directory.save_checkpoint("20", CONTENTS)
-        assert same(directory.load_checkpoint("20"), CONTENTS)
+        assert same(checkpoints.load(directory.checkpoint_path("20")), CONTENTS)
         assert directory.has_checkpoint()
         with pytest.raises(CheckpointError, match="no checkpoint 'best'; there are: step_00000020"):
             directory.load_checkpoint("best")

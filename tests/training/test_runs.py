@@ -17,10 +17,11 @@ from torch import Tensor
 from popgen.datasets.images import ImageData, binarise_once, prepare_images
 from popgen.errors import ArgumentError, CheckpointError, DivergedError, StoppedError, TrainingError
 from popgen.evaluation.likelihood import evaluate_elbo
-from popgen.experiment import Configuration, Experiment, first_state, plain_step, prepare, replay, run
+from popgen.experiment import Configuration, Experiment, first_state, plain_step, prepare, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import PlanarFlow
 from popgen.nn.vamp_prior import VampPrior
+from popgen.replay import replay
 from popgen.training import checkpoints
 from popgen.training.diagnosis import diagnose
 from popgen.training.objectives import NegativeELBO
@@ -161,12 +162,13 @@ def test_a_longer_run_is_a_shorter_one_continued(first: int, whole: pathlib.Path
 
 
 def test_a_finished_run_started_again_changes_nothing(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    run_in(tmp_path)
-    again = run_in(tmp_path)
+    run_in(tmp_path, final_num_samples=3)
+    once = curves(tmp_path)
+    again = run_in(tmp_path, final_num_samples=3)
     assert again.step == 12
     for name in ("latest", "best"):
         assert_same_checkpoint(whole, tmp_path, name)
-    assert curves(tmp_path) == curves(whole)
+    assert curves(tmp_path) == once and len(once["evaluation/log_p_x"]) == 1
 
 
 def test_a_run_is_a_function_of_its_seed_alone(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -421,7 +423,7 @@ def test_skipped_steps_and_an_interruption(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DivergedError, match="5 steps in a row were skipped") as caught:
         run_in(tmp_path / "other", objective=bad, max_skipped_steps=4)
     assert caught.value.step == 4
-    assert str(caught.value).endswith(f"python -m launch.replay --run_dir={tmp_path / 'other'} --step=4")
+    assert str(caught.value).endswith(f"python -m launch.replay --run_dir={tmp_path / 'other'} --step=4 --trust_config")
 
 
 def test_a_replay_names_what_was_not_finite_first(tmp_path: pathlib.Path) -> None:

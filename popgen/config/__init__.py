@@ -1,6 +1,6 @@
 """Gin at the boundary: files and bindings in, an `Experiment` and its configuration as text out.
 
-The only module that imports gin. Config files use dynamic registration, so any class or function, the user's own too,
+The only package that imports gin. Config files use dynamic registration, so any class or function, the user's own too,
 is configurable as it is. Under dynamic registration gin resolves names through a file's imports alone; for bindings on
 the command line we want short names (`Experiment.seed = 3`) as well as parts the files never mention
 (`Experiment.optimizer = @torch.optim.SGD`). So what a binding refers to is first registered under the files' own
@@ -13,23 +13,23 @@ import importlib
 import inspect
 import os
 import pathlib
-import re
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import gin
 import torch
 from gin import config_parser
 from gin.config import ParseContext, ParsedBindingKey
 
-from popgen.errors import ConfigError, PopgenError
+from popgen.config import foreign
+from popgen.config.errors import parameters_of, translated
+from popgen.config.text import DYNAMIC_REGISTRATION, MACRO, TextDelegate, bindings_as_text, close, display
+from popgen.errors import ConfigError
 from popgen.experiment import Configuration, Experiment
 from popgen.streams import stream_seed
 from popgen.training.run_directory import RunDirectory
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
-MACRO = "gin.macro"
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 gin.add_config_file_search_path(str(REPOSITORY))
 # Gin would also look inside Python packages, where it takes any folder called configs for one and fails.
@@ -70,15 +70,49 @@ def load(gin_files: Sequence[str | os.PathLike], bindings: Sequence[str] = ()) -
     """
     gin.clear_config()
     _parse_files(gin_files)
-    overridden = _apply_bindings(bindings)
-    with _translated("the configuration is not complete"):
+    return _load(_apply_bindings(bindings))
+
+
+def load_foreign(gin_file: pathlib.Path, checkpoint: Mapping[str, Any]) -> LoadedConfig:
+    """Returns the experiment that the configuration of somebody else's run describes, or refuses it.
+
+    Nothing is imported, called or built but what `popgen.foreign` allows, at the size of the checkpoint.
+
+    Args:
+        gin_file: that training wrote.
+        checkpoint: of the same run.
+
+    Raises:
+        ConfigError: as `load`, and naming what is not allowed.
+        ArgumentError: if a value is outside its domain.
+
+    Example: `existing_run` calls it.
+    """
+    gin.clear_config()
+    text = foreign.read_text(gin_file)
+    with translated(f"cannot parse {gin_file}"):
+        foreign.check_text(text)
+        gin.parse_config(text)
+        foreign.check_number_of_values()
+    loaded = _load({}, foreign.SizeLimit(checkpoint))
+    return loaded._replace(experiment=foreign.reading_only(loaded.experiment))
+
+
+def _load(overridden: "dict[_BindingKey, str]", limit: foreign.SizeLimit | None = None) -> LoadedConfig:
+    """Returns what gin has parsed, built; under a limit first without memory."""
+    with translated("the configuration is not complete"):
         gin.finalize()
     given = gin.config_str() + "\n"
     _order_as_in_signatures()
+    if limit is not None:
+        with limit:
+            _build()
     experiment = _build()
+    with translated("cannot build the experiment"):
+        experiment.optimizer(list(experiment.model.parameters()))  # to try it
     unused = _unused_bindings()
     _check_overrides_used(overridden, unused)
-    orphans = sorted({_display(*key) for key in unused if key not in overridden})
+    orphans = sorted({display(*key) for key in unused if key not in overridden})
     configuration = Configuration(given, gin.operative_config_str() + "\n", _settings(unused))
     return LoadedConfig(experiment, configuration, orphans)
 
@@ -112,7 +146,8 @@ def differences(old: str, new: str) -> list[str]:
         >>> differences("Experiment.seed = 0", "Experiment.seed = 3")
         ['Experiment.seed: 0 -> 3']
     """
-    before, after = (_bindings_as_text(text) for text in (old, new))
+    with translated("cannot compare the configurations"):
+        before, after = (bindings_as_text(text) for text in (old, new))
     names = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
     return [f"{name}: {before.get(name, '(not set)')} -> {after.get(name, '(not set)')}" for name in names]
 
@@ -135,7 +170,7 @@ def changes_since(directory: RunDirectory, given: str) -> list[str]:
 def _parse_files(gin_files: Sequence[str | os.PathLike]) -> None:
     for gin_file in [os.fspath(gin_file) for gin_file in gin_files]:
         path = _find(gin_file)
-        with _translated(f"cannot parse {gin_file}"):
+        with translated(f"cannot parse {gin_file}"):
             _check_includes(path, including=())
             gin.parse_config_file(str(path))
 
@@ -156,43 +191,10 @@ def _check_includes(path: pathlib.Path, including: tuple[pathlib.Path, ...]) -> 
     if path in including:
         raise ConfigError(f"{path} includes itself, by way of {', '.join(map(str, including))}")
     with path.open() as file:
-        statements = list(config_parser.ConfigParser(file, _TextDelegate()))
+        statements = list(config_parser.ConfigParser(file, TextDelegate()))
     for statement in statements:
         if isinstance(statement, config_parser.IncludeStatement):
             _check_includes(_find(statement.filename), (*including, path))
-
-
-class _TextDelegate(config_parser.ParserDelegate):
-    """Leaves references and macros as the text they were, and remembers them."""
-
-    def __init__(self) -> None:
-        self.references: list[str] = []
-        self.macros: list[str] = []
-
-    def configurable_reference(self, scoped_selector: str, evaluate: bool) -> "_Text":
-        self.references.append(scoped_selector.rsplit("/", 1)[-1])
-        return _Text(f"@{scoped_selector}{'()' if evaluate else ''}")
-
-    def macro(self, name: str) -> "_Text":
-        self.macros.append(name)
-        return _Text(f"%{name}")
-
-
-class _Text(str):
-    """A string whose representation is itself."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-def _bindings_as_text(text: str) -> dict[str, str]:
-    """Returns the value of every binding by name, as text; imports and includes are passed over."""
-    bindings = {}
-    for statement in config_parser.ConfigParser(text, _TextDelegate()):
-        if isinstance(statement, config_parser.BindingStatement):
-            name = ".".join(part for part in (statement.selector, statement.arg_name) if part)
-            bindings["/".join(part for part in (statement.scope, name) if part)] = repr(statement.value)
-    return bindings
 
 
 class _BindingKey(NamedTuple):
@@ -205,7 +207,7 @@ def _apply_bindings(bindings: Sequence[str]) -> dict[_BindingKey, str]:
     """Parses bindings in order; returns the text of each by the key that it binds."""
     overridden = {}
     for binding in bindings:
-        delegate = _TextDelegate()
+        delegate = TextDelegate()
         try:
             statements = list(config_parser.ConfigParser(binding, delegate))
         except (SyntaxError, ValueError) as error:
@@ -224,7 +226,7 @@ def _apply_bindings(bindings: Sequence[str]) -> dict[_BindingKey, str]:
                 )
             key = _binding_key(statement, binding)
             overridden[key] = binding
-        with _translated(f"cannot parse the binding {binding!r}"):
+        with translated(f"cannot parse the binding {binding!r}"):
             gin.parse_config(binding)
     return overridden
 
@@ -236,11 +238,11 @@ def _binding_key(statement: config_parser.BindingStatement, binding: str) -> _Bi
         _check_macro(name, binding)
         return _BindingKey(name, MACRO, "value")
     _register(statement.selector, binding)
-    parameters = _parameters(statement.selector)
+    parameters = parameters_of(statement.selector)
     if parameters and statement.arg_name not in parameters and "kwargs" not in parameters:
-        close = _close(statement.arg_name, parameters)
-        raise ConfigError(f"{statement.selector} has no parameter {statement.arg_name!r} in {binding!r}; {close}")
-    with _translated(f"cannot parse the binding {binding!r}"):
+        right = close(statement.arg_name, parameters)
+        raise ConfigError(f"{statement.selector} has no parameter {statement.arg_name!r} in {binding!r}; {right}")
+    with translated(f"cannot parse the binding {binding!r}"):
         parsed = ParsedBindingKey.parse((statement.scope, statement.selector, statement.arg_name))
     return _BindingKey(parsed.scope, parsed.complete_selector, parsed.arg_name)
 
@@ -259,7 +261,7 @@ def _register(selector: str, binding: str) -> None:
     if not _is_importable(module):
         names = sorted({configurable.name for configurable in gin.config._INVERSE_REGISTRY.values()})
         raise ConfigError(
-            f"nothing in this configuration is called {selector!r} in {binding!r}; {_close(selector, names)}; "
+            f"nothing in this configuration is called {selector!r} in {binding!r}; {close(selector, names)}; "
             "parts that the config file does not mention are named with their module, as in @torch.optim.SGD"
         )
     context.process_import(config_parser.ImportStatement(module, False, None, None))
@@ -267,20 +269,12 @@ def _register(selector: str, binding: str) -> None:
         context.get_configurable(selector)
     except AttributeError:
         public = [other for other in dir(importlib.import_module(module)) if not other.startswith("_")]
-        raise ConfigError(f"{module} has no {name!r}, named in {binding!r}; {_close(name, public)}") from None
+        raise ConfigError(f"{module} has no {name!r}, named in {binding!r}; {close(name, public)}") from None
 
 
 def _complete(selector: str) -> list[str]:
     """Returns the registered names that a partial one matches."""
     return gin.config._REGISTRY.matching_selectors(selector)
-
-
-def _parameters(selector: str) -> list[str]:
-    """Returns the names of the parameters of what a selector stands for; empty if it stands for several things, which
-    gin reports when it parses the binding.
-    """
-    complete = _complete(selector)
-    return list(inspect.signature(gin.config._REGISTRY[complete[0]].wrapped).parameters) if len(complete) == 1 else []
 
 
 def _import_statements() -> Iterator[config_parser.ImportStatement]:
@@ -302,33 +296,23 @@ def _check_macro(name: str, binding: str) -> None:
     if name.startswith("gin.") or (name, MACRO) in gin.config._CONFIG:
         return
     macros = [scope for scope, selector in gin.config._CONFIG if selector == MACRO]
-    raise ConfigError(f"no macro is called {name!r} in {binding!r}; {_close(name, macros)}")
-
-
-def _close(name: str, candidates: Sequence[str]) -> str:
-    by_lower = {candidate.lower(): candidate for candidate in candidates}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
-    if close:
-        return "did you mean " + " or ".join(by_lower[match] for match in close) + "?"
-    return f"there are {', '.join(sorted(candidates)) or 'none'}"
+    raise ConfigError(f"no macro is called {name!r} in {binding!r}; {close(name, macros)}")
 
 
 # --- building --------------------------------------------------------------------------------------------------------
 
 
 def _build() -> Experiment:
-    """Returns the experiment, its model built from the seed; also calls the optimizer's factory once, to try it."""
+    """Returns the experiment, its model built from the seed."""
     selectors = [selector for _, selector in gin.config._CONFIG if selector.endswith("experiment.Experiment")]
     if not selectors:
         raise ConfigError("the configuration binds nothing of popgen.experiment.Experiment, so there is nothing to run")
     seed = gin.config._CONFIG.get(("", selectors[0]), {}).get("seed", 0)
-    if isinstance(seed, gin.config.ConfigurableReference):  # a macro
-        seed = seed.scoped_configurable_fn()
-    with torch.random.fork_rng(devices=[]), _translated("cannot build the experiment"):
+    with torch.random.fork_rng(devices=[]), translated("cannot build the experiment"):
+        if isinstance(seed, gin.config.ConfigurableReference):  # a macro
+            seed = seed.scoped_configurable_fn()
         torch.manual_seed(stream_seed(seed, "model"))
-        experiment = gin.get_configurable(Experiment)()
-        experiment.optimizer(list(experiment.model.parameters()))
-    return experiment
+        return gin.get_configurable(Experiment)()
 
 
 def _order_as_in_signatures() -> None:
@@ -371,12 +355,6 @@ def _check_overrides_used(overridden: dict[_BindingKey, str], unused: set[_Bindi
         raise ConfigError(f"nothing uses the binding {wasted[0]!r}; this configuration is made of {', '.join(used)}")
 
 
-def _display(scope: str, selector: str, parameter: str) -> str:
-    if selector == MACRO:
-        return scope
-    return f"{scope}/" * bool(scope) + f"{selector.rpartition('.')[2]}.{parameter}"
-
-
 def _settings(unused: set[_BindingKey]) -> dict[str, bool | int | float | str]:
     """Returns what the configuration binds and uses, by short name; parts are given by theirs, None and lists as text.
 
@@ -392,64 +370,5 @@ def _settings(unused: set[_BindingKey]) -> dict[str, bool | int | float | str]:
             if value is None or isinstance(value, list | tuple):
                 value = repr(value)
             if isinstance(value, bool | int | float | str) and _BindingKey(scope, selector, parameter) not in unused:
-                settings[_display(scope, selector, parameter)] = value
+                settings[display(scope, selector, parameter)] = value
     return settings
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _translated(doing: str) -> Iterator[None]:
-    """Turns what gin raises into a `ConfigError` of one line, and gives the project's own errors back as they were.
-
-    Exceptions that cross gin come as proxies without arguments, the original in `__context__`.
-    """
-    try:
-        yield
-    except Exception as error:
-        original: BaseException = error
-        while original.__context__ is not None and isinstance(original, type(original.__context__)):
-            original = original.__context__
-        if isinstance(original, PopgenError):
-            raise original from None
-        raise ConfigError(f"{doing}: {_one_line(error, original)}{_suggestion(original)}") from error
-
-
-def _one_line(error: BaseException, original: BaseException) -> str:
-    """Returns gin's message in one line: what is wrong, then where in the file or in which part."""
-    if isinstance(error, SyntaxError):
-        where = f" in {error.filename}" if error.filename else ""
-        return f"{error.msg}{where}, line {error.lineno}: {(error.text or '').strip()}"
-    problem = str(original).partition(" in config string:")[0]  # gin appends the whole configuration
-    text = problem if error is original else problem + str(error).removeprefix(str(original))
-    text = re.sub(r"\n\s*In call to configurable '(\w+)' \(.*?\)(?=\n|$)", _bound_values, text)
-    lines = [line.strip() for line in text.splitlines() if line.strip().strip("^")]
-    return " ".join(lines) or type(original).__name__
-
-
-def _bound_values(match: re.Match[str]) -> str:
-    """Returns the part that an error arose in, with the values that were bound there."""
-    values = [
-        f"{parameter} = {value!r}"
-        for (_, selector), parameters in gin.config._CONFIG.items()
-        if selector.rpartition(".")[2] == match[1]
-        for parameter, value in parameters.items()
-    ]
-    return f" (in {match[1]}, bound: {', '.join(values) or 'nothing'})"
-
-
-def _suggestion(error: BaseException) -> str:
-    """Returns the closest valid names for an unknown one, as far as gin's message tells which it was."""
-    text = str(error)
-    if match := re.search(r"Configurable '([\w./]+)' doesn't have a parameter named '(\w+)'", text):
-        return f"; {_close(match[2], _parameters(match[1].rpartition('.')[2]))}"
-    if match := re.search(r"module '([\w.]+)' from .* has no attribute (\w+)", text):
-        names = [name for name in dir(importlib.import_module(match[1])) if not name.startswith("_")]
-        return f"; {_close(match[2], names)}"
-    if match := re.search(r"'(\w+)' was not provided by an import", text):
-        return "; import its module at the top of the file"
-    if match := re.search(r"No bindings specified for '([\w/]+)/gin.macro'", text):
-        macros = [scope for scope, selector in gin.config._CONFIG if selector == MACRO]
-        return f"; {_close(match[1], macros)}"
-    return ""

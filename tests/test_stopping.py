@@ -1,0 +1,91 @@
+"""A real training process: stopped by signals, evaluated and tried a second time while it runs, killed, replayed."""
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from launch.command import OF_THE_DISK, guarded, stop_requests
+from popgen.errors import StoppedError
+from tests.test_commands import REPOSITORY, Workspace
+
+LONG = ("train", "--gin_file=vae_squares.gin", "--run_dir=run", "--gin_bindings=Experiment.num_steps = 1_000_000")
+
+
+@pytest.fixture
+def workspace(tmp_path: pathlib.Path) -> Workspace:
+    return Workspace(tmp_path)
+
+
+def started(workspace: Workspace, *arguments: str) -> subprocess.Popen[str]:
+    """Returns a command that runs, once it has saved a checkpoint."""
+    path = os.pathsep.join((str(REPOSITORY), str(workspace.path)))
+    command = [sys.executable, "-m", f"launch.{arguments[0]}", *arguments[1:]]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=workspace.path, env=environment, stderr=subprocess.PIPE, text=True)
+    waiting = time.monotonic()
+    while not (workspace.path / "run/checkpoints/best.ckpt").is_file():
+        assert process.poll() is None and time.monotonic() - waiting < 60
+        time.sleep(0.05)
+    return process
+
+
+def test_a_run_is_evaluated_while_it_trains_stopped_and_replayed(workspace: Workspace) -> None:
+    """A second process is refused, an evaluation is not; SIGTERM saves the step in progress and says how to go on."""
+    with started(workspace, *LONG) as process:
+        assert "in use by another process" in workspace.fail(*LONG)
+        workspace.succeed("evaluate", "--run_dir=run", "--num_samples=2", "--num_examples=4")
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    lines = stderr.splitlines()
+    assert process.returncode == 75 and len(lines) == 2, stderr
+    match = re.fullmatch(r"stopped at step (\d+), which is saved; the same command goes on from there", lines[1])
+    assert match and lines[0] == "stopping after this step; Ctrl-C interrupts at once"
+    assert torch.load(workspace.path / "run/checkpoints/latest.ckpt", weights_only=True)["step"] == int(match[1])
+    printed = workspace.succeed("replay", "--run_dir=run", "--step=2", "--trust_config")
+    assert re.match(r"step 2: loss \d+\.\d+, gradient norm \d+\.?\d*\neverything in it is finite\n", printed)
+
+
+def test_a_second_interrupt_is_not_waited_for() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with stop_requests() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with stop_requests() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    for error, status in (
+        (StoppedError("stopped at step 3"), 75),
+        (KeyboardInterrupt(), 130),
+        *((OSError(number, os.strerror(number), "file"), 1) for number in OF_THE_DISK),
+    ):
+        with pytest.raises(SystemExit) as leaving:
+            guarded(raising(error))
+        assert leaving.value.code == status and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(FileNotFoundError):
+        guarded(raising(FileNotFoundError(2, "No such file", "file")))
