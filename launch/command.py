@@ -131,7 +131,7 @@ def existing_run(
         raise RunDirectoryError(f"there is no run in {run_dir!r} (no config.gin); --run_dir names what training wrote")
     if not trust_config:
         check_files(directory.path)
-    if directory.replicas():
+    if directory.replicas() and not directory.checkpoint_names():
         names = ", ".join(str(replica.path) for replica in directory.replicas())
         raise RunDirectoryError(f"{run_dir!r} holds several replicas; --run_dir names one of them: {names}")
     if checkpoint is None:

@@ -1,4 +1,4 @@
-"""What defines a run: an experiment and the text of its configuration."""
+"""What defines a run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -156,11 +156,6 @@ class Experiment:
         for name in ("compile", "cuda_graph"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"Experiment.{name} must be True or False, got {getattr(self, name)!r}")
-        if self.compile and self.num_replicas > 1:
-            raise ArgumentError(
-                f"Experiment.compile must be False with num_replicas = {self.num_replicas}: torch.compile cannot "
-                "follow functions with gradients of their own that are mapped over replicas"
-            )
         check_choice("Experiment.precision", self.precision, PRECISIONS)
         self.torch_device()
 
@@ -178,26 +173,3 @@ class Experiment:
         except (RuntimeError, AssertionError, TypeError) as error:
             reason = reason_of(error)
             raise ArgumentError(f"Experiment.device {self.device!r} cannot be used here: {reason}") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class Configuration:
-    """The text of a run's configuration, to be kept with its results.
-
-    Attributes:
-        given: as it was asked for, includes and overrides merged.
-        operative: every value that was used, defaults too.
-        settings: what was bound, by short name, for the HParams tab.
-        compared: the settings that are columns there; all if there are none.
-
-    Example: `run` takes one.
-    """
-
-    given: str
-    operative: str
-    settings: Mapping[str, bool | int | float | str]
-    compared: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in self.compared:
-            check_choice("hparam", name, tuple(self.settings))

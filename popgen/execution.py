@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+import popgen
 from popgen.errors import ArgumentError, check_choice, reason_of
 
 Recorded = tuple[Callable[[], object], Any]
@@ -181,6 +182,22 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} cores, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def surroundings(device: torch.device) -> dict[str, str]:
+    """Returns what a result on a device depends on beside the code that made it: hardware, and versions.
+
+    Example:
+        >>> list(surroundings(torch.device("cpu")))
+        ['device', 'hardware', 'popgen_version', 'torch_version', 'python_version']
+    """
+    return {
+        "device": str(device),
+        "hardware": hardware(device),
+        "popgen_version": popgen.__version__,
+        "torch_version": torch.__version__,
+        "python_version": platform.python_version(),
+    }
 
 
 def record_cuda_graph(work: Callable[[], Any], generators: Iterable[torch.Generator] = ()) -> Recorded:

@@ -3,10 +3,7 @@
 Plain Python: Gin builds an `Experiment` once and is not seen again.
 """
 
-import dataclasses
 import functools
-import math
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +11,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import popgen
 from popgen.datasets.data import Data, first_examples
-from popgen.description import Configuration, Experiment
+from popgen.description import Experiment
 from popgen.distributed import ALONE, Processes, check_divided
 from popgen.errors import (
     ArgumentError,
@@ -26,14 +22,15 @@ from popgen.errors import (
 from popgen.evaluation.evaluator import ImageEvaluator
 from popgen.evaluation.image_table import ImageTable, Shard
 from popgen.evaluation.progress import show_mean
-from popgen.execution import check_precision, hardware
+from popgen.execution import check_precision, surroundings
 from popgen.models.model import Model
 from popgen.summaries import Writer
 from popgen.training.captured_step import CapturedStep
+from popgen.training.diagnosis import with_replay
 from popgen.training.files import write_whole
 from popgen.training.loop import DrawBatch, Hooks, Step, train
-from popgen.training.recorder import Follower, Recorder
-from popgen.training.records import EvaluationFiles
+from popgen.training.recorder import Follower, Recorder, fit_files
+from popgen.training.records import Configuration, EvaluationFiles
 from popgen.training.run_directory import Found, RunDirectory
 from popgen.training.state import (
     TrainState,
@@ -97,9 +94,8 @@ def run(
     step_function, draw_batch = training_functions(experiment, model, data, processes)
     state = state_of_all(experiment, model, data, directory, processes)
     recorder: Recorder | Follower = Follower(processes)
-    if processes.first:
-        writer = open_writer(experiment, directory, configuration, state.step)
-        recorder = recorder_of(experiment, model, data, directory, writer, processes)
+    if processes.first:  # only now that everything is built and loaded: a mistake leaves an earlier run as it was
+        recorder = begin(experiment, directory, configuration, data, model, state.step, processes)
     try:
         hooks = Hooks(
             log_every=experiment.log_every,
@@ -116,7 +112,7 @@ def run(
         try:
             state = train(state, step_function, draw_batch, experiment.num_steps, hooks)
         except DivergedError as error:
-            raise with_replay(error, directory) from error
+            raise with_replay(error, directory.path) from error
         if hooks.stop():
             raise StoppedError(f"stopped at step {state.step}, which is saved; the same command goes on from there")
         finish(experiment, model, data, directory, recorder, stop, processes)
@@ -125,18 +121,27 @@ def run(
     return state
 
 
-def recorder_of(
+def begin(
     experiment: Experiment,
-    model: Model,
-    data: Data,
     directory: RunDirectory,
-    writer: Writer,
+    configuration: Configuration,
+    data: Data,
+    model: Model,
+    step: int,
     processes: Processes = ALONE,
+    make_writer: Callable[..., Writer] = Writer,
 ) -> Recorder:
-    """Returns what writes a run while it trains.
+    """Writes the configuration of a run, and returns what records it from a step on; it is to be closed.
 
     Example: `run` calls it.
     """
+    write_whole(directory.config_path, configuration.given.encode())
+    write_whole(directory.operative_config_path, configuration.operative.encode())
+    writer = make_writer(directory.path, purge_step=step + 1)
+    writer.text("config", configuration.given, step)
+    writer.text("operative_config", configuration.operative, step)
+    metrics = ["best/loss", *(f"evaluation/{name}" for name in experiment.evaluator.headline)]
+    writer.hyper_parameters(configuration.settings, metrics, configuration.compared)
     return Recorder(
         experiment.evaluator,
         experiment.selection_split,
@@ -149,37 +154,6 @@ def recorder_of(
         model,
         processes,
     )
-
-
-def open_writer(
-    experiment: Experiment,
-    directory: RunDirectory,
-    configuration: Configuration,
-    step: int,
-    make_writer: Callable[..., Writer] = Writer,
-) -> Writer:
-    """Returns the writer of a run's curves, which goes on after a step; the configuration is written first.
-
-    Example: `run` calls it.
-    """
-    # Written only now that everything is built and loaded: a mistake leaves an earlier run as it was.
-    write_whole(directory.config_path, configuration.given.encode())
-    write_whole(directory.operative_config_path, configuration.operative.encode())
-    writer = make_writer(directory.path, purge_step=step + 1)
-    writer.text("config", configuration.given, step)
-    writer.text("operative_config", configuration.operative, step)
-    metrics = ["best/loss", *(f"evaluation/{name}" for name in experiment.evaluator.headline)]
-    writer.hyper_parameters(configuration.settings, metrics, configuration.compared)
-    return writer
-
-
-def with_replay(error: DivergedError, directory: RunDirectory) -> DivergedError:
-    """Returns the same error, which also says what command shows what went wrong.
-
-    Example: `run` calls it.
-    """
-    replay = f"python -m launch.replay --run_dir={directory.path} --step={error.step} --trust_config"
-    return DivergedError(f"{error}. What went wrong where: {replay}", error.step, error.replica)
 
 
 def finish(
@@ -253,22 +227,6 @@ def starting_state(experiment: Experiment, model: Model, data: Data, found: Foun
     return first_state(experiment, model)
 
 
-def continued_state(
-    experiment: Experiment, model: Model, data: Data, directory: RunDirectory, found: Found | None
-) -> TrainState:
-    """Returns what `starting_state` does, and makes the files of the run fit it.
-
-    Raises:
-        CheckpointError: if the checkpoint is of another model, optimizer or kind of device.
-
-    Example: `run` calls it.
-    """
-    state = starting_state(experiment, model, data, found)
-    if found is not None and not directory.continue_from(found):
-        return dataclasses.replace(state, best_loss=math.inf, best_step=0)
-    return state
-
-
 def state_of_all(
     experiment: Experiment, model: Model, data: Data, directory: RunDirectory, processes: Processes
 ) -> TrainState:
@@ -278,7 +236,8 @@ def state_of_all(
     """
     if not processes.first:
         return state_from_tensors(processes.from_first({}), first_state(experiment, model))
-    state = continued_state(experiment, model, data, directory, directory.newest_checkpoint())
+    found = directory.newest_checkpoint()
+    state = fit_files(directory, found, starting_state(experiment, model, data, found))
     processes.from_first(state_to_tensors(state))
     return state
 
@@ -374,11 +333,7 @@ def evaluate_model(
         "precision": precision,
         "training_precision": experiment.precision,
         "dtype": str(reference.dtype).removeprefix("torch."),
-        "device": str(reference.device),
-        "hardware": hardware(reference.device),
         "processes": processes.size,
         "seconds": round(time.perf_counter() - started, 1),
-        "popgen_version": popgen.__version__,
-        "torch_version": torch.__version__,
-        "python_version": platform.python_version(),
+        **surroundings(reference.device),
     }

@@ -11,28 +11,26 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from popgen.datasets.data import Data
+from popgen.datasets.data import Data, first_examples
 from popgen.distributed import ALONE, Processes
 from popgen.errors import ArgumentError, CheckpointError, DivergedError, StoppedError, TrainingError
 from popgen.execution import check_precision
 from popgen.experiment import (
     Configuration,
     Experiment,
-    continued_state,
+    begin,
     finish,
-    first_examples,
     first_state,
-    open_writer,
     plain_step,
     prepare,
-    recorder_of,
-    with_replay,
+    starting_state,
 )
 from popgen.models.model import Model
 from popgen.summaries import Writer
 from popgen.training.captured_step import CapturedStep
+from popgen.training.diagnosis import with_replay
 from popgen.training.loop import DrawBatch, Hooks, Step, train
-from popgen.training.recorder import Recorder
+from popgen.training.recorder import Recorder, fit_files
 from popgen.training.replicas import (
     ReplicaMeans,
     ReplicatedBatches,
@@ -86,7 +84,24 @@ def run_replicas(
         TrainingError: if the loss of one is no longer finite.
         StoppedError: if it was stopped; the same call goes on.
 
-    Example: `main` of `launch.train` calls it where `Experiment.num_replicas` is above 1.
+    Example:
+        >>> import tempfile
+        >>> from popgen.datasets.images import ImageData
+        >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+        >>> from popgen.nn.priors import StandardNormalPrior
+        >>> class Noise:
+        ...     def load(self):
+        ...         return ImageData(torch.rand(40, 16), torch.rand(20, 16), (4, 4), protocol="none")
+        >>> def replica(seed):
+        ...     vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
+        ...     experiment = Experiment(model=vae, dataset=Noise(), num_steps=4, batch_size=10, seed=seed)
+        ...     return Replica(experiment, Configuration("", "", {}))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     directory = RunDirectory(pathlib.Path(folder) / "run")
+        ...     with directory.locked():
+        ...         states = run_replicas([replica(0), replica(1)], directory, Configuration("", "", {}))
+        ...     len(states), (directory.path / "replica_1" / "samples" / "best.png").is_file()
+        (2, True)
     """
     experiments = [replica.experiment for replica in replicas]
     first = experiments[0]
@@ -94,6 +109,11 @@ def run_replicas(
     check_precision("Experiment.precision", first.precision, device)
     if processes.size > 1:
         raise ArgumentError("Experiment.num_replicas must be 1 where there are several processes: give each its seeds")
+    if first.compile:
+        raise ArgumentError(
+            "Experiment.compile must be False with several replicas: torch.compile cannot follow functions with "
+            "gradients of their own that are mapped over them"
+        )
     directory.check_num_replicas(len(replicas))
     data, model = prepare(first, device)
     first_examples(data, first.final_num_examples)
@@ -104,14 +124,18 @@ def run_replicas(
         for one in own:
             stack.enter_context(one.locked())
         everything = zip(experiments, models, own, newest_common(directory.path, own), strict=True)
-        state = stack_states([continued_state(e, m, data, one, found) for e, m, one, found in everything])
-        whole = open_writer(first, directory, configuration, state.step)
+        state = stack_states(
+            [fit_files(one, found, starting_state(e, m, data, found)) for e, m, one, found in everything]
+        )
+        whole = begin(first, directory, configuration, data, model, state.step).writer
         stack.callback(whole.close)
         recorders = []
         for replica, one, own_model in zip(replicas, own, models, strict=True):
-            writer = open_writer(replica.experiment, one, replica.configuration, state.step, KeepingWriter)
-            stack.callback(writer.close)
-            recorders.append(recorder_of(replica.experiment, own_model, data, one, writer))
+            recorder = begin(
+                replica.experiment, one, replica.configuration, data, own_model, state.step, make_writer=KeepingWriter
+            )
+            stack.callback(recorder.writer.close)
+            recorders.append(recorder)
         together = Recorders(recorders, whole)
         hooks = Hooks(
             log_every=first.log_every,
@@ -128,7 +152,7 @@ def run_replicas(
         try:
             last = train(state, *replicated_training(experiments, model, data), first.num_steps, hooks)
         except DivergedError as error:
-            raise with_replay(error, own[error.replica]) from error
+            raise with_replay(error, own[error.replica].path) from error
         if stop():
             raise StoppedError(f"stopped at step {last.step}, which is saved; the same command goes on from there")
         for experiment, recorder in zip(experiments, recorders, strict=True):

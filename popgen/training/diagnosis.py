@@ -1,11 +1,13 @@
 """What in a training step is not finite, in the order in which it comes about."""
 
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from popgen.errors import DivergedError
 from popgen.execution import matrix_products
 from popgen.training.state import TrainState
 from popgen.training.step import TrainStep, settings_tensor
@@ -90,6 +92,17 @@ def diagnose(train_step: TrainStep, state: TrainState, batch: Any) -> Diagnosis:
             look(kind, name, result)
     norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
     return Diagnosis(loss.item(), norm.item(), tuple(found))
+
+
+def with_replay(error: DivergedError, run_dir: pathlib.Path) -> DivergedError:
+    """Returns the same error, which also says what command shows what went wrong in a run.
+
+    Example:
+        >>> print(with_replay(DivergedError("the loss became nan", step=8), pathlib.Path("runs/vae")))
+        the loss became nan. What went wrong where: python -m launch.replay --run_dir=runs/vae --step=8 --trust_config
+    """
+    replay = f"python -m launch.replay --run_dir={run_dir} --step={error.step} --trust_config"
+    return DivergedError(f"{error}. What went wrong where: {replay}", error.step, error.replica)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from popgen.models.model import Model
 from popgen.streams import make_generator
 from popgen.summaries import Writer
 from popgen.training.records import EvaluationFiles
-from popgen.training.run_directory import RunDirectory
+from popgen.training.run_directory import Found, RunDirectory
 from popgen.training.state import TrainState, model_with_weights, state_to_tensors
 
 
@@ -153,6 +153,18 @@ class Follower:
 
     def close(self) -> None:
         """Does nothing."""
+
+
+def fit_files(directory: RunDirectory, found: Found | None, state: TrainState) -> TrainState:
+    """Makes the files of a run fit the checkpoint that its state was found in, and returns the state.
+
+    Where the best checkpoint is lost, the lowest loss is sought anew.
+
+    Example: `run` calls it.
+    """
+    if found is not None and not directory.continue_from(found):
+        return dataclasses.replace(state, best_loss=math.inf, best_step=0)
+    return state
 
 
 def _is_power_of_two(number: int) -> bool:

@@ -7,10 +7,34 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from popgen.errors import check_choice
 from popgen.evaluation.figures import evaluation_figure
 from popgen.evaluation.image_table import read_table
 from popgen.summaries import Writer
 from popgen.training.files import write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """The text of a run's configuration, to be kept with its results.
+
+    Attributes:
+        given: as it was asked for, includes and overrides merged.
+        operative: every value that was used, defaults too.
+        settings: what was bound, by short name, for the HParams tab.
+        compared: the settings that are columns there; all if there are none.
+
+    Example: `run` takes one.
+    """
+
+    given: str
+    operative: str
+    settings: Mapping[str, bool | int | float | str]
+    compared: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.compared:
+            check_choice("hparam", name, tuple(self.settings))
 
 
 @dataclasses.dataclass(frozen=True)

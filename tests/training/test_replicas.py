@@ -16,10 +16,11 @@ from popgen.distributions.codes import CategoricalOutput
 from popgen.errors import ArgumentError, DivergedError
 from popgen.models.cpc import CPC
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
-from popgen.models.vqvae import VQVAE, ConvolutionalDecoder, ConvolutionalEncoder
+from popgen.models.vqvae import VQVAE, ConvolutionalDecoder, ConvolutionalEncoder, VQVAEWithPrior
 from popgen.models.wavenet import WaveNet
 from popgen.nn.cpc import GRUContext, LinearPredictors, StridedConvEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow, PlanarFlow
+from popgen.nn.pixelcnn import GatedPixelCNN
 from popgen.nn.priors import GaussianMixturePrior, StandardNormalPrior
 from popgen.nn.vamp_prior import VampPrior
 from popgen.nn.vqvae import GradientQuantiser, MovingAverageQuantiser, ResidualQuantiser
@@ -86,6 +87,10 @@ KINDS: dict[str, Callable[[], tuple[Any, Objective]]] = {
     "moving average": lambda: (vqvae(MovingAverageQuantiser(4, 3, decay=0.8)), VQVAELoss()),
     "residual": lambda: (vqvae(ResidualQuantiser(2, 4, 3, decay=0.8, least_usage=0.0)), VQVAELoss()),
     "learned codes": lambda: (vqvae(GradientQuantiser(4, 3)), VQVAELoss()),
+    "prior over codes": lambda: (
+        VQVAEWithPrior(vqvae(MovingAverageQuantiser(4, 3)), GatedPixelCNN(4, (1, 1), hidden_dim=4, num_layers=2)),
+        NegativeELBO(),
+    ),
     "wavenet": lambda: (
         WaveNet(CategoricalOutput(), 6, 8, num_layers=3, dilation_cycle=3, classes={"speaker": 2}),
         NegativeLogLikelihood(),
@@ -205,6 +210,17 @@ def test_learning_rate_and_limits_are_those_of_each() -> None:
     step, states, batches = setting("standard")
     norms = torch.stack([row["gradient_norm"] for row in alone(step, states[0], batches[0], 10)])
     assert_replicas_equal_runs_alone(10, "standard", skip_gradient_norm=norms.median().item())
+
+
+def test_products_of_reduced_precision() -> None:
+    """The same step within bfloat16's rounding; products of float64 would not be reduced."""
+    torch.set_default_dtype(torch.float32)
+    step, states, batches = setting("vamp sylvester", precision="bf16")
+    expected = [alone(step, state, own, 3)[-1] for state, own in zip(states, batches, strict=True)]
+    step, others, batches = setting("vamp sylvester", precision="bf16")
+    found = alone(make_replicated_step(step), stack_states(others), ReplicatedBatches(batches), 3)[-1]
+    for replica, metrics in enumerate(expected):
+        assert found["loss"][replica].item() == pytest.approx(metrics["loss"].item(), rel=2e-2)
 
 
 # --- skipped steps ---------------------------------------------------------------------------------------------------
