@@ -86,6 +86,7 @@ def run_replicas(
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> from popgen.datasets.images import ImageData
         >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
         >>> from popgen.nn.priors import StandardNormalPrior
