@@ -187,7 +187,7 @@ def test_a_replica_goes_on_alone_and_the_others_without_it_no_more(whole, tmp_pa
 
 def test_a_replica_that_diverges_is_named(tmp_path: pathlib.Path) -> None:
     bad = SometimesNan(*range(5, 13))
-    message = rf"^replica 0: the loss became nan at step 7.* --run_dir={tmp_path}/replica_0 --step=5$"
+    message = rf"^replica 0: the loss became nan at step 7.* --run_dir={tmp_path}/replica_0 --step=5 --trust_config$"
     with pytest.raises(DivergedError, match=message):
         train_in(tmp_path, objective=bad, max_skipped_steps=2)
 
@@ -324,4 +324,4 @@ def test_a_command_on_the_whole_names_the_replicas(tmp_path: pathlib.Path) -> No
         path.mkdir(exist_ok=True)
         (path / "config.gin").write_text(given)
     with pytest.raises(RunDirectoryError, match="holds several replicas; --run_dir names one of them: .*/replica_1$"):
-        command.existing_run(str(tmp_path))
+        command.existing_run(str(tmp_path), "best", trust_config=False)
