@@ -325,4 +325,4 @@ def test_a_command_on_the_whole_names_the_replicas(tmp_path: pathlib.Path) -> No
         path.mkdir(exist_ok=True)
         (path / "config.gin").write_text(given)
     with pytest.raises(RunDirectoryError, match="holds several replicas; --run_dir names one of them: .*/replica_1$"):
-        command.existing_run(str(tmp_path), "best", trust_config=True)
+        command.existing_run(str(tmp_path), "best", trust_config=False)
