@@ -119,17 +119,17 @@ def test_later_bindings_and_files_win(gin_file):
 
 
 def test_a_class_of_ones_own_by_import(gin_file, tmp_path, monkeypatch):
-    (tmp_path / "own_parts.py").write_text(
+    (tmp_path / "own_decoders.py").write_text(
         "from popgen.models.vae import BernoulliDecoder\nclass OwnDecoder(BernoulliDecoder):\n    pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     own = gin_file(
         """
-        import own_parts
+        import own_decoders
         include "configs/vae.gin"
-        vae.VAE.decoder = @own_parts.OwnDecoder()
-        own_parts.OwnDecoder.latent_dim = %LATENT_DIM
-        own_parts.OwnDecoder.output_dim = %INPUT_DIM
+        vae.VAE.decoder = @own_decoders.OwnDecoder()
+        own_decoders.OwnDecoder.latent_dim = %LATENT_DIM
+        own_decoders.OwnDecoder.output_dim = %INPUT_DIM
         """
     )
     loaded = config.load([own])
