@@ -64,7 +64,7 @@ def test_train_and_evaluate(together: Together) -> None:
     """What is printed is printed once, and the record is that of one process to 1e-5 nats."""
     out, err = together.start("train", "--gin_file=vae_squares.gin", "--run_dir=run").communicate(timeout=300)
     assert out.count("finished at step 4") == 1 and out.count("run directory: run\n") == 1, err
-    arguments = ("--run_dir=run", "--num_samples=20")
+    arguments = ("--run_dir=run", "--num_samples=20", "--trust_config")
     out, err = together.start("evaluate", *arguments).communicate(timeout=300)
     assert out.count("log p(x)") == 1, err
     (path,) = (together.path / "run").glob("evaluation_*.json")
