@@ -28,9 +28,9 @@ def prior_samples(model: VAE, image_shape: tuple[int, int], num_samples: int, ge
         >>> prior_samples(vae, (4, 4), num_samples=32, generator=torch.Generator()).shape
         torch.Size([14, 98])
     """
-    device = generator.device
-    noise = torch.randn(num_samples, model.latent_dim, generator=generator, device=device)
-    uniform = torch.rand(num_samples, generator=generator, device=device)
+    device, dtype = generator.device, next(model.parameters()).dtype
+    noise = torch.randn(num_samples, model.latent_dim, generator=generator, device=device, dtype=dtype)
+    uniform = torch.rand(num_samples, generator=generator, device=device, dtype=dtype)
     z = model.prior_density().sample(noise, uniform)
     return image_grid(model.decoder(z).mean, image_shape, columns=COLUMNS)
 

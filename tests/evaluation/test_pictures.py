@@ -140,3 +140,8 @@ def test_every_model_has_its_pictures(images: Tensor, count: int) -> None:
         assert set(pictures) == names | more
         for picture in pictures.values():
             assert picture.dtype == torch.uint8 and not picture.requires_grad
+
+
+def test_samples_of_a_model_in_double_precision() -> None:
+    vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior()).double()
+    assert prior_samples(vae, (4, 4), num_samples=16, generator=torch.Generator()).shape == (8, 98)
