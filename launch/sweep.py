@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 
 import torch
 from absl import flags
@@ -92,8 +93,9 @@ def train(sweep: SweepDirectory, runs: list[Run], jobs: list[Job]) -> None:
     finally:
         show(sweep)
     if failures:
-        listed = "\n".join(f"  {name}: {failure}" for name, failure in failures.items())
-        raise TrainingError(f"{len(failures)} of {len(runs)} runs failed; the same command tries them again:\n{listed}")
+        for name, failure in failures.items():
+            print(f"{name}: {failure}", file=sys.stderr)
+        raise TrainingError(f"{len(failures)} of {len(runs)} runs failed; the same command tries them again")
 
 
 def show(sweep: SweepDirectory) -> None:

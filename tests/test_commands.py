@@ -223,7 +223,7 @@ def test_bad_calls(workspace):
     assert "--gin_file must be given" in workspace.fail("train")
     assert "configs/vae.gin" in workspace.fail("train", "--gin_file=configs/vaee.gin")
     assert "unexpected argument 'extra'" in workspace.fail("train", "--gin_file=configs/vae.gin", "extra")
-    assert "did you mean num_steps?" in workspace.fail(
+    assert "did you mean num_steps or num_replicas?" in workspace.fail(
         "train", "--gin_file=configs/vae.gin", "--gin_bindings=Experiment.num_step = 3"
     )
     assert "there is no run in 'nothing'" in workspace.fail("evaluate", "--run_dir=nothing")

@@ -65,8 +65,8 @@ def hyper_parameter_rows(directory: pathlib.Path) -> tuple[list[str], list[str],
 def test_a_sweep_with_a_point_that_fails_is_resumed_and_grows(workspace):
     done = workspace.run("sweep", *SMALL, TOO_MANY, "--max_parallel=2")
     assert done.returncode == 1, (done.stdout, done.stderr)
-    heading, failure = done.stderr.splitlines()
-    assert heading.startswith("error: 1 of 2 runs failed") and "Experiment.batch_size=1000: " in failure
+    failure, last = done.stderr.splitlines()
+    assert last.startswith("error: 1 of 2 runs failed") and "Experiment.batch_size=1000: " in failure
     assert "100" in failure and "--run_dir" not in failure
     swept = workspace.path / "swept"
     good = swept / "Experiment.batch_size=10"
