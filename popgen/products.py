@@ -1,7 +1,7 @@
 """The matrix products of linear layers, by the faster of the two libraries that PyTorch carries on a CPU.
 
-PyTorch gives float32 products to MKL, which leaves half of the AVX-512 units of other makers' processors idle; oneDNN
-does not. Both sum in float32. Which one is used depends on the processor alone, so that a run repeats itself.
+PyTorch gives float32 products to MKL, which leaves much of the AVX-512 units of AMD's processors idle; oneDNN does not.
+Both sum in float32. Which one is used depends on the processor alone, so that a run repeats itself.
 """
 
 import pathlib
@@ -39,7 +39,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _prefers_onednn() -> bool:
-    """Whether the processor has AVX-512 and is not Intel's, and this PyTorch has what it takes."""
+    """Whether the processor is AMD's and has AVX-512, and this PyTorch has what it takes."""
     cpu = pathlib.Path("/proc/cpuinfo")
     return (
         torch.backends.mkldnn.is_available()

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from popgen.experiment import prepare
 from popgen.sweeps.points import Point, bindings, bound_name, point_name, setting_name
 from popgen.sweeps.processes import Job
 from popgen.training import checkpoints
+from popgen.training.files import write_whole
 from popgen.training.run_directory import RunDirectory
 
 LOG_NAME = "train.log"
@@ -91,9 +91,8 @@ class SweepDirectory:
     def record(self, *runs: Run) -> None:
         """Adds runs to the list, or replaces those of the same name; a reader finds the old list or the new one."""
         listed = self.runs() | {run.name: run for run in runs}
-        temporary = self.list_path.with_suffix(".writing")
-        temporary.write_text(json.dumps([dataclasses.asdict(run) for run in listed.values()], indent=2) + "\n")
-        os.replace(temporary, self.list_path)
+        text = json.dumps([dataclasses.asdict(run) for run in listed.values()], indent=2) + "\n"
+        write_whole(self.list_path, text.encode())
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
