@@ -16,7 +16,7 @@ from popgen import config, distributed
 from popgen.distributed import Processes
 from popgen.errors import ConfigError, RunDirectoryError
 from popgen.experiment import Experiment, run
-from popgen.replicas import Replica, run_replicas
+from popgen.replicas import Replica, check_one_process, run_replicas
 from popgen.training.run_directory import RunDirectory, default_root
 from popgen.training.state import TrainState, tensors_of
 
@@ -46,6 +46,7 @@ def train_together(processes: Processes) -> None:
     loaded = config.load(FLAGS.gin_file, FLAGS.gin_bindings)
     configuration = dataclasses.replace(loaded.configuration, compared=tuple(FLAGS.hparam))
     check_same_configuration(processes.gather(configuration.given))
+    check_one_process(loaded.experiment.num_replicas, processes)
     directory = RunDirectory(run_path())
     if not processes.first:
         if not FLAGS.dry_run:

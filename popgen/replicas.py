@@ -108,8 +108,7 @@ def run_replicas(
     first = experiments[0]
     device = first.torch_device()
     check_precision("Experiment.precision", first.precision, device)
-    if processes.size > 1:
-        raise ArgumentError("Experiment.num_replicas must be 1 where there are several processes: give each its seeds")
+    check_one_process(len(replicas), processes)
     if first.compile:
         raise ArgumentError(
             "Experiment.compile must be False with several replicas: torch.compile cannot follow functions with "
@@ -160,6 +159,20 @@ def run_replicas(
             finish(experiment, recorder.model, data, recorder.directory, recorder, stop)
         together.write_spread(last.step)
     return split_states(cast(ReplicatedState, last))
+
+
+def check_one_process(num_replicas: int, processes: Processes) -> None:
+    """Raises ArgumentError if several replicas are to be trained by several processes.
+
+    Example:
+        >>> check_one_process(2, Processes(rank=0, size=2))
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: Experiment.num_replicas must be 1 where there are several processes: give each its
+        seeds
+    """
+    if num_replicas > 1 and processes.size > 1:
+        raise ArgumentError("Experiment.num_replicas must be 1 where there are several processes: give each its seeds")
 
 
 def newest_common(path: pathlib.Path, directories: Sequence[RunDirectory]) -> list[Found | None]:
