@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 import popgen
 from popgen.errors import ArgumentError, check_choice, reason_of
@@ -92,29 +92,34 @@ def _float32_is_full() -> bool:
 
 
 def compile_or_fall_back(
-    function: Callable[..., Any], checked_with: Callable[[tuple], tuple] = lambda arguments: arguments
+    function: Callable[..., Any],
+    checked_with: Callable[[tuple], tuple] = lambda arguments: arguments,
+    traced: bool = False,
 ) -> Callable[..., Any]:
     """Returns `function` compiled by torch.compile, or as it is where that fails.
 
-    The first call compares the two: every tensor that they return, and the gradients of the first one. Where there is
-    no compiler, the function cannot be compiled, or the two disagree, one line on standard error says so, and the plain
-    function is used from then on.
+    The first call compares the two, every tensor that they return. Where there is no compiler, the function cannot be
+    compiled, or the two disagree, one line on standard error says so, and the plain function is used from then on.
 
     Args:
         function: pure, and free of random numbers.
         checked_with: maps the arguments of the first call to those that the comparison uses, of the same shapes.
+        traced: whether the compiler is given the operations that the function carries out, in one piece, those of the
+            gradients that it forms included. Its results then have no gradients of their own. Anything in it that looks
+            at the values of a tensor cannot be traced.
 
     Example:
         >>> fast = compile_or_fall_back(torch.square)  # compiled at the first call
     """
-    return _Compiled(function, checked_with)
+    return _Compiled(function, checked_with, _Traced(function) if traced else torch.compile(function, dynamic=False))
 
 
 class _Compiled:
-    def __init__(self, function: Callable[..., Any], checked_with: Callable[[tuple], tuple]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], checked_with: Callable[[tuple], tuple], compiled: Callable[..., Any]
+    ) -> None:
         torch.compiler.assume_constant_result(_float32_is_full)  # here, since it imports the compiler
-        self.plain, self.checked_with, self.checked = function, checked_with, False
-        self.chosen = torch.compile(function, dynamic=False)
+        self.plain, self.checked_with, self.chosen, self.checked = function, checked_with, compiled, False
 
     def __call__(self, *arguments: Any) -> Any:
         if not self.checked:
@@ -129,11 +134,11 @@ class _Compiled:
         """Returns why the compiled function cannot be used, or None."""
         if not _float32_is_full():
             return "it cannot keep densities exact under precision 'tf32', whose switch holds for the whole function"
-        expected = _values_and_gradients(self.plain, arguments)
+        expected = _tensors_in(self.plain(*arguments))
         try:
             with warnings.catch_warnings():  # the compiler's own deprecations
                 warnings.simplefilter("ignore")
-                found = _values_and_gradients(self.chosen, arguments)
+                found = _tensors_in(self.chosen(*arguments))
         except Exception as error:  # the plain function has just done the same: whatever it is comes from the compiler
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
@@ -150,26 +155,58 @@ class _Compiled:
         return None
 
 
-def _values_and_gradients(function: Callable[..., Any], arguments: tuple) -> list[Tensor]:
-    """Returns the tensors that a function returns, and the gradients of the sum of the first one."""
-    values = [value for value in tree_leaves(function(*arguments)) if isinstance(value, Tensor)]
-    leaves = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    gradients: tuple[Tensor | None, ...] = ()
-    if leaves and values[0].requires_grad:
-        gradients = torch.autograd.grad(values[0].sum(), leaves, allow_unused=True)
-    return [*(value.detach() for value in values), *(gradient for gradient in gradients if gradient is not None)]
+class _Traced:
+    """A function whose operations are traced, then compiled, once for each set of shapes of its arguments."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.compiled: dict[Any, tuple[Callable[..., Any], TreeSpec]] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        leaves, structure = tree_flatten(arguments)
+        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        device = tensors[0].device.type
+        kinds = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        key = kinds, torch.is_autocast_enabled(device)
+        if key not in self.compiled:
+            self.compiled[key] = self._compile(leaves, tensors, structure)
+        compiled, results = self.compiled[key]
+        with torch.no_grad(), torch.autocast(device, enabled=False):  # the trace holds every conversion
+            return tree_unflatten(compiled(*tensors), results)
+
+    def _compile(
+        self, leaves: list[Any], tensors: list[Tensor], structure: TreeSpec
+    ) -> tuple[Callable[..., Any], TreeSpec]:
+        from torch.fx.experimental.proxy_tensor import make_fx  # here, since it imports the compiler
+
+        found: list[TreeSpec] = []
+
+        def of_tensors(*tensors: Tensor) -> tuple:
+            given = iter(tensors)
+            arguments = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            results, result_structure = tree_flatten(self.function(*tree_unflatten(arguments, structure)))
+            found.append(result_structure)
+            return tuple(result.detach() if isinstance(result, Tensor) else result for result in results)
+
+        graph = make_fx(of_tensors, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+        return torch.compile(graph, dynamic=False), found[-1]
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    return [leaf.detach() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def can_be_read(tensor: Tensor) -> bool:
     """Returns whether a look at the values of a tensor waits for nothing and breaks nothing.
 
-    On a GPU it would wait; what is being compiled has no values yet, and under torch.vmap several stand in one.
+    On a GPU it would wait; what is being compiled or traced has no values, and under torch.vmap several stand in one.
 
     Example:
         >>> can_be_read(torch.zeros(3)), torch.vmap(lambda x: x + can_be_read(x))(torch.zeros(3))
         (True, tensor([0., 0., 0.]))
     """
-    return not (tensor.is_cuda or torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(tensor))
+    without_values = torch.compiler.is_compiling() or hasattr(tensor, "fake_mode")
+    return not (tensor.is_cuda or without_values or torch._C._functorch.is_batchedtensor(tensor))
 
 
 def hardware(device: torch.device) -> str:

@@ -24,7 +24,8 @@ def linear(
         tensor([3., 3., 3.])
     """
     if USES_ONEDNN and _is_for_onednn(x, weight):
-        return _Linear.apply(x, weight, bias)
+        # oneDNN itself copies a first factor that lies the other way round; a compiler that knows of it writes it so
+        return _Linear.apply(x.contiguous(), weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -55,12 +56,19 @@ ONE_BY_ONE = 2**24  # multiplications from which a product of several is formed 
 
 
 # An operator of its own: the compiler calls it as it is, where it would copy transposed factors for oneDNN.
-@torch.library.custom_op("popgen::linear", mutates_args=())
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+# Declared bare, since `torch.library.custom_op` would take as long as a small product.
+_library = torch.library.Library("popgen", "DEF")
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
-@_onednn_linear.register_fake
+def _form(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+_library.impl("linear", _form, "CPU")
+
+
+@torch.library.register_fake("popgen::linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
@@ -70,7 +78,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _onednn_linear(x, weight, bias)
+        return torch.ops.popgen.linear.default(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

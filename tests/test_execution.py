@@ -166,38 +166,38 @@ def fake_compile(monkeypatch: pytest.MonkeyPatch, replacement) -> None:
 @pytest.mark.usefixtures("as_a_user")
 def test_a_mistake_in_what_an_annealed_weight_hides_is_found(monkeypatch: pytest.MonkeyPatch, capsys):
     """At the first step β is 0 and the KL term has no weight; the comparison gives it one."""
-    fake_compile(monkeypatch, lambda function: lambda *a: (function(*a)[0] * (1.0 + a[-2]["beta"]), *function(*a)[1:]))
+    # what is compiled has its arguments side by side: the settings come last, and of those β first
+    fake_compile(monkeypatch, lambda function: lambda *a: (function(*a)[0] * (1.0 + a[-3]), *function(*a)[1:]))
     vae, batch = make_vae(), torch.rand(8, 16).round()
     state = initial_state(vae, torch.optim.SGD, seed=0)
     make_train_step(vae, NegativeELBO(beta=lambda step: 0.0), compiled=True)(state, batch)
     assert "its result differs" in capsys.readouterr().err
 
 
-class WrongGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return 1.01 * gradient
+def square_and_gradient(weight: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = weight.detach().requires_grad_()
+    value = leaf.square().sum()
+    return value, torch.autograd.grad(value, leaf)[0]
 
 
 @pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize(
     "wrong",
-    [lambda value: 1.01 * value, WrongGradient.apply, lambda value: value * torch.nan],
+    [
+        lambda value, gradient: (1.01 * value, gradient),
+        lambda value, gradient: (value, 1.01 * gradient),
+        lambda value, gradient: (value * torch.nan, gradient),
+    ],
     ids=["value", "gradient", "not a number"],
 )
-def test_a_wrong_result_is_never_used(wrong, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_wrong_result_is_never_used(wrong, traced: bool, monkeypatch: pytest.MonkeyPatch, capsys):
     """Neither a wrong value nor a wrong gradient; the line is printed once."""
-    fake_compile(monkeypatch, lambda function: lambda *arguments: wrong(function(*arguments)))
-    weight = torch.ones(3, requires_grad=True)
-    square = compile_or_fall_back(lambda weight: weight.square().sum())
+    fake_compile(monkeypatch, lambda function: lambda *arguments: wrong(*function(*arguments)))
+    square = compile_or_fall_back(square_and_gradient, traced=traced)
     for _ in range(3):
-        value = square(weight)
-        assert value.item() == 3.0
-        assert torch.equal(torch.autograd.grad(value, weight)[0], torch.full((3,), 2.0))
+        value, gradient = square(torch.ones(3))
+        assert value.item() == 3.0 and torch.equal(gradient, torch.full((3,), 2.0))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("torch.compile is not used: its result differs")
 
@@ -216,6 +216,31 @@ def test_an_error_of_the_function_itself_is_not_hidden(monkeypatch: pytest.Monke
     fake_compile(monkeypatch, lambda function: function)
     with pytest.raises(ArgumentError, match="encoded must be"):
         compile_or_fall_back(VampPrior(16, 5).forward)(None)
+
+
+def test_what_is_traced_is_traced_again_for_other_shapes(monkeypatch: pytest.MonkeyPatch, capsys):
+    """Shapes are numbers in a trace: the mean over five would be wrong by the count of three."""
+    fake_compile(monkeypatch, lambda function: function)
+    mean = compile_or_fall_back(lambda x: {"mean": x.sum() / len(x), "none": None}, traced=True)
+    for count in (3, 5, 3):
+        assert mean(torch.ones(count)) == {"mean": torch.ones(()), "none": None}
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_traced_may_hold_tensors_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys):
+    fake_compile(monkeypatch, lambda function: function)
+    own = torch.arange(3.0)
+    assert compile_or_fall_back(lambda x: x * own, traced=True)(torch.ones(3)).tolist() == [0.0, 1.0, 2.0]
+    assert capsys.readouterr().err == ""
+
+
+def test_what_looks_at_values_is_not_traced(capsys):
+    """A trace would hold on to the branch that the first values chose."""
+    sign = compile_or_fall_back(lambda x: x if x.sum() > 0 else -x, traced=True)
+    assert sign(torch.ones(3)).tolist() == [1.0, 1.0, 1.0]
+    assert sign(-torch.ones(3)).tolist() == [1.0, 1.0, 1.0]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("torch.compile is not used: ")
 
 
 def test_without_a_compiler_one_line_says_so(tmp_path: pathlib.Path):

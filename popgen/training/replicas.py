@@ -21,7 +21,7 @@ from popgen.streams import make_generator
 from popgen.training.loop import mean_metrics
 from popgen.training.objectives import Metrics, Result, Settings
 from popgen.training.state import TrainState
-from popgen.training.step import LossFunction, TrainStep
+from popgen.training.step import LossFunction, TrainStep, gradient_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,8 @@ def make_replicated_step(step: TrainStep) -> ReplicatedStep:
         >>> state.step, metrics["loss"].shape
         (1, torch.Size([3]))
     """
-    return ReplicatedStep(**{**vars(step), "loss_function": mapped_over_replicas(step.loss_function)})
+    mapped = mapped_over_replicas(step.loss_function)
+    return ReplicatedStep(**{**vars(step), "loss_function": mapped, "gradient_function": gradient_function(mapped)})
 
 
 def mapped_over_replicas(loss_function: LossFunction) -> LossFunction:

@@ -19,6 +19,7 @@ from popgen.training.state import TrainState
 
 LossFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], Result]
 Gradients = tuple[Tensor | None, ...]
+GradientFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], tuple[Result, Gradients]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TrainStep:
         model: the architecture.
         objective: what is minimised.
         loss_function: the objective as a pure function of parameters, buffers, batch, noise, settings and its state.
+        gradient_function: the same with the gradients of the parameters, compiled or not.
         weight_average_decay: decay of the weight average.
         max_gradient_norm: gradients with a larger norm are scaled down to it.
         skip_gradient_norm: steps whose gradient has a larger norm are skipped.
@@ -42,6 +44,7 @@ class TrainStep:
     model: nn.Module
     objective: Objective
     loss_function: LossFunction
+    gradient_function: GradientFunction
     weight_average_decay: float
     max_gradient_norm: float | None
     precision: str
@@ -86,9 +89,7 @@ class TrainStep:
     def gradients(self, state: TrainState, batch: Any, noise: Any, settings: Settings) -> tuple[Result, Gradients]:
         """Returns what the loss function returns, and the gradients of the parameters."""
         with matrix_products(self.precision, _device(state)):
-            result = self.loss_function(state.parameters, state.buffers, batch, noise, settings, state.auxiliary)
-            leaves = list(state.parameters.values())
-            return result, torch.autograd.grad(result[0].sum(), leaves, allow_unused=True)
+            return self.gradient_function(state.parameters, state.buffers, batch, noise, settings, state.auxiliary)
 
     def take(self, state: TrainState, result: Result, gradients: Gradients, settings: Settings) -> Metrics:
         """Updates the tensors of a state in place along its gradients, and returns the metrics."""
@@ -281,12 +282,12 @@ def make_train_step(
             f"{type(objective).__name__} cannot be shared by {processes.size} processes: it does not say which part of "
             "its noise belongs to which part of a batch (part_of_noise)"
         )
-    if compiled:
-        loss_function = compile_or_fall_back(loss_function, _with_settings_of_one)
+    gradients = gradient_function(loss_function)
     return TrainStep(
         model,
         objective,
         loss_function,
+        compile_or_fall_back(gradients, _with_settings_of_one, traced=True) if compiled else gradients,
         weight_average_decay,
         max_gradient_norm,
         precision,
@@ -294,6 +295,21 @@ def make_train_step(
         skip_gradient_norm,
         processes,
     )
+
+
+def gradient_function(loss_function: LossFunction) -> GradientFunction:
+    """Returns a function of the same arguments that returns the results with the gradients of the parameters.
+
+    Example: `make_train_step` calls it.
+    """
+
+    def gradients(parameters, buffers, batch, noise, settings, state):
+        leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+        loss, metrics, observed = loss_function(leaves, buffers, batch, noise, settings, state)
+        found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+        return (loss.detach(), metrics, observed), found
+
+    return gradients
 
 
 def _with_settings_of_one(arguments: tuple) -> tuple:
