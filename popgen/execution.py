@@ -24,7 +24,7 @@ Recorded = tuple[Callable[[], object], Any]
 PRECISIONS = ("fp32", "tf32", "bf16")
 # Relative difference that a compiled function's values and gradients may show, at full and at reduced precision.
 COMPILED_TOLERANCE, REDUCED_TOLERANCE = 1e-4, 5e-2
-# What rounding may add to a single number, relative to the largest beside it: a KL near 0 is a difference.
+# What rounding may add to a loss or a metric, relative to the largest beside it: a KL near 0 is a difference.
 ROUNDING = 1e-6
 
 
@@ -144,12 +144,13 @@ class _Compiled:
             return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
         full = not torch.is_autocast_enabled(found[0].device.type)
         tolerance = COMPILED_TOLERANCE if full else REDUCED_TOLERANCE
-        numbers = [abs(other.item()) for other in expected if other.dim() == 0]
-        largest = max(filter(math.isfinite, numbers), default=0.0)
+        metrics = [other.double() for other in expected if other.shape == expected[0].shape]  # the loss comes first
+        largest = torch.nan_to_num(torch.stack(metrics), nan=0.0, posinf=0.0, neginf=0.0).abs().max().item()
         for one, other in zip(found, expected, strict=True):
             size = torch.linalg.vector_norm(other.double()).clamp_min(1e-12).item()
             difference = torch.linalg.vector_norm(one.double() - other.double()).item()
-            allowed = tolerance * size + (ROUNDING * largest if other.dim() == 0 else 0.0)
+            rounding = ROUNDING * largest * math.sqrt(other.numel()) if other.shape == expected[0].shape else 0.0
+            allowed = tolerance * size + rounding
             if not difference <= allowed and bool(torch.isfinite(other).all()):
                 return f"its result differs from that of the plain code by {difference / size:.1e} of its size"
         return None

@@ -109,11 +109,6 @@ def run_replicas(
     device = first.torch_device()
     check_precision("Experiment.precision", first.precision, device)
     check_one_process(len(replicas), processes)
-    if first.compile:
-        raise ArgumentError(
-            "Experiment.compile must be False with several replicas: torch.compile cannot follow functions with "
-            "gradients of their own that are mapped over them"
-        )
     directory.check_num_replicas(len(replicas))
     data, model = prepare(first, device)
     first_examples(data, first.final_num_examples)
@@ -226,7 +221,7 @@ def replicated_training(experiments: Sequence[Experiment], model: Model, data: D
     Example: `run_replicas` calls it.
     """
     first = experiments[0]
-    step = make_replicated_step(plain_step(first, model))
+    step = make_replicated_step(plain_step(first, model), first.compile)
     batches = ReplicatedBatches([data.batches(one.batch_size, one.seed) for one in experiments])
     if next(model.parameters()).is_cuda and first.cuda_graph:
         return CapturedStep(step, batches), lambda step, generator: batches.indices(step)

@@ -217,8 +217,6 @@ def test_the_number_of_replicas_is_a_positive_integer(value: Any) -> None:
 
 
 def test_what_does_not_go_with_replicas_is_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ArgumentError, match="^Experiment.compile must be False with several replicas: torch.compile "):
-        train_in(tmp_path, compile=True)
     with RunDirectory(tmp_path).locked(), pytest.raises(ArgumentError, match="num_replicas = 2: use run_replicas"):
         run(make_experiment(num_replicas=2), RunDirectory(tmp_path), CONFIGURATION)
     with pytest.raises(ArgumentError, match="num_replicas must be 1 where there are several processes"):

@@ -188,8 +188,12 @@ class ReplicatedStep(TrainStep):
         return stack([self.take(replica, result, gradients, settings) for replica, (result, gradients) in rows])
 
 
-def make_replicated_step(step: TrainStep) -> ReplicatedStep:
-    """Returns the training step of replicas, given that of one alone, which is not compiled.
+def make_replicated_step(step: TrainStep, compiled: bool = False) -> ReplicatedStep:
+    """Returns the training step of replicas, given that of one alone.
+
+    Args:
+        step: of one alone.
+        compiled: whether torch.compile fuses the losses and their gradients; see `popgen.execution`.
 
     Example:
         >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
@@ -205,7 +209,8 @@ def make_replicated_step(step: TrainStep) -> ReplicatedStep:
         (1, torch.Size([3]))
     """
     mapped = mapped_over_replicas(step.loss_function)
-    return ReplicatedStep(**{**vars(step), "loss_function": mapped, "gradient_function": gradient_function(mapped)})
+    gradients = gradient_function(mapped, compiled)
+    return ReplicatedStep(**{**vars(step), "loss_function": mapped, "gradient_function": gradients})
 
 
 def mapped_over_replicas(loss_function: LossFunction) -> LossFunction:

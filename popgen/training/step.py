@@ -282,12 +282,11 @@ def make_train_step(
             f"{type(objective).__name__} cannot be shared by {processes.size} processes: it does not say which part of "
             "its noise belongs to which part of a batch (part_of_noise)"
         )
-    gradients = gradient_function(loss_function)
     return TrainStep(
         model,
         objective,
         loss_function,
-        compile_or_fall_back(gradients, _with_settings_of_one, traced=True) if compiled else gradients,
+        gradient_function(loss_function, compiled),
         weight_average_decay,
         max_gradient_norm,
         precision,
@@ -297,8 +296,12 @@ def make_train_step(
     )
 
 
-def gradient_function(loss_function: LossFunction) -> GradientFunction:
+def gradient_function(loss_function: LossFunction, compiled: bool) -> GradientFunction:
     """Returns a function of the same arguments that returns the results with the gradients of the parameters.
+
+    Args:
+        loss_function: a loss with several values is summed.
+        compiled: whether torch.compile fuses the loss and its gradient; see `popgen.execution`.
 
     Example: `make_train_step` calls it.
     """
@@ -309,7 +312,7 @@ def gradient_function(loss_function: LossFunction) -> GradientFunction:
         found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
         return (loss.detach(), metrics, observed), found
 
-    return gradients
+    return compile_or_fall_back(gradients, _with_settings_of_one, traced=True) if compiled else gradients
 
 
 def _with_settings_of_one(arguments: tuple) -> tuple:

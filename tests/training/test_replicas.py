@@ -191,6 +191,29 @@ def test_every_kind_for_a_hundred_steps(kind: str) -> None:
     assert_replicas_equal_runs_alone(100, kind)
 
 
+def assert_compiled_replicas_equal_plain_ones(kind: str, capsys) -> None:
+    ends = []
+    for compiled in (False, True):
+        step, states, batches = setting(kind)
+        state = stack_states(states)
+        metrics = alone(make_replicated_step(step, compiled), state, ReplicatedBatches(batches), 4)[-1]
+        ends.append((split_states(state), metrics))
+    assert "torch.compile is not used" not in capsys.readouterr().err
+    for one, other in zip(ends[0][0], ends[1][0], strict=True):
+        assert_same(one, other)
+    torch.testing.assert_close(ends[0][1], ends[1][1], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_compiled_replicas_equal_plain_ones(capsys) -> None:
+    assert_compiled_replicas_equal_plain_ones("standard", capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_replicas_is_compiled(kind: str, capsys) -> None:
+    assert_compiled_replicas_equal_plain_ones(kind, capsys)
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
