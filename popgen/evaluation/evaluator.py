@@ -17,6 +17,7 @@ from popgen.evaluation.importance import RELIABLE_PARETO_SHAPE
 from popgen.evaluation.likelihood import (
     Progress,
     count_active_units,
+    estimate_log_likelihood,
     evaluate_elbo,
     importance_estimate,
     kl_of_dimensions,
@@ -190,19 +191,42 @@ class ImageEvaluator(Evaluator, abc.ABC):
 class VAEEvaluator(ImageEvaluator):
     """Evaluates a VAE: the importance-weighted bound, active units, and pictures of what it has learned.
 
+    Args:
+        selection_samples: of the bound whose negative is the loss by which the best checkpoint is chosen: 1 for the
+            ELBO; an objective that trains the bound of several samples asks for as many.
+
+    Raises:
+        ArgumentError: if that is not a positive integer.
+
     Example:
         >>> VAEEvaluator().default_num_samples
         5000
     """
+
+    selection_samples: int = 1
 
     model_type: ClassVar[type] = VAE
     bound_name: ClassVar[str] = "IWAE"
     statistic_names: ClassVar[tuple[str, ...]] = ("active_units",)
     default_num_samples: ClassVar[int] = 5_000
 
+    def __post_init__(self) -> None:
+        check_integer("VAEEvaluator.selection_samples", self.selection_samples, minimum=1)
+
     def check_num_samples(self, name: str, num_samples: int) -> None:
         """Any positive number will do."""
         check_integer(name, num_samples, minimum=1)
+
+    def validate(self, model: VAE, examples: Tensor, seed: int) -> Results:
+        """Returns the mean ELBO at β = 1 and its parts, and the bound of `selection_samples` if it is another, nats.
+
+        The loss is the negative of the latter, `iwae`, or of the ELBO.
+        """
+        results = super().validate(model, examples, seed)
+        if self.selection_samples == 1:
+            return results
+        iwae = estimate_log_likelihood(model, examples, self.selection_samples, seed).double().mean().item()
+        return {**results, "iwae": iwae, "loss": -iwae}
 
     def curves(self, model: VAE, examples: Tensor) -> Results:
         """Returns the number of active units on the first images."""

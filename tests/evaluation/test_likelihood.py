@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from popgen.distributions import Bernoulli, DiagonalNormal
 from popgen.errors import ArgumentError
 from popgen.evaluation import likelihood
+from popgen.evaluation.evaluator import VAEEvaluator
 from popgen.evaluation.likelihood import (
     count_active_units,
     estimate_log_likelihood,
@@ -331,3 +332,19 @@ def test_a_discrete_model_is_enumerated() -> None:
     assert errors.max() < 0.05
     assert ((estimate.log_p_x - exact) / errors).abs().max() < 4.0
     assert (estimate.bounds[1] < exact - 5.0 * errors).all(), "the ELBO is visibly below"
+
+
+# --- the loss that chooses a checkpoint ------------------------------------------------------------------------------
+
+
+def test_the_bound_of_several_samples_chooses_if_it_is_to() -> None:
+    """Its mean over images is the loss, as the ELBO's is otherwise; the ELBO stays what it is."""
+    vae, images = make_vae(), make_images()
+    plain = VAEEvaluator().validate(vae, images, seed=3)
+    found = VAEEvaluator(selection_samples=7).validate(vae, images, seed=3)
+    expected = estimate_log_likelihood(vae, images, num_samples=7, seed=3).double().mean().item()
+    assert plain["loss"] == -plain["elbo"] and "iwae" not in plain
+    assert found == {**plain, "iwae": expected, "loss": -expected}
+    assert found["iwae"] > found["elbo"]
+    with pytest.raises(ArgumentError, match="VAEEvaluator.selection_samples must be an integer of at least 1, got 0"):
+        VAEEvaluator(selection_samples=0)
