@@ -217,7 +217,7 @@ class VAEEvaluator(ImageEvaluator):
         """Any positive number will do."""
         check_integer(name, num_samples, minimum=1)
 
-    def validate(self, model: VAE, examples: Tensor, seed: int) -> Results:
+    def validate(self, model: Any, examples: Tensor, seed: int) -> Results:
         """Returns the mean ELBO at β = 1 and its parts, and the bound of `selection_samples` if it is another, nats.
 
         The loss is the negative of the latter, `iwae`, or of the ELBO.
