@@ -27,7 +27,9 @@ RESULTS = REPOSITORY / "results"
 README = REPOSITORY / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PUBLISHED = {"vae": -84.04, "vamp": -81.96, "vamp_hsnf": -80.69}  # at a million steps, nats
-SAME = ("config", "steps", "weights", "num_samples", "num_examples", "precision", "training_precision")
+SAME = ("config", "steps", "chosen", "weights", "num_samples", "num_examples", "precision", "training_precision")
+COLUMNS = ["config", "seed", "steps", "checkpoint", "chosen by", "weights", "published", "log p(x)"]
+COLUMNS += ["Monte Carlo error", "hours", "on"]
 CURVES = ("train/loss", "test/loss", "validation/loss", "best/loss")
 
 
@@ -79,7 +81,15 @@ def rows_of(folder: pathlib.Path) -> list[dict[str, Any]]:
     """Returns a row for each evaluation of a result, with what training took."""
     training = json.loads((folder / "training.json").read_text())
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("evaluation_*.json"))]
-    return [{"config": folder.parent.name, **training, **record} for record in records]
+    rows = [{"config": folder.parent.name, **training, **record} for record in records]
+    return [{**row, "chosen": _chosen(row)} for row in rows]
+
+
+def _chosen(row: dict[str, Any]) -> str:
+    """Returns how the evaluated checkpoint was chosen."""
+    if row["checkpoint"] == "best":
+        return f"{row['selection_split']} loss"
+    return "last" if row["step"] == row["steps"] else "its step"
 
 
 def groups_of(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -93,7 +103,8 @@ def groups_of(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def table(results: pathlib.Path = RESULTS) -> str:
     """Returns the table of all results, those with a published number first.
 
-    Behind the number of a seed stands its standard error over images, behind a mean the standard deviation over seeds.
+    What is published stands beside a configuration, and beside its `_best` variant too. Behind the number of a seed
+    stands its standard error over images, behind a mean the standard deviation over seeds.
     """
     folders = [path.parent for path in results.glob("*/seed_*/training.json")]
     order = list(PUBLISHED)
@@ -102,29 +113,28 @@ def table(results: pathlib.Path = RESULTS) -> str:
         name = folder.parent.name
         return order.index(name) if name in order else len(order), name, int(folder.name.removeprefix("seed_"))
 
-    lines = [
-        "| config | seed | steps | `best` at | weights | published | log p(x) | Monte Carlo error | hours | on |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = [_cells(COLUMNS), _cells(["---"] * len(COLUMNS))]
     for group in groups_of([row for folder in sorted(folders, key=place) for row in rows_of(folder)]):
-        published = PUBLISHED.get(group[0]["config"])
+        published = PUBLISHED.get(group[0]["config"].removesuffix("_best"))
         shown = "" if published is None else _signed(f"{published:.2f}")
         for row in group:
+            link = f"[`{row['config']}`](results/{row['config']}/seed_{row['seed']})"
+            made = [f"{row['steps']:,}", f"{row['step']:,}", row["chosen"], row["weights"], shown]
             log_p_x = _signed(f"{row['log_p_x']:.2f} ± {row['log_p_x_standard_error']:.2f}")
-            folder = f"results/{row['config']}/seed_{row['seed']}"
-            lines.append(
-                f"| [`{row['config']}`]({folder}) | {row['seed']} | {row['steps']:,} | {row['step']:,} "
-                f"| {row['weights']} | {shown} | {log_p_x} "
-                f"| {row['monte_carlo_error']:.3f} | {row['seconds_of_steps'] / 3600.0:.1f} | {row['hardware']} |"
-            )
+            found = [log_p_x, f"{row['monte_carlo_error']:.3f}", f"{row['seconds_of_steps'] / 3600.0:.1f}"]
+            lines.append(_cells([link, str(row["seed"]), *made, *found, row["hardware"]]))
         if len(group) > 1:
-            first, found = group[0], [row["log_p_x"] for row in group]
-            mean = _signed(f"**{statistics.fmean(found):.2f}** ± {statistics.stdev(found):.2f} over seeds")
+            first, values = group[0], [row["log_p_x"] for row in group]
+            made = [f"{first['steps']:,}", "", first["chosen"], first["weights"], shown]
+            mean = _signed(f"**{statistics.fmean(values):.2f}** ± {statistics.stdev(values):.2f} over seeds")
             lines.append(
-                f"| `{first['config']}` | {len(group)} seeds | {first['steps']:,} | | {first['weights']} | {shown} "
-                f"| {mean} | | | {first['hardware']} |"
+                _cells([f"`{first['config']}`", f"{len(group)} seeds", *made, mean, "", "", first["hardware"]])
             )
     return "\n".join(lines)
+
+
+def _cells(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _signed(number: str) -> str:

@@ -327,6 +327,7 @@ def evaluate_model(
         "num_examples": len(examples),
         "step": step,
         "split": "test",
+        "selection_split": experiment.selection_split,
         **data.facts(),
         "dataset": repr(experiment.dataset),
         "seed": experiment.seed,

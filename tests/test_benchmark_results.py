@@ -56,15 +56,16 @@ def test_a_run_is_collected(trained: RunDirectory) -> None:
 
 
 def test_the_table_has_a_row_for_each_evaluation(trained: RunDirectory) -> None:
-    for name in ("zebra", "vamp", "vae"):
+    for name in ("zebra", "vamp", "vae", "vae_best"):
         results.collect(trained.path, name)
     lines = results.table(results.RESULTS).splitlines()
-    assert [line.split("`")[1] for line in lines[2:]] == ["vae", "vamp", "zebra"]
+    assert [line.split("`")[1] for line in lines[2:]] == ["vae", "vamp", "vae_best", "zebra"]
     (record,) = (
         json.loads(path.read_text()) for path in (results.RESULTS / "vae" / "seed_0").glob("evaluation_*.json")
     )
-    assert f"| 0 | 8 | {record['step']} | raw | −84.04 | −{-record['log_p_x']:.2f} ± " in lines[2]
-    assert "| raw |  | −" in lines[4], "nothing was published of it"
+    assert f"| 0 | 8 | {record['step']} | test loss | raw | −84.04 | −{-record['log_p_x']:.2f} ± " in lines[2]
+    assert "| raw | −84.04 | −" in lines[4], "that of the configuration that it varies"
+    assert "| raw |  | −" in lines[5], "nothing was published of it"
 
 
 def test_seeds_of_one_configuration_have_a_mean(trained: RunDirectory) -> None:

@@ -29,6 +29,7 @@ KEYS = {
     *(
         "dataset",
         "binarisation_protocol",
+        "selection_split",
         "precision",
         "training_precision",
         "dtype",
