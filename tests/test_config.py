@@ -28,6 +28,7 @@ VAE = ["configs/vae.gin"]
 REPLACED = {
     "configs/geco.gin": ["NegativeELBO.beta", "SigmoidAnnealing.rate"],
     "configs/vqvae_prior.gin": ["VQVAELoss.commitment"],
+    **{f"configs/{name}_best.gin": ["NegativeELBO.beta"] for name in ("vae", "vamp", "vamp_hsnf")},
 }
 
 
@@ -59,7 +60,7 @@ def test_every_config_says_what_a_reader_looks_for(name):
     assert "# Paper" in text
     macros = [line for line in text.splitlines() if line.split(" = ")[0].isupper()]
     assert len(macros) <= 5
-    assert text.count("\ninclude ") <= 1
+    assert text.count("\ninclude ") <= 2
 
 
 def test_included_configs_include_nothing_themselves():
@@ -81,6 +82,20 @@ def test_headline_settings():
         assert experiment.objective.beta(step) == pytest.approx(expected.item(), abs=1e-12)
     optimizer = experiment.optimizer(model.parameters())
     assert isinstance(optimizer, torch.optim.Adam) and optimizer.param_groups[0]["lr"] == 2e-4
+
+
+@pytest.mark.parametrize("name", ["vae", "vamp", "vamp_hsnf"])
+def test_a_best_config_trains_the_same_model_otherwise(name):
+    plain, best = (config.load([f"configs/{config_name}.gin"]).experiment for config_name in (name, f"{name}_best"))
+    assert str(best.model) == str(plain.model)
+    shapes = [{name: p.shape for name, p in e.model.named_parameters()} for e in (plain, best)]
+    assert shapes[0] == shapes[1]
+    assert best.learning_rate(0) == 1e-3 and best.learning_rate(best.num_steps) == 0.0
+    assert best.objective.num_samples == best.evaluator.selection_samples == 5
+    assert best.objective.beta == plain.objective.beta
+    assert best.selection_split == "validation" and best.dataset.validation_size == 5_000
+    if name != "vae":
+        assert (plain.model.prior.initialisation, best.model.prior.initialisation) == ("uniform", "data")
 
 
 def test_quickstart_is_the_headline_model_with_its_annealing_in_proportion():
@@ -305,6 +320,7 @@ def test_every_config_takes_two_steps(name, tmp_path):
     experiment = dataclasses.replace(
         loaded.experiment,
         dataset=noise_for(model),
+        selection_split="test",  # the noise has no other
         num_steps=2,
         batch_size=min(8, loaded.experiment.batch_size),
         eval_every=1,
