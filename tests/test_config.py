@@ -185,6 +185,15 @@ def test_settings_are_what_was_bound_and_used():
     assert "Adam.lr" not in settings and "SGD.momentum" not in settings
 
 
+def test_a_configuration_on_disk_that_is_no_text_is_named(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    write_best_checkpoint(directory.path, config.load(VAE).experiment.model)
+    directory.save_checkpoint("latest", directory.load_checkpoint("best"))
+    directory.config_path.write_bytes(b"Experiment.seed = 3 \xff")
+    with pytest.raises(ConfigError, match="cannot read the configuration .*config.gin: 'utf-8' codec can't decode"):
+        config.changes_since(directory, "Experiment.seed = 3")
+
+
 def test_differences_name_each_binding():
     old, new = (
         config.load(VAE, bindings).configuration.given

@@ -155,13 +155,20 @@ def differences(old: str, new: str) -> list[str]:
 def changes_since(directory: RunDirectory, given: str) -> list[str]:
     """Returns how a configuration differs from that of the run in a directory; nothing where none has begun.
 
+    Raises:
+        ConfigError: if what the directory holds as its configuration cannot be read.
+
     Example:
         >>> changes_since(RunDirectory(pathlib.Path("nowhere")), "Experiment.seed = 3")
         []
     """
     if not directory.has_checkpoint() or not directory.config_path.is_file():
         return []
-    return differences(directory.config_path.read_text(), given)
+    try:
+        before = directory.config_path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {directory.config_path}: {error}") from error
+    return differences(before, given)
 
 
 # --- parsing ---------------------------------------------------------------------------------------------------------

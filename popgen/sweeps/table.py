@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from popgen.errors import check_choice
+from popgen.errors import RunDirectoryError, check_choice
 from popgen.sweeps.points import SEED
 from popgen.sweeps.sweep import Run, SweepDirectory
 from popgen.training.run_directory import RunDirectory
@@ -155,10 +155,18 @@ def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
     os.replace(temporary, path)
 
 
+def _record(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+        return {"num_examples": 0, "num_samples": 0, **record}
+    except (OSError, ValueError, TypeError) as error:
+        raise RunDirectoryError(f"{path} is not the record of an evaluation: {error}") from error
+
+
 def _row(sweep: pathlib.Path, run: Run) -> Row:
     numbers = run.numbers(sweep)
     results = {name: numbers[name] for name in OWN_RESULTS if math.isfinite(numbers.get(name, math.nan))}
-    records = [json.loads(path.read_text()) for path in (sweep / run.name).glob("evaluation_step*.json")]
+    records = [_record(path) for path in (sweep / run.name).glob("evaluation_step*.json")]
     if records:
         largest: dict[str, Any] = max(records, key=lambda record: (record["num_examples"], record["num_samples"]))
         results |= {name: largest[name] for name in run.headline if largest.get(name) is not None}

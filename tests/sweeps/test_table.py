@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from popgen.errors import ArgumentError, CheckpointError
+from popgen.errors import ArgumentError, CheckpointError, RunDirectoryError
 from popgen.sweeps.sweep import Run, SweepDirectory
 from popgen.sweeps.table import check_result, over_seeds, rows_of, sorted_rows, table, write_csv
 from popgen.training.run_directory import RunDirectory
@@ -128,6 +128,14 @@ def test_a_damaged_checkpoint_is_named(sweep: SweepDirectory) -> None:
     path = sweep.path / "A.x=1" / "checkpoints" / "latest.ckpt"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"latest\.ckpt is not a checkpoint of popgen, or is damaged"):
+        rows_of(sweep)
+
+
+@pytest.mark.parametrize("content", [b'{"log_p_x": ', b"\xff", b"[1]", b""])
+def test_a_damaged_record_is_named(content: bytes, sweep: SweepDirectory) -> None:
+    add_run(sweep, {"A.x": "1"}, 10)
+    (sweep.path / "A.x=1" / "evaluation_step00000010_raw_60x7.json").write_bytes(content)
+    with pytest.raises(RunDirectoryError, match=r"raw_60x7\.json is not the record of an evaluation: "):
         rows_of(sweep)
 
 
