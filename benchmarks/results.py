@@ -63,8 +63,10 @@ def collect(run_dir: pathlib.Path, name: str) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("evaluation_*"):
         stale.unlink()
-    for path in (directory.config_path, directory.operative_config_path, *records):
+    for path in (directory.config_path, directory.operative_config_path):
         shutil.copyfile(path, folder / path.name)
+    for path in records:  # where the run lay on somebody's disk tells nobody anything
+        (folder / path.name).write_text(path.read_text().replace(str(run_dir), f"experiments/{name}"))
     for path in run_dir.glob("evaluation_step*.png"):
         shutil.copyfile(path, folder / path.name)
     with (folder / "curve.csv").open("w", newline="") as file:

@@ -39,9 +39,13 @@ def trained(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> RunDirec
 
 
 def test_a_run_is_collected(trained: RunDirectory) -> None:
+    (path,) = trained.path.glob("evaluation_*.json")
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"command": f"evaluate --run_dir={trained.path} --weights=raw"}))
     folder = results.collect(trained.path, "vae")
     (record,) = folder.glob("evaluation_*.json")
-    assert record.read_text() == (trained.path / record.name).read_text()
+    expected = found | {"command": "evaluate --run_dir=experiments/vae --weights=raw"}
+    assert json.loads(record.read_text()) == expected
     assert folder == results.RESULTS / "vae" / "seed_0"
     assert (folder / "config.gin").read_text() == "given"
     assert (folder / record.with_suffix(".png").name).stat().st_size > 1_000
