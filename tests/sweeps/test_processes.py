@@ -87,6 +87,15 @@ def test_a_process_in_the_background_can_interrupt_its_own(tmp_path: pathlib.Pat
     check_that_a_signal_interrupts_every_process(tmp_path, signal.SIGTERM)
 
 
+@pytest.fixture
+def in_foreground():
+    """What a terminal does, wherever the tests themselves were started."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_foreground")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_interrupts_every_process_and_starts_no_other(tmp_path: pathlib.Path, number: int) -> None:
     check_that_a_signal_interrupts_every_process(tmp_path, number)
