@@ -19,6 +19,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks import measure
 from popgen.errors import PopgenError, RunDirectoryError
 from popgen.training.run_directory import RunDirectory
 
@@ -115,7 +116,7 @@ def table(results: pathlib.Path = RESULTS) -> str:
         name = folder.parent.name
         return order.index(name) if name in order else len(order), name, int(folder.name.removeprefix("seed_"))
 
-    lines = [_cells(COLUMNS), _cells(["---"] * len(COLUMNS))]
+    rows: list[list[str]] = []
     for group in groups_of([row for folder in sorted(folders, key=place) for row in rows_of(folder)]):
         published = PUBLISHED.get(group[0]["config"].removesuffix("_best"))
         shown = "" if published is None else _signed(f"{published:.2f}")
@@ -124,19 +125,13 @@ def table(results: pathlib.Path = RESULTS) -> str:
             made = [f"{row['steps']:,}", f"{row['step']:,}", row["chosen"], row["weights"], shown]
             log_p_x = _signed(f"{row['log_p_x']:.2f} ± {row['log_p_x_standard_error']:.2f}")
             found = [log_p_x, f"{row['monte_carlo_error']:.3f}", f"{row['seconds_of_steps'] / 3600.0:.1f}"]
-            lines.append(_cells([link, str(row["seed"]), *made, *found, row["hardware"]]))
+            rows.append([link, str(row["seed"]), *made, *found, row["hardware"]])
         if len(group) > 1:
             first, values = group[0], [row["log_p_x"] for row in group]
             made = [f"{first['steps']:,}", "", first["chosen"], first["weights"], shown]
             mean = _signed(f"**{statistics.fmean(values):.2f}** ± {statistics.stdev(values):.2f} over seeds")
-            lines.append(
-                _cells([f"`{first['config']}`", f"{len(group)} seeds", *made, mean, "", "", first["hardware"]])
-            )
-    return "\n".join(lines)
-
-
-def _cells(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+            rows.append([f"`{first['config']}`", f"{len(group)} seeds", *made, mean, "", "", first["hardware"]])
+    return measure.table(COLUMNS, rows)
 
 
 def _signed(number: str) -> str:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from popgen.errors import DivergedError
-from popgen.execution import matrix_products
 from popgen.training.state import TrainState
 from popgen.training.step import TrainStep, settings_tensor
 
@@ -72,12 +71,7 @@ def diagnose(train_step: TrainStep, state: TrainState, batch: Any) -> Diagnosis:
     values = dict(zip(settings, settings_tensor(settings, state).to(device).unbind(), strict=True))
     handles = [look_at_output(name or type(model).__name__, module) for name, module in model.named_modules()]
     try:
-        with matrix_products(train_step.precision, device):
-            loss, metrics, observed = train_step.loss_function(
-                state.parameters, state.buffers, batch, noise, values, state.auxiliary
-            )
-            leaves = list(state.parameters.values())
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        (loss, metrics, observed), gradients = train_step.gradients(state, batch, noise, values)
     finally:
         for handle in handles:
             handle.remove()

@@ -75,27 +75,25 @@ def test_a_failure_is_the_last_line_and_stops_nothing(tmp_path: pathlib.Path) ->
 
 
 @pytest.fixture
-def in_background():
-    """What a shell does to the commands that a script starts in the background."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def interrupts_are(request: pytest.FixtureRequest):
+    """What the tests themselves were started with does not matter: SIGINT meets the handler that the test names."""
+    before = signal.signal(signal.SIGINT, request.param)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("in_background")
+IN_BACKGROUND = [signal.SIG_IGN]  # what a shell does to the commands that a script starts in the background
+IN_FOREGROUND = [signal.default_int_handler]  # what a terminal does
+
+
+@pytest.mark.usefixtures("interrupts_are")
+@pytest.mark.parametrize("interrupts_are", IN_BACKGROUND, indirect=True)
 def test_a_process_in_the_background_can_interrupt_its_own(tmp_path: pathlib.Path) -> None:
     check_that_a_signal_interrupts_every_process(tmp_path, signal.SIGTERM)
 
 
-@pytest.fixture
-def in_foreground():
-    """What a terminal does, wherever the tests themselves were started."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("in_foreground")
+@pytest.mark.usefixtures("interrupts_are")
+@pytest.mark.parametrize("interrupts_are", IN_FOREGROUND, indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_interrupts_every_process_and_starts_no_other(tmp_path: pathlib.Path, number: int) -> None:
     check_that_a_signal_interrupts_every_process(tmp_path, number)
