@@ -97,6 +97,19 @@ class Processes:
                 results[place] = part.view(results[place].shape)
         return results[: len(means)], results[len(means) :]
 
+    def whole(self, part: Tensor) -> Tensor:
+        """Returns the parts of all processes side by side along the first axis.
+
+        What the losses of all processes give it of a gradient comes back to the process whose part it is, summed.
+
+        Args:
+            part: of the same shape in every process.
+
+        Raises:
+            ProcessesError: if a process has ended, also in the backward pass.
+        """
+        return part if self.size == 1 else _Whole.apply(part, self)
+
     def any(self, flag: bool) -> bool:
         """Returns whether any of them says so.
 
@@ -169,6 +182,27 @@ class Processes:
         own = torch.device("cuda", self.local_rank)
         torch.cuda.set_device(own)
         return own
+
+
+class _Whole(torch.autograd.Function):
+    """All parts of a tensor; backward is the sum of what every process found for one's own part."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, processes: Processes) -> Tensor:
+        if hasattr(part, "fake_mode"):  # traced, without values to send
+            raise NotImplementedError("what several processes exchange in the midst of a loss cannot be compiled")
+        ctx.processes = processes
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(processes.size)]
+        with _answered():
+            torch.distributed.all_gather(parts, part.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        with _answered():
+            torch.distributed.all_reduce(total)
+        return ctx.processes.part(total), None
 
 
 ALONE = Processes()

@@ -5,7 +5,7 @@
 The loss asks, from the context after each frame, which of several encodings is the one k frames ahead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -40,18 +40,25 @@ class CPCTerms(NamedTuple):
     step_accuracies: Float[Tensor, "batch steps"]
     step_weights: Int64[Tensor, "batch steps"]
 
-    def means(self) -> dict[str, Float[Tensor, ""]]:
-        """Returns the loss, nats, and the accuracy: means over all pairs and over those of each step k ahead."""
-        accuracies = self.accuracy_of_steps
-        named = {"loss": self.mean_loss, "accuracy": _mean(accuracies, self.step_weights.sum(0), dim=0)}
-        for name, values in (("loss", self.loss_of_steps), ("accuracy", accuracies)):
-            named |= {f"{name}_ahead_{k}": value for k, value in enumerate(values.unbind(), start=1)}
+    def means(self, pairs: Int64[Tensor, "whole steps"] | None = None) -> dict[str, Float[Tensor, ""]]:
+        """Returns the loss, nats, and the accuracy: means over all pairs and over those of each step k ahead.
+
+        Args:
+            pairs: the `step_weights` of a whole batch of which these sequences are a part: the results are then what
+                this part adds to the means over the whole.
+        """
+        counts = (self.step_weights if pairs is None else pairs).sum(0)
+        named = {}
+        for name, values in (("loss", self.step_losses), ("accuracy", self.step_accuracies)):
+            sums = (values * self.step_weights).sum(0)
+            named[name] = sums.sum() / counts.sum().clamp_min(1)
+            named |= {f"{name}_ahead_{k}": mean for k, mean in enumerate((sums / counts.clamp_min(1)).unbind(), 1)}
         return named
 
     @property
     def mean_loss(self) -> Float[Tensor, ""]:
         """The loss of the batch, nats: the mean over all pairs, each of the same weight; nought if there are none."""
-        return _mean(self.loss, self.weight, dim=0)
+        return self.means()["loss"]
 
     @property
     def loss_of_steps(self) -> Float[Tensor, " steps"]:
@@ -62,6 +69,23 @@ class CPCTerms(NamedTuple):
     def accuracy_of_steps(self) -> Float[Tensor, " steps"]:
         """The mean over the pairs of each step."""
         return _mean(self.step_accuracies, self.step_weights, dim=0)
+
+
+class Part(NamedTuple):
+    """Sequences that follow each other in a batch, where the others are somewhere else.
+
+    Attributes:
+        first: number of the first of them in the batch.
+        whole: returns a tensor of all sequences of the batch, given that of these, with its gradient.
+
+    Example:
+        >>> others = torch.ones(3, 2)
+        >>> Part(first=3, whole=lambda tensor: torch.cat([others, tensor])).whole(torch.zeros(1, 2)).shape
+        torch.Size([4, 2])
+    """
+
+    first: int
+    whole: Callable[[Tensor], Tensor]
 
 
 class CPC(Model):
@@ -159,10 +183,11 @@ class CPC(Model):
 
     def forward(
         self,
-        values: Float[Tensor, "batch window ..."],
+        values: Float[Tensor, "part window ..."],
         lengths: Int64[Tensor, " batch"],
         uniform: Float[Tensor, "batch negatives"],
         labels: Mapping[str, Tensor] | None = None,
+        part: Part | None = None,
     ) -> CPCTerms:
         """Returns the losses.
 
@@ -171,17 +196,16 @@ class CPC(Model):
             lengths: how many steps of each are real.
             uniform: uniform on [0, 1), of `noise_shape`; it chooses the negatives.
             labels: each of shape `(batch,)`, by name; needed where `label` is set.
+            part: where `values` are those of a part of the batch alone: which one, and where the frames of the others
+                come from, for they may be negatives. The losses are then those of the part.
 
         Raises:
             ArgumentError: if the shapes do not fit, the window has no two frames, or the label is missing.
         """
-        if (
-            lengths.ndim != 1
-            or len(lengths) != len(values)
-            or tuple(uniform.shape) != (len(values), self.num_negatives)
-        ):
+        batch = len(values) if part is None else len(lengths)
+        if lengths.ndim != 1 or len(lengths) != batch or tuple(uniform.shape) != (batch, self.num_negatives):
             raise ArgumentError(
-                f"lengths must have shape {(len(values),)} and uniform {(len(values), self.num_negatives)}, got "
+                f"lengths must have shape {(batch,)} and uniform {(batch, self.num_negatives)}, got "
                 f"{tuple(lengths.shape)} and {tuple(uniform.shape)}"
             )
         frames = self.encoder(values)
@@ -194,8 +218,13 @@ class CPC(Model):
         num_frames, max_frames = self.num_frames(lengths), frames.shape[1]
         speakers = None if self.label is None else _label(labels, self.label)
         negatives = negative_indices(self.negatives, uniform, num_frames, max_frames, self.num_steps, speakers)
+        candidates = frames
+        if part is not None:
+            candidates = part.whole(frames)
+            num_frames = num_frames.narrow(0, part.first, len(values))
+            negatives = Negatives(*(tensor.narrow(0, part.first, len(values)) for tensor in negatives))
 
-        scores, collisions = self._scores(frames, predictions, negatives)
+        scores, collisions = self._scores(frames, candidates, predictions, negatives, 0 if part is None else part.first)
         mask = ~collisions if self.negatives == "sequence" else None
         places = torch.arange(max_frames, device=frames.device)
         steps = torch.arange(1, self.num_steps + 1, device=frames.device)
@@ -255,13 +284,16 @@ class CPC(Model):
                 "CPC.label to one of them"
             )
 
-    def _scores(self, frames: Tensor, predictions: Tensor, negatives: Negatives) -> tuple[Tensor, Tensor]:
+    def _scores(
+        self, frames: Tensor, candidates: Tensor, predictions: Tensor, negatives: Negatives, first: int
+    ) -> tuple[Tensor, Tensor]:
         """Returns log f of positives and negatives, and which of the negatives are the positive itself.
 
-        The shapes are `(batch, steps, frames, 1 + negatives)` and `(batch, steps, frames, negatives)`.
+        The shapes are `(part, steps, frames, 1 + negatives)` and `(part, steps, frames, negatives)`. Candidates are all
+        frames of the batch, and `frames` those of its sequences from number `first` on.
         """
-        batch, max_frames, _ = frames.shape
-        vectors = F.embedding(negatives.indices, frames.flatten(0, 1))
+        part, max_frames, _ = frames.shape
+        vectors = F.embedding(negatives.indices, candidates.flatten(0, 1))
         to_negatives = predictions @ vectors.transpose(-1, -2)
         # A step at a time: views of the frames, where all steps at once would gather and scatter them.
         to_positives = [
@@ -271,7 +303,7 @@ class CPC(Model):
         scores = torch.cat([torch.stack(to_positives, dim=1)[..., None], to_negatives], dim=-1)
         steps = torch.arange(1, self.num_steps + 1, device=frames.device)
         places = torch.arange(max_frames, device=frames.device) + steps[:, None]
-        positives = places + max_frames * torch.arange(batch, device=frames.device)[:, None, None]
+        positives = places + max_frames * torch.arange(first, first + part, device=frames.device)[:, None, None]
         return scores, positives[..., None] == negatives.indices[:, :, None]
 
 

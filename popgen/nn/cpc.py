@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from popgen.errors import ArgumentError, check_choice, check_integer
 from popgen.nn.causal_conv import CausalConv1d
+from popgen.nn.recurrent import gru
 
 NEGATIVE_KINDS = ("batch", "sequence", "speaker")
 
@@ -200,9 +201,7 @@ class GRUContext(Context):
         # The function, not torch.nn.GRU: the module keeps a second list of its weights, which torch.compile refuses.
         weights: list[Tensor] = [self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0]
         with torch.autocast(frames.device.type, enabled=False):  # the recurrence adds its rounding up
-            frames = frames.to(self.weight_ih_l0.dtype)
-            state = frames.new_zeros(1, len(frames), self.context_dim)
-            return torch.gru(frames, state, weights, True, 1, 0.0, False, False, True)[0]
+            return gru(frames.to(self.weight_ih_l0.dtype), weights)
 
 
 class CausalConvContext(Context):

@@ -58,6 +58,10 @@ class Objective(Protocol):
     def draw_noise(self, model: Any, batch: Any, generator: torch.Generator) -> Any:
         """Returns the noise of one step."""
 
+    def part_of_batch(self, batch: Any, processes: Processes) -> Any:
+        """Returns what this process sees of a batch: its share of the examples, unless a subclass says otherwise."""
+        return processes.part(batch)
+
     def part_of_noise(self, noise: Any, processes: Processes) -> Any:
         """Returns what of the noise of a whole batch belongs to this process's part of it.
 

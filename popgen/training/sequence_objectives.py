@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from popgen.datasets.sequences import SequenceBatch
 from popgen.distributed import Processes
 from popgen.distributions.mu_law import mu_law_encode
 from popgen.errors import ArgumentError
-from popgen.models.cpc import CPC
+from popgen.models.cpc import CPC, Part
 from popgen.models.wavenet import WaveNet
 from popgen.training.objectives import Objective, Result, Settings, Tensors
 
@@ -72,7 +72,8 @@ class ContrastiveLoss(Objective):
     """Minimises the loss of contrastive predictive coding, a mean over all pairs of a batch and all steps ahead, nats.
 
     Eq. 4 of van den Oord et al. 2018 (https://arxiv.org/abs/1807.03748). What it asks, and of which negatives, is the
-    model's: see `popgen.models.cpc`. Since negatives come from the whole batch, one process trains it.
+    model's: see `popgen.models.cpc`. Of several processes each encodes a part of the batch and is sent the frames of
+    the others, among which its negatives are.
 
     Metrics: `loss`, `accuracy` (of picking the positive), and both for each number k of frames ahead, `loss_ahead_k`
     and `accuracy_ahead_k`.
@@ -109,9 +110,47 @@ class ContrastiveLoss(Objective):
         shape = model.noise_shape(*batch.values.shape[:2])
         return torch.rand(shape, generator=generator, device=batch.device, dtype=batch.values.dtype)
 
+    def part_of_batch(self, batch: SequenceBatch, processes: Processes) -> "SharedSequences":
+        """Returns the whole batch, with the lengths and labels of all, and who shares it."""
+        return SharedSequences(batch, processes)
+
+    def part_of_noise(self, noise: Tensor, processes: Processes) -> Tensor:
+        """Returns all of the noise: it chooses among the frames of the whole batch."""
+        return noise
+
     def __call__(
-        self, forward: Callable[..., Any], batch: SequenceBatch, noise: Tensor, settings: Settings, state: Tensors
+        self,
+        forward: Callable[..., Any],
+        batch: "SequenceBatch | SharedSequences",
+        noise: Tensor,
+        settings: Settings,
+        state: Tensors,
     ) -> Result:
         """Returns the loss and the metrics of a batch; nothing else changes."""
-        means = forward(batch.values, batch.lengths, noise, batch.labels).means()
+        if isinstance(batch, SharedSequences):
+            means = batch.means(forward, noise)
+        else:
+            means = forward(batch.values, batch.lengths, noise, batch.labels).means()
         return means["loss"], {name: mean.detach() for name, mean in means.items()}, {}
+
+
+class SharedSequences(NamedTuple):
+    """A batch of which each of several processes encodes a part.
+
+    Attributes:
+        batch: the whole of it.
+        processes: that share it.
+
+    Example: `ContrastiveLoss` makes one.
+    """
+
+    batch: SequenceBatch
+    processes: Processes
+
+    def means(self, forward: Callable[..., Any], noise: Tensor) -> dict[str, Tensor]:
+        """Returns what, averaged over the processes, are the means over all pairs of the batch."""
+        own = self.processes.part(self.batch.values)
+        part = Part(self.processes.rank * len(own), self.processes.whole)
+        terms = forward(own, self.batch.lengths, noise, self.batch.labels, part)
+        means = terms.means(self.processes.whole(terms.step_weights))
+        return {name: self.processes.size * mean for name, mean in means.items()}

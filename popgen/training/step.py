@@ -80,7 +80,8 @@ class TrainStep:
         """
         noise = self.objective.draw_noise(self.model, batch, state.generators["posterior noise"])
         if self.processes.size > 1:
-            batch, noise = self.processes.part(batch), self.objective.part_of_noise(noise, self.processes)
+            batch = self.objective.part_of_batch(batch, self.processes)
+            noise = self.objective.part_of_noise(noise, self.processes)
         result, gradients = self.gradients(state, batch, noise, settings)
         if self.processes.size > 1:
             result, gradients = self._combine(result, gradients, self.objective.weight(batch))
