@@ -121,8 +121,10 @@ class Experiment:
         if self.weight_average_decay is not None:
             check_number("Experiment.weight_average_decay", self.weight_average_decay, minimum=0.0, maximum=1.0)
         for name in ("max_gradient_norm", "skip_gradient_norm"):
-            if getattr(self, name) is not None:
-                check_number(f"Experiment.{name}", getattr(self, name), minimum=0.0)
+            if getattr(self, name) is not None and check_number(f"Experiment.{name}", getattr(self, name)) <= 0.0:
+                raise ArgumentError(
+                    f"Experiment.{name} must be above 0, or None for no limit, got {getattr(self, name)!r}"
+                )
         for name, described, fits in (
             ("model", "a Model (see popgen.models.model), such as @VAE()", isinstance(self.model, Model)),
             ("dataset", "an object with a load() method", hasattr(self.dataset, "load")),

@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import hashlib
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from popgen.errors import ArgumentError, PopgenError, ProcessesError, reason_of
 
 T = TypeVar("T")
 POLLING_SECONDS = 0.02
+SIGN_SECONDS, SILENCE_SECONDS = 1.0, 30.0  # between the signs of a process at work, and after which it counts as gone
 CLOSING_SECONDS = 2.0  # that a process waits for another to say what has happened, before it says that it is gone
 
 
@@ -72,7 +74,7 @@ class Processes:
         There is one message for each dtype, and every process is given the same bits.
 
         Args:
-            means: the same shapes in every process.
+            means: the same shapes in every process, of floating point.
             sums: the same shapes in every process.
             weight: of this process in the means.
 
@@ -91,7 +93,8 @@ class Processes:
             averaged.mul_(own)
             with _answered():
                 torch.distributed.all_reduce(flat)
-            averaged.div_(flat[0])
+            if dtype.is_floating_point:  # integers are only summed
+                averaged.div_(flat[0])
             parts = flat[1:].split([tensor.numel() for tensor in tensors])
             for place, part in zip(places, parts, strict=True):
                 results[place] = part.view(results[place].shape)
@@ -158,6 +161,36 @@ class Processes:
         if not self.local_rank:
             self.gather(None)
 
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Lets the first process do something that may take longer than they wait for each other; the others wait.
+
+        They know from a sign that it gives every second that it is still there.
+
+        Raises:
+            ProcessesError: in the others, if the sign has not come for `SILENCE_SECONDS`.
+        """
+        if self.size == 1:
+            yield
+            return
+        store = torch.distributed.distributed_c10d._get_default_store()
+        with _answered():
+            done = f"popgen/alone/{store.add(f'popgen/alone/of {self.rank}', 1)}"
+        if not self.first:
+            yield
+            with _answered():
+                _wait(store, done, self.size)
+            return
+        ended = threading.Event()
+        signs = threading.Thread(target=_give_signs, args=(store, ended), daemon=True)
+        signs.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            signs.join()
+            store.set(done, "")
+
     def device(self, name: str, device: torch.device) -> torch.device:
         """Returns the device of this process where the experiment says `device`: of GPUs, each has its own.
 
@@ -182,6 +215,31 @@ class Processes:
         own = torch.device("cuda", self.local_rank)
         torch.cuda.set_device(own)
         return own
+
+
+def _give_signs(store: Any, ended: threading.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # whoever kept the store is gone: the next exchange says so
+        while not ended.wait(SIGN_SECONDS):
+            store.add("popgen/signs", 1)
+
+
+def _wait(store: Any, done: str, size: int) -> None:
+    """Waits until something is done, as long as the first process gives signs.
+
+    Raises:
+        ProcessesError: if it does not.
+    """
+    signs, deadline = -1, 0.0
+    while not store.check([done]):
+        given = store.add("popgen/signs", 0)
+        if given != signs:
+            signs, deadline = given, time.monotonic() + SILENCE_SECONDS
+        if time.monotonic() > deadline:
+            raise ProcessesError(
+                f"process 0 of {size} has given no sign of itself for {SILENCE_SECONDS:g} seconds; the same command "
+                "goes on from the latest checkpoint"
+            )
+        time.sleep(POLLING_SECONDS)
 
 
 class _Whole(torch.autograd.Function):

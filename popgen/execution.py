@@ -48,7 +48,7 @@ def check_precision(name: str, precision: str, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def matrix_products(precision: str, device: torch.device) -> Iterator[None]:
-    """Sets the precision of the matrix products of networks.
+    """Sets the precision of the matrix products of networks, convolutions and recurrent layers included.
 
     "fp32" is full precision; "tf32" rounds the factors of float32 products to 10 bits after the point (CUDA only);
     "bf16" is torch.autocast: factors and results have 7 bits after the point, and sums are float32. Weights, the
@@ -64,13 +64,19 @@ def matrix_products(precision: str, device: torch.device) -> Iterator[None]:
         ...     print((x @ x).item())
         1.0
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    _allow_tf32("high" if precision == "tf32" else "highest", precision == "tf32")
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        _allow_tf32(*before)
+
+
+def _allow_tf32(products: str, layers: bool) -> None:
+    """Sets the precision of float32 products, and that of the layers of cuDNN, which has a switch of its own."""
+    torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.allow_tf32 = layers
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
@@ -85,6 +91,16 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext() if _float32_is_full() else matrix_products("fp32", device)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Returns a tensor at the least precision in which densities are formed.
+
+    Example:
+        >>> at_least_float32(torch.ones(1, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _float32_is_full() -> bool:

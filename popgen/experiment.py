@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from popgen.datasets.data import Data, first_examples
@@ -24,8 +26,10 @@ from popgen.evaluation.image_table import ImageTable, Shard
 from popgen.evaluation.progress import show_mean
 from popgen.execution import check_precision, surroundings
 from popgen.models.model import Model
+from popgen.streams import make_generator
 from popgen.summaries import Writer
 from popgen.training.captured_step import CapturedStep
+from popgen.training.checkpoints import check_plain
 from popgen.training.diagnosis import with_replay
 from popgen.training.files import write_whole
 from popgen.training.loop import DrawBatch, Hooks, Step, train
@@ -38,7 +42,13 @@ from popgen.training.state import (
     state_from_tensors,
     state_to_tensors,
 )
-from popgen.training.step import TrainStep, check_can_skip, make_train_step
+from popgen.training.step import (
+    TrainStep,
+    check_can_skip,
+    check_repeats,
+    check_takes_plain_steps,
+    make_train_step,
+)
 from popgen.training.weights import initialise, model_of_checkpoint
 
 
@@ -90,7 +100,8 @@ def run(
     directory.check_num_replicas(1)
     with processes.first_goes_ahead():
         data, model = prepare(experiment, device)
-    first_examples(data, experiment.final_num_examples)  # an error now rather than after the last step
+    check_sizes(experiment, data)
+    check_steps(experiment, data, model)
     step_function, draw_batch = training_functions(experiment, model, data, processes)
     state = state_of_all(experiment, model, data, directory, processes)
     recorder: Recorder | Follower = Follower(processes)
@@ -190,24 +201,74 @@ def prepare(experiment: Experiment, device: torch.device) -> tuple[Data, Model]:
 
     Example: `run` calls it.
     """
-    model = experiment.model.to(device)
-    data = experiment.dataset.load().to(device, next(model.parameters()).dtype)
-    for examples in (data.train, data.split(experiment.selection_split), data.test):
-        model.check_examples(examples)
+    model, data = experiment.model.to(device), load_data(experiment, device)
+    check_data(experiment, data)
     return data, model
+
+
+def load_data(experiment: Experiment, device: torch.device) -> Data:
+    """Returns the data of an experiment on a device, in the type of its model.
+
+    Raises:
+        DataError: if it cannot be loaded.
+
+    Example: `prepare` calls it.
+    """
+    return experiment.dataset.load().to(device, next(experiment.model.parameters()).dtype)
+
+
+def check_data(experiment: Experiment, data: Data) -> None:
+    """Checks data against the model of an experiment.
+
+    Raises:
+        DataError: if it does not fit the model, or a split is missing.
+
+    Example: `prepare` calls it.
+    """
+    for examples in (data.train, data.split(experiment.selection_split), data.test):
+        experiment.model.check_examples(examples)
+
+
+def check_sizes(experiment: Experiment, data: Data) -> None:
+    """Checks that there is enough data: an error now rather than after the last step.
+
+    Raises:
+        ArgumentError: if it is too little for a batch, or for the final evaluation.
+
+    Example: `run` calls it.
+    """
+    data.batches(experiment.batch_size, experiment.seed)
+    first_examples(data, experiment.final_num_examples)
+
+
+def check_steps(experiment: Experiment, data: Data, model: Model) -> None:
+    """Checks that a step is a function of state and batch alone, on the batch of the first step.
+
+    Raises:
+        ArgumentError: as `popgen.training.step.check_repeats`, or if the data is too small for the batch.
+
+    Example: `run` calls it.
+    """
+    device = next(model.parameters()).device
+    batch = data.batches(experiment.batch_size, experiment.seed).draw(0, make_generator(device, 0, "trial"))
+    check_repeats(plain_step(experiment, model), first_state(experiment, model), batch)
 
 
 def first_state(experiment: Experiment, model: Model) -> TrainState:
     """Returns the state before the first step.
 
     Raises:
-        ArgumentError: if steps may be skipped, and the optimizer cannot be told on the device to skip one.
+        ArgumentError: if the optimizer is not fit for training steps or checkpoints, or steps may be skipped and it
+            cannot be told on the device to skip one.
 
     Example: `run` calls it.
     """
     auxiliary = experiment.objective.initial_state(next(model.parameters()))
     average = experiment.weight_average_decay is not None
     state = initial_state(model, experiment.optimizer, experiment.seed, average, auxiliary)
+    check_takes_plain_steps(state.optimizer)
+    options = [{key: group[key] for key in group if key != "params"} for group in state.optimizer.param_groups]
+    check_plain(f"the options of {type(state.optimizer).__name__}", {"of its parameters": options})
     if experiment.max_skipped_steps:
         check_can_skip(state.optimizer, next(model.parameters()).device)
     return state
@@ -238,7 +299,8 @@ def state_of_all(
         return state_from_tensors(processes.from_first({}), first_state(experiment, model))
     found = directory.newest_checkpoint()
     state = fit_files(directory, found, starting_state(experiment, model, data, found))
-    processes.from_first(state_to_tensors(state))
+    on_cpu = tree_map_only(torch.Tensor, Tensor.cpu, state_to_tensors(state))  # from a GPU all would open the first's
+    processes.from_first(on_cpu)
     return state
 
 

@@ -28,7 +28,7 @@ VAE = ["configs/vae.gin"]
 REPLACED = {
     "configs/geco.gin": ["NegativeELBO.beta", "SigmoidAnnealing.rate"],
     "configs/vqvae_prior.gin": ["VQVAELoss.commitment"],
-    **{f"configs/{name}_best.gin": ["NegativeELBO.beta"] for name in ("vae", "vamp", "vamp_hsnf")},
+    **{f"configs/{name}_best.gin": ["Adam.lr", "NegativeELBO.beta"] for name in ("vae", "vamp", "vamp_hsnf")},
 }
 
 
@@ -113,6 +113,29 @@ def test_short_names_and_parts_that_the_file_does_not_mention():
     assert loaded.experiment.seed == 3
     assert isinstance(optimizer, torch.optim.SGD) and optimizer.param_groups[0]["lr"] == 0.5
     assert loaded.orphans == ["Adam.fused", "Adam.lr"]
+
+
+def test_what_is_loaded_later_changes_nothing():
+    """The optimizer's options are those of its own configuration, whatever gin has parsed since."""
+    loaded = [
+        config.load(VAE, ["Adam.lr = 1e-2"]),
+        config.load(VAE, ["Adam.lr = 1e-3", "Adam.betas = (0.5, 0.6)"]),
+        config.load(VAE, ["Experiment.optimizer = @torch.optim.SGD", "SGD.lr = 0.5"]),
+        config.load(VAE, ["Experiment.optimizer = @fine/torch.optim.Adam", "fine/Adam.eps = 1e-3"]),
+    ]
+    found = [one.experiment.optimizer(one.experiment.model.parameters()) for one in loaded]
+    assert [optimizer.defaults["lr"] for optimizer in found] == [1e-2, 1e-3, 0.5, 2e-4]
+    assert [optimizer.defaults.get("eps") for optimizer in found] == [1e-8, 1e-8, None, 1e-3]
+    assert found[0].defaults["betas"] == (0.9, 0.999) and found[1].defaults["betas"] == (0.5, 0.6)
+    adam = torch.optim.Adam
+    assert [type(optimizer) for optimizer in found] == [adam, adam, torch.optim.SGD, adam]
+
+
+def test_a_rate_that_a_schedule_replaces_is_not_used():
+    best = ["configs/vae_best.gin"]
+    with pytest.raises(ConfigError, match=r"nothing uses the binding 'Adam\.lr = 123\.0'"):
+        config.load(best, ["Adam.lr = 123.0"])
+    assert "Adam.lr" in config.load(best).orphans
 
 
 def test_a_part_named_by_its_module_alone():

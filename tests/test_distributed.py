@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.together import results_of, together
+from popgen import distributed
 from popgen.distributed import ALONE, Processes, check_divided, joined, launched_together
 from popgen.errors import ArgumentError, CheckpointError, ProcessesError, StoppedError
 
@@ -83,6 +84,26 @@ def test_processes_combine_and_tell() -> None:
     assert all(torch.equal(one, two) for other in others for one, two in zip(first, other, strict=True))
 
 
+def test_integers_are_summed() -> None:
+    def work(processes: Processes) -> Any:
+        return processes.combine([torch.tensor(1.0 + processes.rank)], [torch.tensor([processes.rank, 2])], 3.0)
+
+    for (mean,), (total,) in results_of(work, size=2):
+        assert mean == 1.5 and total.tolist() == [1, 4] and total.dtype == torch.int64
+
+
+def test_parts_are_put_together_with_their_gradients() -> None:
+    def work(processes: Processes) -> Any:
+        own = torch.full((2, 3), float(processes.rank), requires_grad=True)
+        whole = processes.whole(own)
+        (whole * torch.arange(12.0).view(4, 3) * (1 + processes.rank)).sum().backward()
+        return whole.detach(), own.grad, processes.whole(torch.tensor([processes.rank]))
+
+    for rank, (whole, gradient, ranks) in enumerate(results_of(work, size=2)):
+        assert whole[:, 0].tolist() == [0.0, 0.0, 1.0, 1.0] and ranks.tolist() == [0, 1]
+        assert torch.equal(gradient, 3.0 * torch.arange(12.0).view(4, 3)[2 * rank :][:2]), "from both losses"
+
+
 def test_what_is_not_finite_in_one_process_is_not_finite_in_all() -> None:
     def work(processes: Processes) -> Any:
         return processes.combine([torch.full((2,), torch.nan if processes.rank else 1.0)], [])[0][0]
@@ -123,6 +144,40 @@ def test_a_process_that_hangs_is_not_waited_for_longer_than_the_timeout() -> Non
     assert time.perf_counter() - started < 20.0
     assert [outcome.status for outcome in outcomes] == [1, 9]
     assert outcomes[0].said.startswith("error: another process of this run has ended, or does not answer (")
+
+
+def test_the_first_alone_may_take_longer_than_the_timeout() -> None:
+    def work(processes: Processes) -> bool:
+        for _ in range(2):
+            with processes.first_alone():
+                if processes.first:
+                    time.sleep(2.5)
+        return processes.any(processes.first)
+
+    assert results_of(work, size=2, timeout=1.0) == [True, True]
+
+
+@pytest.mark.parametrize("last_words", [True, False])
+def test_the_others_learn_that_the_first_has_gone_while_it_was_alone(
+    last_words: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "SILENCE_SECONDS", 3.0)
+
+    def work(processes: Processes) -> None:
+        with processes.first_alone():
+            if processes.first and last_words:
+                raise ArgumentError("the loss is bad")
+            if processes.first:
+                os.kill(os.getpid(), signal.SIGKILL)
+        processes.any(False)
+
+    started = time.perf_counter()
+    first, second = together(work, size=2, timeout=60.0)
+    assert time.perf_counter() - started < 20.0 and second.status == 1
+    if last_words:
+        assert (first.said, second.said) == ("error: the loss is bad\n", "")
+    else:
+        assert second.said.startswith("error: process 0 of 2 has given no sign of itself for 3 seconds")
 
 
 @pytest.mark.parametrize("everywhere", [True, False])

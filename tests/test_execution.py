@@ -8,14 +8,16 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from popgen import execution
-from popgen.distributions import GaussianMixture
+from popgen.distributions import Bernoulli, DiagonalNormal, GaussianMixture
 from popgen.errors import ArgumentError
 from popgen.execution import check_precision, compile_or_fall_back, full_precision, matrix_products
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow
 from popgen.nn.vamp_prior import VampPrior
+from popgen.training.importance_objectives import DoublyReparameterisedIWAE
 from popgen.training.objectives import NegativeELBO
 from popgen.training.state import initial_state
 from popgen.training.step import make_train_step
@@ -64,8 +66,10 @@ def test_full_precision_holds_under_a_setting_of_the_users_own():
 def test_the_setting_before_comes_back_after_an_error(precision: str):
     with pytest.raises(KeyError), matrix_products(precision, CPU):
         assert torch.get_float32_matmul_precision() == ("high" if precision == "tf32" else "highest")
+        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32"), "convolutions have a switch of their own"
         raise KeyError
     assert torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
+    assert torch.backends.cudnn.allow_tf32 is True, "as the user had it"
 
 
 def test_densities_do_not_depend_on_the_setting():
@@ -78,7 +82,8 @@ def test_densities_do_not_depend_on_the_setting():
     def values() -> list[Tensor]:
         log_density = GaussianMixture(mean, log_var).log_density(z)
         gradients = torch.autograd.grad(log_density.sum(), (mean, log_var, z))
-        return [log_density, *gradients, *bijection.forward_and_log_det(z), bijection.inverse(z.detach())]
+        moved = bijection.push_score(z.detach(), torch.ones_like(z))
+        return [log_density, *gradients, *bijection.forward_and_log_det(z), bijection.inverse(z.detach()), moved]
 
     exact, exact_terms = values(), vae(x, z)
     with matrix_products("bf16", CPU):
@@ -87,6 +92,32 @@ def test_densities_do_not_depend_on_the_setting():
     for one, other in zip(rounded_terms, exact_terms, strict=True):
         assert one.dtype == torch.float32 and not torch.equal(one, other)
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.2)
+
+
+def test_densities_of_rounded_parameters_are_exact():
+    """Whatever a network in bf16 hands to a density, its value is that of the same numbers in float64."""
+    first, second = (torch.randn(6, 784).bfloat16() for _ in range(2))
+    x, z = torch.rand(6, 784).round(), torch.randn(6, 784)
+    drawn = DiagonalNormal(first, second).sample(z)
+    cases = [
+        (Bernoulli(4.0 * first), Bernoulli(4.0 * first.double()), x),
+        (DiagonalNormal(first, second - 2.0), DiagonalNormal(first.double(), (second - 2.0).double()), z),
+        (GaussianMixture(first, second), GaussianMixture(first.double(), second.double()), drawn),
+    ]
+    for rounded, exact, points in cases:
+        for name in ("log_density", "sample", "sample_and_log_density"):
+            if name == "log_density" or isinstance(rounded, DiagonalNormal):
+                found, expected = getattr(rounded, name)(points), getattr(exact, name)(points.double())
+                for one, other in zip(*map(tree_leaves, (found, expected)), strict=True):
+                    assert one.dtype == torch.float32
+                    torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=5e-3)
+
+
+def test_a_step_along_the_path_in_bf16():
+    vae, batch = make_vae(), torch.rand(8, 16).round()
+    state = initial_state(vae, torch.optim.Adam, seed=0)
+    _, metrics = make_train_step(vae, DoublyReparameterisedIWAE(num_samples=3), precision="bf16")(state, batch)
+    assert metrics["loss"].isfinite() and not metrics["skipped_steps"]
 
 
 def test_a_step_in_bf16_keeps_float32_and_follows_the_exact_step():

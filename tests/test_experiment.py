@@ -209,6 +209,7 @@ def test_evaluation_arguments_and_averaged_weights(finished):
         ({"model": None}, "Experiment.model must be a Model .* got None"),
         ({"dataset": Bars}, "Experiment.dataset must be an object with a load"),
         ({"optimizer": 0.1}, "Experiment.optimizer must be a function of the parameters"),
+        ({"max_gradient_norm": 0}, "Experiment.max_gradient_norm must be above 0, or None for no limit, got 0"),
         ({"objective": 3}, "Experiment.objective must be an Objective"),
         ({"device": "gpu"}, "Experiment.device 'gpu' cannot be used here"),
     ],
@@ -216,3 +217,30 @@ def test_evaluation_arguments_and_averaged_weights(finished):
 def test_arguments(changes, message):
     with pytest.raises(ArgumentError, match=message):
         experiment(**changes)
+
+
+def with_layer(layer: torch.nn.Module) -> VAE:
+    vae = experiment().model
+    vae.decoder.hidden.append(layer)
+    return vae
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": with_layer(torch.nn.Dropout(0.5))}, "VAE with NegativeELBO draws random numbers that belong to no"),
+        (
+            {"model": with_layer(torch.nn.BatchNorm1d(16))},
+            r"changes decoder\.hidden\.2\.running_mean, .* as it",
+        ),
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS cannot be used: its step must be given a closure"),
+        (
+            {"optimizer": lambda parameters: torch.optim.AdamW([{"params": list(parameters), "note": torch.float32}])},
+            "the options of AdamW must be tensors, numbers and strings",
+        ),
+    ],
+)
+def test_what_could_not_be_continued_is_refused_before_anything_starts(changes, message, tmp_path):
+    with pytest.raises(ArgumentError, match=message):
+        run_in(tmp_path / "run", **changes)
+    assert not list((tmp_path / "run").glob("config.gin"))

@@ -8,12 +8,14 @@ imports, and the bindings are then parsed plainly, where gin matches partial nam
 """
 
 import contextlib
+import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gin
@@ -111,6 +113,12 @@ def _load(overridden: "dict[_BindingKey, str]", limit: foreign.SizeLimit | None 
     with translated("cannot build the experiment"):
         experiment.optimizer(list(experiment.model.parameters()))  # to try it
     unused = _unused_bindings()
+    optimizer = _bound_optimizer()
+    if optimizer is not None:
+        experiment = dataclasses.replace(experiment, optimizer=_free_of_gin(optimizer))
+        if experiment.learning_rate is not None and "lr" in gin.config._CONFIG.get(optimizer.config_key, {}):
+            scope, selector = optimizer.config_key
+            unused.add(_BindingKey(scope, selector, "lr"))  # which the schedule replaces
     _check_overrides_used(overridden, unused)
     orphans = sorted({display(*key) for key in unused if key not in overridden})
     configuration = Configuration(given, gin.operative_config_str() + "\n", _settings(unused))
@@ -320,6 +328,23 @@ def _build() -> Experiment:
             seed = seed.scoped_configurable_fn()
         torch.manual_seed(stream_seed(seed, "model"))
         return gin.get_configurable(Experiment)()
+
+
+def _bound_optimizer() -> gin.config.ConfigurableReference | None:
+    """Returns what is bound as the optimizer, or None if it is nothing that gin would call."""
+    config: dict[tuple[str, str], dict[str, Any]] = gin.config._CONFIG
+    bound = [parameters for (_, selector), parameters in config.items() if selector.endswith("experiment.Experiment")]
+    value = bound[0].get("optimizer") if bound else None
+    while isinstance(value, gin.config.ConfigurableReference) and value.configurable.selector == MACRO:
+        value = gin.config._CONFIG[value.config_key]["value"]
+    return value if isinstance(value, gin.config.ConfigurableReference) and not value.evaluate else None
+
+
+def _free_of_gin(reference: gin.config.ConfigurableReference) -> Callable[..., Any]:
+    """Returns what a reference calls, with what is bound to it now: gin would look it up at every call."""
+    scope, selector = reference.config_key
+    with gin.config_scope(scope or None):
+        return functools.partial(reference.configurable.wrapped, **gin.get_bindings(selector))
 
 
 def _order_as_in_signatures() -> None:

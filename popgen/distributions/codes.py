@@ -14,10 +14,11 @@ from torch import Tensor
 
 from popgen.distributions.mu_law import NUM_CODES
 from popgen.errors import check_integer
+from popgen.execution import at_least_float32
 
 WIDTH = 2.0 / NUM_CODES  # of the interval of a code in [-1, 1]
 LOWEST_LOG_SCALE = -7.0  # a logistic of this scale has up to 97 % of its mass on one code
-NARROW = 1e-3  # widths, in units of the scale, for which a series is exact and the formula is not
+NARROW = 1e-12  # widths, in units of the scale, for which the gradient of the formula may overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class CategoricalCodes:
         Args:
             codes: from 0 to 255.
         """
-        return _at_least_float32(self.logits).log_softmax(-1).gather(-1, codes[..., None]).squeeze(-1)
+        return at_least_float32(self.logits).log_softmax(-1).gather(-1, codes[..., None]).squeeze(-1)
 
     def sample(self, uniform: Float[Tensor, "*batch"]) -> Int64[Tensor, "*batch"]:
         """Returns a code for each, by inverting the cumulative distribution.
@@ -53,7 +54,7 @@ class CategoricalCodes:
             uniform: uniform on [0, 1), whose ends count as values just within: 0 stands for all that were rounded
                 to it, and would give the farthest code of a tail.
         """
-        return _invert(_at_least_float32(self.logits).softmax(-1).cumsum(-1), uniform)
+        return invert_cumulative(at_least_float32(self.logits).softmax(-1).cumsum(-1), uniform)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +116,10 @@ class DiscretisedLogisticMixture:
         rights = WIDTH * torch.arange(1, NUM_CODES + 1, dtype=means.dtype, device=means.device) - 1.0
         rights[-1] = math.inf
         below = torch.sigmoid((rights[:, None] - means) * torch.exp(-log_scales))
-        return _invert((logits.softmax(-1) * below).sum(-1), uniform)
+        return invert_cumulative((logits.softmax(-1) * below).sum(-1), uniform)
 
     def _parameters(self) -> tuple[Tensor, Tensor, Tensor]:
-        logits, means, log_scales = map(_at_least_float32, (self.logits, self.means, self.log_scales))
+        logits, means, log_scales = map(at_least_float32, (self.logits, self.means, self.log_scales))
         return logits, means, log_scales.clamp_min(LOWEST_LOG_SCALE)
 
 
@@ -188,17 +189,26 @@ def _log_one_minus_exp(log_width: Float[Tensor, "*shape"]) -> Float[Tensor, "*sh
     """Returns log(1 - exp(-w)) for w = exp(log_width), with a gradient however small w is."""
     width = torch.exp(log_width)
     narrow = width < NARROW
-    series = log_width - width / 2.0 + width.square() / 24.0
+    series = log_width - width / 2.0
     formula = torch.log(-torch.expm1(-width.masked_fill(narrow, NARROW)))
     return torch.where(narrow, series, formula)
 
 
-def _invert(cumulative: Float[Tensor, "*batch codes"], uniform: Float[Tensor, "*batch"]) -> Int64[Tensor, "*batch"]:
+def invert_cumulative(
+    cumulative: Float[Tensor, "*batch codes"], uniform: Float[Tensor, "*batch"]
+) -> Int64[Tensor, "*batch"]:
+    """Returns the code at which each cumulative distribution passes a uniform number.
+
+    Args:
+        cumulative: sums of probabilities, the last of them 1 but for rounding.
+        uniform: uniform on [0, 1), whose ends count as values just within: 0 stands for all that were rounded to it,
+            and would give a code of no probability.
+
+    Example:
+        >>> invert_cumulative(torch.tensor([[0.25, 1.0], [0.0, 1.0]]), torch.tensor([0.5, 0.0]))
+        tensor([1, 1])
+    """
     spacing = torch.finfo(uniform.dtype).eps / 2.0  # of the values that a generator draws
     passed = cumulative <= uniform[..., None].clamp_min(spacing / 2.0)
     # Rounding may end the sum below 1: the last code is the one that completes it.
     return (passed & (cumulative < cumulative[..., -1:])).sum(-1)
-
-
-def _at_least_float32(parameter: Tensor) -> Tensor:
-    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))

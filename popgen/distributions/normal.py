@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from popgen.execution import at_least_float32
+
 LOG_TWO_PI = math.log(2.0 * math.pi)
 
 
@@ -15,6 +17,8 @@ class DiagonalNormal:
     """A Gaussian with independent coordinates, N(z; mean, diag(exp(log_var))).
 
         log N(z) = -1/2 Σ_i [log 2π + log_var_i + (z_i - mean_i)² / exp(log_var_i)]
+
+    Whatever the type of the network that made its parameters, values are formed in float32 at least.
 
     Attributes:
         mean: shape `(*batch, latent)`.
@@ -32,18 +36,19 @@ class DiagonalNormal:
 
     def log_density(self, z: Float[Tensor, "*sample latent"]) -> Float[Tensor, "*broadcast"]:
         """Returns log N(z), nats, summed over the last axis; leading axes broadcast."""
-        squared_distance = (z - self.mean).square() * torch.exp(-self.log_var)
-        return -0.5 * (squared_distance + self.log_var + LOG_TWO_PI).sum(-1)
+        mean, log_var = at_least_float32(self.mean), at_least_float32(self.log_var)
+        squared_distance = (z - mean).square() * torch.exp(-log_var)
+        return -0.5 * (squared_distance + log_var + LOG_TWO_PI).sum(-1)
 
     def sample(self, noise: Float[Tensor, "*sample latent"]) -> Float[Tensor, "*sample latent"]:
         """Returns mean + exp(log_var / 2) · noise for standard normal noise (reparameterised)."""
-        return self.mean + torch.exp(0.5 * self.log_var) * noise
+        return at_least_float32(self.mean) + torch.exp(0.5 * at_least_float32(self.log_var)) * noise
 
     def sample_and_log_density(
         self, noise: Float[Tensor, "*sample latent"]
     ) -> tuple[Float[Tensor, "*sample latent"], Float[Tensor, "*sample"]]:
         """Returns a sample and its log density, which the noise gives without undoing the sampling."""
-        log_density = -0.5 * (noise.square() + self.log_var + LOG_TWO_PI).sum(-1)
+        log_density = -0.5 * (noise.square() + at_least_float32(self.log_var) + LOG_TWO_PI).sum(-1)
         return self.sample(noise), log_density
 
 

@@ -89,6 +89,9 @@ class VAE(ImageModel):
 
         log q(z_K|x) = log N(z_0; μ(x), σ²(x)) - log |det ∂z_K/∂z_0|
 
+    The pseudo-inputs of a VampPrior pass through the encoder alone: the prior is a mixture of its Gaussians, before the
+    flow.
+
     Args:
         encoder: maps `(batch, input)` to `(DiagonalNormal, context)`; has `input_dim` and `latent_dim`.
         decoder: maps `(*sample, batch, latent)` to a likelihood with `log_density` and `mean`; has `latent_dim`.

@@ -215,7 +215,8 @@ class WaveNet(Model):
         Raises:
             ArgumentError: if the labels' names, shapes or values do not fit.
         """
-        self._check_labels(labels, next((len(values) for values in (labels or {}).values()), 0))
+        given = labels or {}
+        self._check_labels(labels, next((len(given[name]) for name in self.classes if name in given), 0))
         self.check_values(labels=labels)
         layers, conditions = self._layers, self._conditions(labels)
         hidden_dim = self.embedding.weight.shape[1]

@@ -232,7 +232,8 @@ def revive_dead_codes(
         codebook: the state before.
         vectors: what the dead codes are put on; none are revived if there are none.
         uniform: noise in [0, 1) that chooses a vector for each code.
-        least_usage: a fraction of the mean count, so that it means the same whatever the size of a batch.
+        least_usage: a fraction of the mean count, so that it means the same whatever the size of a batch; 0 revives
+            none, and a code that falls out of use then drifts to the origin with its smoothed count.
 
     Example:
         >>> vectors, indices = torch.ones(4, 2), torch.zeros(4, dtype=torch.int64)

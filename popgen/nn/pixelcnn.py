@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from popgen.distributions.codes import invert_cumulative
 from popgen.errors import ArgumentError, check_integer
+from popgen.execution import at_least_float32
 
 
 class GatedPixelCNN(nn.Module):
@@ -79,7 +81,7 @@ class GatedPixelCNN(nn.Module):
             ArgumentError: if they are not maps of `map_shape`.
         """
         self._check_maps("indices", indices)
-        return _at_least_float32(self.head(self._features(indices)))
+        return at_least_float32(self.head(self._features(indices)))
 
     def log_density(self, indices: Int64[Tensor, "batch height width"]) -> Float[Tensor, " batch"]:
         """Returns log p(x), nats, for each map.
@@ -100,7 +102,7 @@ class GatedPixelCNN(nn.Module):
         A draw takes one pass through the network for each position, over the rows drawn so far.
 
         Args:
-            uniform: uniform on [0, 1); a 1, to which a value may have been rounded, counts as the largest below it.
+            uniform: uniform on [0, 1); its ends, to which a value may have been rounded, count as values just within.
 
         Raises:
             ArgumentError: if they are not maps of `map_shape`.
@@ -111,10 +113,8 @@ class GatedPixelCNN(nn.Module):
         for row in range(height):
             for column in range(width):
                 features = self._features(indices[:, : row + 1])[:, row, column]
-                cumulative = _at_least_float32(self.head(features)).softmax(-1).cumsum(-1)
-                passed = cumulative <= uniform[:, row, column, None]
-                # Rounding may end the sum below 1: the last code is the one that completes it.
-                indices[:, row, column] = (passed & (cumulative < cumulative[:, -1:])).sum(-1)
+                cumulative = at_least_float32(self.head(features)).softmax(-1).cumsum(-1)
+                indices[:, row, column] = invert_cumulative(cumulative, uniform[:, row, column])
         return indices
 
     def _features(self, indices: Int64[Tensor, "batch rows width"]) -> Float[Tensor, "batch rows width hidden"]:
@@ -159,10 +159,6 @@ def _gate(x: Float[Tensor, "batch double rows width"]) -> Float[Tensor, "batch h
     """Returns tanh(a) ⊙ sigmoid(b), a and b being the two halves of the channels (eq. 2 of the paper)."""
     a, b = x.chunk(2, dim=1)
     return torch.tanh(a) * torch.sigmoid(b)
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _check_map_shape(name: str, map_shape: tuple[int, int]) -> tuple[int, int]:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from popgen.distributions import DiagonalNormal, GaussianMixture, StandardNormal
 from popgen.errors import check_integer, check_number
 
+LOWEST_LOG_VAR = -6.0
+
 
 class Prior(nn.Module, abc.ABC):
     """A density over the latent space, perhaps made of encoded pseudo-inputs.
@@ -50,7 +52,8 @@ class StandardNormalPrior(Prior):
 class GaussianMixturePrior(Prior):
     """A mixture of Gaussians with learned means, variances and weights.
 
-    The baseline "MoG" prior of Tomczak and Welling 2018, https://arxiv.org/abs/1705.07120, section 4.
+    The baseline "MoG" prior of Tomczak and Welling 2018, https://arxiv.org/abs/1705.07120, section 4. A log-variance
+    below -6, the least of `GaussianEncoder`, counts as -6: float32 does not resolve much narrower components.
 
     Args:
         num_components: number of Gaussians.
@@ -74,4 +77,5 @@ class GaussianMixturePrior(Prior):
 
     def forward(self, encoded: DiagonalNormal | None = None) -> GaussianMixture:
         """Returns the mixture."""
-        return GaussianMixture(self.mean, self.log_var, torch.log_softmax(self.logits, dim=0))
+        log_var = self.log_var.clamp_min(LOWEST_LOG_VAR)
+        return GaussianMixture(self.mean, log_var, torch.log_softmax(self.logits, dim=0))

@@ -17,8 +17,9 @@ class VampPrior(Prior):
 
         p(z) = 1/K Σ_k q(z | u_k)                                              (eq. 9 of the paper)
 
-    The pseudo-inputs u_k are the sigmoid of a free parameter, so they stay within (0, 1) as grey levels do and
-    keep a gradient everywhere. The prior holds no encoder: see `popgen.nn.priors` for how the two meet.
+    Where a flow follows the encoder, these are the encoder's Gaussians, before the flow. The pseudo-inputs u_k are the
+    sigmoid of a free parameter, so they stay within (0, 1) as grey levels do and keep a gradient everywhere. The prior
+    holds no encoder: see `popgen.nn.priors` for how the two meet.
 
     Args:
         input_dim: size of a flattened input.

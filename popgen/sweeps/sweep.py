@@ -12,8 +12,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from popgen import config
-from popgen.errors import ArgumentError, ConfigError, PopgenError, RunDirectoryError
-from popgen.experiment import prepare
+from popgen.datasets.data import Data
+from popgen.errors import ArgumentError, CheckpointError, ConfigError, PopgenError, RunDirectoryError
+from popgen.experiment import check_data, check_sizes, load_data
 from popgen.sweeps.points import Point, bindings, bound_name, point_name, setting_name
 from popgen.sweeps.processes import Job
 from popgen.training import checkpoints
@@ -46,9 +47,12 @@ class Run:
     failure: str | None = None
 
     def numbers(self, sweep: pathlib.Path) -> dict[str, Any]:
-        """Returns `step`, `best_step` and `best_loss` of the latest checkpoint; nothing if there is none."""
+        """Returns `step`, `best_step` and `best_loss` of the first checkpoint that can be read, from the latest on."""
         directory = RunDirectory(sweep / self.name)
-        return checkpoints.load_numbers(directory.checkpoint_path("latest")) if directory.has_checkpoint() else {}
+        for name in directory.checkpoint_names():
+            with contextlib.suppress(CheckpointError):
+                return checkpoints.load_numbers(directory.checkpoint_path(name))
+        return {}
 
     def is_finished(self, sweep: pathlib.Path) -> bool:
         """Whether every step has been taken, and the evaluation that follows them made."""
@@ -120,7 +124,7 @@ def check_points(
 ) -> tuple[list[Run], list[Job]]:
     """Returns the runs of a sweep, and a job for each that is not finished; nothing is written.
 
-    Every point is built as training would build it, and every data set is loaded once.
+    Every point is built as training would build it and checked against its data, which is loaded once.
 
     Args:
         gin_files: of every run.
@@ -131,7 +135,8 @@ def check_points(
 
     Raises:
         ConfigError: if a point does not build, or two are the same.
-        DataError: if its data cannot be loaded.
+        DataError: if its data cannot be loaded, or does not fit the model.
+        ArgumentError: if its data is too small.
         RunDirectoryError: if a run directory holds a run with another configuration.
 
     Example:
@@ -141,7 +146,7 @@ def check_points(
     """
     runs, jobs, conflicts = [], [], []
     named_by_configuration: dict[str, str] = {}
-    known_data: set[str] = set()
+    known_data: dict[str, Data] = {}
     for name in sorted({*map(bound_name, fixed)} & {name for point in points for name in point}):
         raise ArgumentError(f"{name} is both swept and bound by --gin_bindings; leave one of them out")
     for point in points:
@@ -165,9 +170,13 @@ def check_points(
             conflicts.append(f"{directory.path} ({'; '.join(changes)})")
         if run.is_finished(sweep.path) and not changes:
             continue
-        if (data := repr(experiment.dataset)) not in known_data:
-            prepare(experiment, torch.device("cpu"))
-            known_data.add(data)
+        if (dataset := repr(experiment.dataset)) not in known_data:
+            known_data[dataset] = load_data(experiment, torch.device("cpu"))
+        try:
+            check_data(experiment, known_data[dataset])
+            check_sizes(experiment, known_data[dataset])
+        except PopgenError as error:
+            raise type(error)(f"{error} (at the point {name}; nothing was started)") from error
         command = [sys.executable, "-m", "launch.train", f"--run_dir={directory.path}"]
         command += [f"--gin_file={gin_file}" for gin_file in gin_files]
         command += [f"--gin_bindings={binding}" for binding in (*fixed, *bindings(point))]

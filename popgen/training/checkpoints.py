@@ -8,6 +8,7 @@ checks both before it reads a tensor, and loads nothing that is larger than the 
 import hashlib
 import io
 import json
+import math
 import pathlib
 import struct
 import zipfile
@@ -15,8 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
-from popgen.errors import CheckpointError, reason_of
+from popgen.errors import ArgumentError, CheckpointError, reason_of
 from popgen.training.files import write_whole
 
 FORMAT = "popgen checkpoint"
@@ -44,11 +46,17 @@ def save(path: pathlib.Path, contents: dict[str, Any], keep: pathlib.Path | None
         {'weight': tensor([1., 1.])}
     """
     buffer = io.BytesIO()
-    torch.save(contents, buffer)
+    torch.save(tree_map_only(torch.Tensor, _by_itself, contents), buffer)
     archive = buffer.getbuffer()
     header = {"format": FORMAT, "version": VERSION, "sha256": hashlib.sha256(archive).hexdigest()}
     comment = json.dumps(header).encode()
     write_whole(path, archive[:-2], struct.pack("<H", len(comment)) + comment, keep=keep, what="the checkpoint ")
+
+
+def _by_itself(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor that is alone in its memory, all of which is saved: a slice would take the whole along."""
+    alone = tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
@@ -149,7 +157,28 @@ LATER_FIELDS = (
 )  # earlier checkpoints have none
 
 
-def _is_plain(contents: dict, size: int) -> bool:
+def check_plain(what: str, contents: dict) -> None:
+    """Raises ArgumentError if contents are more than a checkpoint may hold.
+
+    Args:
+        what: they are, for the error.
+        contents: nested dictionaries and lists.
+
+    Example:
+        >>> check_plain("the optimizer's options", {"lr": 1e-3, "dtype": torch.float32})
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: the optimizer's options must be tensors, numbers and strings, or no checkpoint of
+        them could be loaded; got {'lr': 0.001, 'dtype': torch.float32}
+    """
+    on_cpu = tree_map_only(torch.Tensor, torch.Tensor.cpu, contents)
+    if not _is_plain(on_cpu, math.inf):
+        raise ArgumentError(
+            f"{what} must be tensors, numbers and strings, or no checkpoint of them could be loaded; got {contents!r}"
+        )
+
+
+def _is_plain(contents: dict, size: int | float) -> bool:
     """Whether contents are dictionaries and lists of tensors, numbers and strings, the tensors at most `size` bytes.
 
     A pickle can hold itself, hold one thing many times over, and give a tensor any shape by strides of zero.

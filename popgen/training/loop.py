@@ -119,6 +119,10 @@ def train(
         while state.step < num_steps and not hooks.stop():
             batch = draw_batch(state.step, state.generators["binarisation"])
             state, metrics = train_step(state, batch)
+            if (
+                state.recent and state.recent[-1].keys() != metrics.keys()
+            ):  # of another objective, before it was changed
+                state.recent.clear()
             state.recent.append(metrics)
             bar.update()
 

@@ -113,11 +113,16 @@ class ELBOObjective(Objective):
     num_samples: int
 
     def check_model(self, model: Any) -> None:
-        """Any but a VQ-VAE, whose codebook would stay as it is.
+        """Any model of images that takes normal noise, but a VQ-VAE, whose codebook would stay as it is.
 
         Raises:
-            ArgumentError: if it is a VQ-VAE.
+            ArgumentError: if it is another kind of model.
         """
+        if not isinstance(getattr(model, "noise_dim", None), int):
+            raise ArgumentError(
+                f"{type(self).__name__} trains models with a noise_dim and an ELBO, such as a VAE, and the model is a "
+                f"{type(model).__name__}"
+            )
         if isinstance(model, VQVAE):
             raise ArgumentError(
                 f"{type(self).__name__} trains no codebook, and the model is a {type(model).__name__}: use VQVAELoss"

@@ -57,6 +57,12 @@ class Recorder:
 
         The state it returns has the lowest loss so far.
         """
+        with self.processes.first_alone():
+            state = self._evaluate(state)
+        self.processes.from_first((state.best_loss, state.best_step))
+        return state
+
+    def _evaluate(self, state: TrainState) -> TrainState:
         model = model_with_weights(self.model, state.parameters, state.buffers)
         examples = self.data.split(self.selection_split)
         results = self.evaluator.validate(model, examples, self.seed)
@@ -74,7 +80,6 @@ class Recorder:
         self.writer.scalars("best", {"loss": state.best_loss}, state.step)
         if _is_power_of_two(state.step // self.eval_every) or state.step == self.num_steps:
             self._write_shown(model, state.step)
-        self.processes.from_first((state.best_loss, state.best_step))
         return state
 
     def checkpoint(self, state: TrainState) -> None:
@@ -136,6 +141,8 @@ class Follower:
 
     def evaluate(self, state: TrainState) -> TrainState:
         """Returns the state with what the evaluation of the first process has found."""
+        with self.processes.first_alone():
+            pass  # what the first one does meanwhile
         best_loss, best_step = self.processes.from_first((state.best_loss, state.best_step))
         return dataclasses.replace(state, best_loss=best_loss, best_step=best_step)
 

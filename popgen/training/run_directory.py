@@ -27,10 +27,13 @@ CONTENTS = (
     "checkpoints/step_*.ckpt",
     "checkpoints/.writing-*.ckpt",
     "samples/best.png",
+    "samples/best_*.wav",
     "samples/step_*.png",
+    "samples/step_*.wav",
     "evaluation_step*.json",
     "evaluation_step*.csv",
     "evaluation_step*.png",
+    "probe_*.json",
     "events.out.tfevents.*",
     ".writing-evaluation_step*.json",
     ".writing-*config.gin",
@@ -116,8 +119,9 @@ class RunDirectory:
         return RunDirectory(self.path / f"{REPLICA}{index}")
 
     def replicas(self) -> list["RunDirectory"]:
-        """Returns the run directories of the replicas that there are."""
-        count = sum(1 for path in self.path.glob(f"{REPLICA}*/config.gin"))
+        """Returns the run directories of the replicas that there are, up to the last that has a configuration."""
+        numbers = (path.parent.name.removeprefix(REPLICA) for path in self.path.glob(f"{REPLICA}*/config.gin"))
+        count = max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
         return [self.replica(index) for index in range(count)]
 
     def check_num_replicas(self, num_replicas: int) -> None:
@@ -262,8 +266,11 @@ class RunDirectory:
             return True
 
     def clear(self) -> None:
-        """Removes what an earlier run and its replicas wrote, and nothing else."""
-        for replica in self.replicas():
+        """Removes what an earlier run and its replicas wrote, and nothing else.
+
+        The last replica goes first: one who is killed in between leaves numbers from nought on.
+        """
+        for replica in reversed(self.replicas()):
             replica.clear()
         for pattern in CONTENTS:
             for found in self.path.glob(pattern):

@@ -210,12 +210,13 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Any]) -
     if found != name:
         raise CheckpointError(f"the checkpoint is of another optimizer: {found}, where the experiment has {name}")
     options = [dict(group) for group in optimizer.param_groups]
+    own_defaults = dict(optimizer.defaults)  # loading adds to them
     try:
         optimizer.load_state_dict(tensors["optimizer"])
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"the checkpoint is of another optimizer: {error}") from error
-    defaults = tensors.get("optimizer_defaults", optimizer.defaults)
-    changed = [key for key, value in optimizer.defaults.items() if key not in defaults or defaults[key] != value]
+    defaults = tensors.get("optimizer_defaults", own_defaults)
+    changed = [key for key, value in own_defaults.items() if key not in defaults or defaults[key] != value]
     for group, wanted in zip(optimizer.param_groups, options, strict=True):
         group.update({key: wanted[key] for key in changed})
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from popgen.errors import ArgumentError
 from popgen.execution import compile_or_fall_back, matrix_products
 from popgen.optim.schedules import Schedule
 from popgen.optim.weight_average import effective_decay, update_weight_average
+from popgen.streams import make_generator
 from popgen.training.objectives import Metrics, Objective, Result, Settings, Tensors
 from popgen.training.state import TrainState
 
@@ -182,6 +184,70 @@ def check_can_skip(optimizer: torch.optim.Optimizer, device: torch.device) -> No
             f"{type(optimizer).__name__} cannot be told on a GPU to skip a step whose gradient is not finite: bind "
             "fused = True if it has that, or Experiment.max_skipped_steps = 0, which stops at the first"
         )
+
+
+def check_takes_plain_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ArgumentError if an optimizer wants more for a step than gradients.
+
+    Example:
+        >>> check_takes_plain_steps(torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]))
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: LBFGS cannot be used: its step must be given a closure that forms the loss again
+    """
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ArgumentError(
+            f"{type(optimizer).__name__} cannot be used: its step must be given a closure that forms the loss again"
+        )
+
+
+def check_repeats(step: TrainStep, state: TrainState, batch: Any) -> None:
+    """Forms the loss of a batch, and checks that it can be formed again; the state stays as it is.
+
+    Raises:
+        ArgumentError: if the model or the objective draws random numbers that are not those of the run, or the model
+            changes its buffers as it is called.
+
+    Example:
+        >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+        >>> from popgen.nn.priors import StandardNormalPrior
+        >>> from popgen.training.objectives import NegativeELBO
+        >>> from popgen.training.state import initial_state
+        >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
+        >>> _ = vae.decoder.hidden.append(nn.Dropout(0.1))
+        >>> state = initial_state(vae, torch.optim.Adam, seed=0)
+        >>> check_repeats(make_train_step(vae, NegativeELBO()), state, torch.zeros(5, 16))
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: VAE with NegativeELBO draws random numbers that belong to no seed of the run, as
+        dropout does: it could be neither repeated nor continued. Randomness comes from the objective's draw_noise
+    """
+    device = _device(state)
+    names = f"{type(step.model).__name__} with {type(step.objective).__name__}"
+    values = settings_tensor(settings := step.settings(state), state).to(device)
+    buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
+    before = _random_states(device)
+    noise = step.objective.draw_noise(step.model, batch, make_generator(device, 0, "trial"))
+    with matrix_products(step.precision, device):
+        given = dict(zip(settings, values.unbind(), strict=True))
+        step.loss_function(state.parameters, buffers, batch, noise, given, state.auxiliary)
+    if any(not torch.equal(one, other) for one, other in zip(before, _random_states(device), strict=True)):
+        raise ArgumentError(
+            f"{names} draws random numbers that belong to no seed of the run, as dropout does: it could be neither "
+            "repeated nor continued. Randomness comes from the objective's draw_noise"
+        )
+    changed = [name for name, buffer in buffers.items() if not torch.equal(buffer, state.buffers[name])]
+    if changed:
+        raise ArgumentError(
+            f"{names} changes {', '.join(changed)} as it is called, as batch normalisation does: a step that is "
+            "skipped could not be undone. New values of buffers come from the objective's transition; other "
+            "normalisations need none"
+        )
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 @contextlib.contextmanager

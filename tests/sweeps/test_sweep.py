@@ -62,6 +62,19 @@ def test_what_is_finished_is_left_and_what_is_not_goes_on(sweep: SweepDirectory)
     assert len(runs) == 3 and [job.name for job in jobs] == ["LATENT_DIM=3", "LATENT_DIM=4"]
 
 
+def test_a_damaged_latest_checkpoint_stops_nothing(sweep: SweepDirectory) -> None:
+    for number, step in ((2, 4), (3, 2)):
+        pretend(sweep, f"LATENT_DIM={number}", step=step)
+    directory = RunDirectory(sweep.path / "LATENT_DIM=2")
+    directory.save_checkpoint("best", {"step": 3, "best_loss": 8.0, "best_step": 3})
+    directory.checkpoint_path("latest").write_bytes(b"half of it")
+    runs, jobs = plan(sweep, "LATENT_DIM = [2, 3]")
+    assert runs[0].numbers(sweep.path) == {"step": 3, "best_loss": 8.0, "best_step": 3}
+    assert len(jobs) == 2, "training goes on from what is whole"
+    directory.checkpoint_path("best").unlink()
+    assert runs[0].numbers(sweep.path) == {}
+
+
 def test_another_configuration_is_reported(sweep: SweepDirectory) -> None:
     pretend(sweep, "LATENT_DIM=2", step=4)
     pretend(sweep, "LATENT_DIM=3", step=2)
@@ -90,8 +103,12 @@ def test_mistakes_name_the_point(sweep: SweepDirectory) -> None:
         plan(sweep, f"Adam.lr = {values}", f"torch.optim.Adam.lr = {values}")
     with pytest.raises(ArgumentError, match="LATENT_DIM is both swept and bound"):
         plan(sweep, "LATENT_DIM = [2]", fixed=("LATENT_DIM = 3",))
-    with pytest.raises(DataError, match="values from 0 to 2"):
+    with pytest.raises(DataError, match=r"values from 0 to 2.*at the point Squares.largest=2.0"):
         plan(sweep, "Squares.largest = [1.0, 2.0]")
+    with pytest.raises(DataError, match=r"no validation split.*at the point Experiment.selection_split=validation"):
+        plan(sweep, "Experiment.selection_split = ['test', 'validation']")
+    with pytest.raises(ArgumentError, match=r"batch.*at the point Experiment.batch_size=1000000; nothing was started"):
+        plan(sweep, "Experiment.batch_size = [10, 1_000_000]")
     assert not sweep.path.exists()
 
 

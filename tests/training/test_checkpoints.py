@@ -40,6 +40,14 @@ def test_round_trip_by_popgen_and_by_torch_alone(path):
     assert [file.name for file in path.parent.iterdir()] == ["tiny.ckpt"]
 
 
+def test_a_slice_is_saved_without_the_rest(tmp_path):
+    whole = torch.randn(50, 1_000)
+    checkpoints.save(tmp_path / "slice.ckpt", {"slice": whole[3], "column": whole[:, 3]})
+    assert (tmp_path / "slice.ckpt").stat().st_size < 10_000
+    loaded = checkpoints.load(tmp_path / "slice.ckpt")
+    assert torch.equal(loaded["slice"], whole[3]) and torch.equal(loaded["column"], whole[:, 3])
+
+
 def test_what_is_no_checkpoint_or_of_a_later_version_is_refused(path, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         checkpoints.load(tmp_path / "absent.ckpt")

@@ -143,6 +143,16 @@ def test_a_run_that_has_gone_wrong_is_not_saved_when_it_is_stopped() -> None:
     assert recorder.without_batches() == []
 
 
+def test_metrics_of_an_objective_from_before_are_left_out() -> None:
+    """A run that was stopped between two points goes on under an objective with other metrics."""
+    recorder = Recorder(4, 4, 4)
+    state = initial_state(nn.Linear(1, 1), torch.optim.SGD, 0)
+    before = {"loss": 100.0, "iwae": 3.0, "gradient_norm": 1.0, "skipped_steps": 0.0, "skipped_in_a_row": 0.0}
+    state.recent.append({name: torch.tensor(value) for name, value in before.items()})
+    train(dataclasses.replace(state, step=1), recorder.train_step, recorder.draw_batch, 4, recorder.hooks)
+    assert ("log", 4, 3.0) in recorder.events, "the mean of the losses of steps 2 to 4"
+
+
 def test_skipped_steps_are_left_out_of_the_means_and_counted() -> None:
     logged = []
     recorder = Recorder(log_every=3, eval_every=6, checkpoint_every=6, loss={2: math.nan, 4: 1e9, 5: math.inf})

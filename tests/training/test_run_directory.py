@@ -17,7 +17,10 @@ OF_A_RUN = [
     "checkpoints/step_00001000.ckpt",
     "checkpoints/.writing-latest.ckpt",
     "samples/best.png",
+    "samples/best_sample_0.wav",
     "samples/step_00001000.png",
+    "samples/step_00001000_sample_0.wav",
+    "probe_digit_step00001000_raw.json",
     "evaluation_step00001000_raw_5000x10000.json",
     "events.out.tfevents.1700000000.host.1.0",
 ]
@@ -96,3 +99,27 @@ def test_a_missing_checkpoint_lists_what_there_is(tmp_path: pathlib.Path) -> Non
             directory.save_checkpoint(name, {"step": 1})
     with pytest.raises(CheckpointError, match="no checkpoint '700'; there are: latest, step_00000500, step_00001000"):
         directory.load_checkpoint("700")
+
+
+def test_clearing_replicas_may_be_interrupted_anywhere(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left are the first ones, and clearing again removes them."""
+    whole = RunDirectory(tmp_path)
+    for index in range(3):
+        with whole.replica(index).locked():
+            whole.replica(index).config_path.write_text("")
+            whole.replica(index).save_checkpoint("latest", {"step": 1})
+    clear = RunDirectory.clear
+
+    def dies_at_the_second(directory: RunDirectory) -> None:
+        if directory.path.name == "replica_1":
+            raise KeyboardInterrupt
+        clear(directory)
+
+    monkeypatch.setattr(RunDirectory, "clear", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        clear(whole)
+    assert [replica.path.name for replica in whole.replicas()] == ["replica_0", "replica_1"]
+    monkeypatch.undo()
+    whole.replica(0).config_path.unlink()
+    whole.clear()
+    assert not whole.has_checkpoint() and not list(tmp_path.glob("*/config.gin"))

@@ -23,7 +23,7 @@ from popgen.training.state import (
 )
 from popgen.training.step import make_train_step
 
-OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam")
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "Adafactor")
 
 
 class WithBuffer(nn.Module):

@@ -55,7 +55,8 @@ def solve_residual_tanh(target: Tensor, outer: Tensor, inner: Tensor, shift: Ten
     """Returns the solution u of u + outer · tanh(inner · u + shift) = target, elementwise.
 
     With outer · inner > -1 the left side rises in u, and since |tanh| < 1 its root lies within |outer| of the
-    target. Bisection finds it to the last bit of the dtype, whatever the slope; there is no step size to fail.
+    target. Bisection finds it to the rounding of numbers as large as target and outer, whatever the slope; there is no
+    step size to fail.
 
     Example:
         >>> one = torch.ones(1, dtype=torch.float64)
