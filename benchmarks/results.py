@@ -29,9 +29,10 @@ README = REPOSITORY / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PUBLISHED = {"vae": -84.04, "vamp": -81.96, "vamp_hsnf": -80.69}  # at a million steps, nats
 SAME = ("config", "steps", "chosen", "weights", "num_samples", "num_examples", "precision", "training_precision")
+SAME += ("dtype", "device", "binarisation_protocol", "images_sha256")
 COLUMNS = ["config", "seed", "steps", "checkpoint", "chosen by", "weights", "published", "log p(x)"]
-COLUMNS += ["Monte Carlo error", "hours", "on"]
-CURVES = ("train/loss", "test/loss", "validation/loss", "best/loss")
+COLUMNS += ["samples × images", "last rise", "k̂ < 0.7", "hours", "on"]
+CURVES = ("train/loss", "test/loss", "validation/loss", "validation/elbo", "validation/iwae", "best/loss")
 
 
 def curves_of(path: pathlib.Path) -> tuple[dict[int, dict[str, float]], float]:
@@ -66,8 +67,11 @@ def collect(run_dir: pathlib.Path, name: str) -> pathlib.Path:
         stale.unlink()
     for path in (directory.config_path, directory.operative_config_path):
         shutil.copyfile(path, folder / path.name)
-    for path in records:  # where the run lay on somebody's disk tells nobody anything
-        (folder / path.name).write_text(path.read_text().replace(str(run_dir), f"experiments/{name}"))
+    for path in records:
+        record = json.loads(path.read_text())
+        if "command" in record:  # where the run lay on somebody's disk tells nobody anything
+            record["command"] = record["command"].replace(str(run_dir), f"experiments/{name}")
+        (folder / path.name).write_text(json.dumps(record, indent=2) + "\n")
     for path in run_dir.glob("evaluation_step*.png"):
         shutil.copyfile(path, folder / path.name)
     with (folder / "curve.csv").open("w", newline="") as file:
@@ -81,18 +85,31 @@ def collect(run_dir: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def rows_of(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns a row for each evaluation of a result, with what training took."""
+    """Returns a row for each evaluation of a result, with what training took.
+
+    What was the best checkpoint once, and is no more, has no row.
+    """
     training = json.loads((folder / "training.json").read_text())
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("evaluation_*.json"))]
+    best = max((record["step"] for record in records if record["checkpoint"] == "best"), default=0)
     rows = [{"config": folder.parent.name, **training, **record} for record in records]
-    return [{**row, "chosen": _chosen(row)} for row in rows]
+    return [{**row, "chosen": _chosen(row)} for row in rows if row["checkpoint"] != "best" or row["step"] == best]
 
 
 def _chosen(row: dict[str, Any]) -> str:
     """Returns how the evaluated checkpoint was chosen."""
     if row["checkpoint"] == "best":
         return f"{row['selection_split']} loss"
-    return "last" if row["step"] == row["steps"] else "its step"
+    return "last" if row["step"] == row["steps"] else f"step {row['step']:,}"
+
+
+def _evidence(row: dict[str, Any]) -> list[str]:
+    """Returns how many samples a bound had, how much it rose at the last growth of their number, and where k̂ is low."""
+    size = f"{row['num_samples']:,} × {row['num_examples']:,}"
+    bounds = [row[name] for name in row if name.startswith("log_p_x_of_")]
+    rise = f"{bounds[-1] - bounds[-2]:.2f}" if len(bounds) > 1 else ""
+    reliable = row.get("images_of_reliable_pareto_shape")
+    return [size, rise, "" if reliable is None else f"{reliable / row['num_examples']:.0%}"]
 
 
 def groups_of(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -107,7 +124,8 @@ def table(results: pathlib.Path = RESULTS) -> str:
     """Returns the table of all results, those with a published number first.
 
     What is published stands beside a configuration, and beside its `_best` variant too. Behind the number of a seed
-    stands its standard error over images, behind a mean the standard deviation over seeds.
+    stands its standard error over images, behind a mean the standard deviation over seeds. Rows that differ in anything
+    but the seed have no mean in common.
     """
     folders = [path.parent for path in results.glob("*/seed_*/training.json")]
     order = list(PUBLISHED)
@@ -124,13 +142,16 @@ def table(results: pathlib.Path = RESULTS) -> str:
             link = f"[`{row['config']}`](results/{row['config']}/seed_{row['seed']})"
             made = [f"{row['steps']:,}", f"{row['step']:,}", row["chosen"], row["weights"], shown]
             log_p_x = _signed(f"{row['log_p_x']:.2f} ± {row['log_p_x_standard_error']:.2f}")
-            found = [log_p_x, f"{row['monte_carlo_error']:.3f}", f"{row['seconds_of_steps'] / 3600.0:.1f}"]
+            found = [log_p_x, *_evidence(row), f"{row['seconds_of_steps'] / 3600.0:.1f}"]
             rows.append([link, str(row["seed"]), *made, *found, row["hardware"]])
         if len(group) > 1:
             first, values = group[0], [row["log_p_x"] for row in group]
             made = [f"{first['steps']:,}", "", first["chosen"], first["weights"], shown]
             mean = _signed(f"**{statistics.fmean(values):.2f}** ± {statistics.stdev(values):.2f} over seeds")
-            rows.append([f"`{first['config']}`", f"{len(group)} seeds", *made, mean, "", "", first["hardware"]])
+            size = _evidence(first)[0]
+            rows.append(
+                [f"`{first['config']}`", f"{len(group)} seeds", *made, mean, size, "", "", "", first["hardware"]]
+            )
     return measure.table(COLUMNS, rows)
 
 

@@ -69,7 +69,12 @@ def evaluate_together(shard: Shard, processes: Processes) -> None:
     described = experiment.evaluator.describe(record)
     if FLAGS.annealed_images:
         images = data.test[: min(FLAGS.annealed_images, record["num_examples"])]
-        record |= check_by_annealing(model, images, num_samples, FLAGS.num_temperatures, FLAGS.num_chains)
+        record |= check_by_annealing(
+            model, images, num_samples, FLAGS.num_temperatures, FLAGS.num_chains, experiment.seed
+        )
+    else:
+        record |= files.check_on_file(record)
+    if "annealed_log_p_x" in record:
         described += "\n" + describe_check(record)
     writer = Writer(directory.path)
     files.write(writer, record, experiment.evaluator.headline)

@@ -89,6 +89,52 @@ def test_seeds_of_one_configuration_have_a_mean(trained: RunDirectory) -> None:
     assert "(results/vae/seed_9)" in lines[1]
 
 
+def test_only_what_differs_in_the_seed_alone_has_a_mean(trained: RunDirectory) -> None:
+    folder = results.collect(trained.path, "vae")
+    (path,) = folder.glob("evaluation_*.json")
+    record = json.loads(path.read_text())
+    changes = [
+        {"binarisation_protocol": "threshold"},
+        {"images_sha256": "others"},
+        {"dtype": "float64"},
+        {"num_samples": 7},
+        {"checkpoint": "4", "step": 4},
+        {"checkpoint": "6", "step": 6},
+    ]
+    for seed, change in enumerate(changes, start=1):
+        other = folder.with_name(f"seed_{seed}")
+        shutil.copytree(folder, other)
+        (other / path.name).write_text(json.dumps(record | {"seed": seed} | change))
+    text = results.table(results.RESULTS)
+    assert "over seeds" not in text and "| step 4 |" in text and "| 7 × 20 |" in text and "| 30 × 20 |" in text
+
+
+def test_what_was_best_once_has_no_row(trained: RunDirectory) -> None:
+    folder = results.collect(trained.path, "vae")
+    (path,) = folder.glob("evaluation_*.json")
+    record = json.loads(path.read_text())
+    (folder / "evaluation_step00000002_raw_30x20.json").write_text(json.dumps(record | {"step": 2}))
+    (row,) = results.rows_of(folder)
+    assert row["step"] == record["step"]
+
+
+def test_other_models_have_rows_too(trained: RunDirectory) -> None:
+    """A VQ-VAE has one bound, and no importance weights."""
+    folder = results.collect(trained.path, "vqvae")
+    (path,) = folder.glob("evaluation_*.json")
+    record = json.loads(path.read_text())
+    weights = ("monte_carlo_error", "log_p_x_of", "pareto", "images_of_reliable")
+    path.write_text(json.dumps({k: v for k, v in record.items() if not k.startswith(weights)}))
+    assert "| 30 × 20 |  |  |" in results.table(results.RESULTS)
+
+
+def test_a_run_of_any_name_is_collected_as_it_is(trained: RunDirectory, tmp_path: pathlib.Path, monkeypatch) -> None:
+    trained.path.rename(tmp_path / "best")
+    monkeypatch.chdir(tmp_path)
+    (record,) = results.collect(pathlib.Path("best"), "vae").glob("evaluation_*.json")
+    assert json.loads(record.read_text())["checkpoint"] == "best"
+
+
 def test_what_cannot_be_collected_is_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(RunDirectoryError, match="has no evaluation"):
         results.collect(tmp_path, "vae")

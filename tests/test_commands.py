@@ -136,6 +136,8 @@ def test_evaluate_checks_itself_by_annealing(trained):
     record = json.loads(path.read_text())
     assert record["annealed_num_images"] == 5 and record["simulated_lower"] < record["simulated_upper"]
     assert f"{record['annealed_log_p_x']:.3f}" in printed and "simulated images" in printed
+    trained.succeed("evaluate", "--run_dir=run", *arguments[:2])
+    assert json.loads(path.read_text())["simulated_gap"] == record["simulated_gap"], "the check is kept"
     assert "annealed_images must be" in trained.fail("evaluate", "--run_dir=run", "--annealed_images=-1")
 
 

@@ -277,8 +277,9 @@ def check_by_annealing(
 ) -> dict[str, float | int]:
     """Returns what annealed importance sampling says of the importance-weighted bound, means over images, nats.
 
-    On the images both are lower bounds on log p(x) in expectation, by different ways: where they agree, both are near
-    it. On as many images that the model draws, the truth lies between `simulated_lower` and `simulated_upper`.
+    On the images both are lower bounds on log p(x) in expectation, by different ways; a difference shows that the lower
+    one is not near it. On as many images that the model draws, the truth lies between `simulated_lower` and
+    `simulated_upper`, up to the error of their difference, `simulated_gap`.
 
     Args:
         model: the VAE, on the device of the images.
@@ -304,7 +305,7 @@ def check_by_annealing(
     annealed, chains = annealed_estimate(model, images, num_temperatures, num_chains, seed=seed)
     weighted = estimate_log_likelihood(model, images, num_samples, seed)
     sandwich = simulated_sandwich(model, len(images), num_temperatures, num_chains, seed=seed)
-    difference = annealed - weighted.double()
+    difference, gap = annealed - weighted.double(), sandwich.upper - sandwich.lower
     return {
         "annealed_num_images": len(images),
         "annealed_num_temperatures": num_temperatures,
@@ -316,6 +317,8 @@ def check_by_annealing(
         "simulated_lower": sandwich.lower.mean().item(),
         "simulated_importance": estimate_log_likelihood(model, sandwich.images, num_samples, seed).mean().item(),
         "simulated_upper": sandwich.upper.mean().item(),
+        "simulated_gap": gap.mean().item(),
+        "simulated_gap_standard_error": standard_error(gap),
     }
 
 
@@ -328,6 +331,7 @@ def describe_check(record: Mapping[str, Any]) -> str:
         f"annealing, first {record['annealed_num_images']} images: log p(x) {record['annealed_log_p_x']:.3f}, "
         f"which is {record['annealed_minus_importance']:+.3f} ± "
         f"{record['annealed_minus_importance_standard_error']:.3f} to the importance-weighted bound on them\n"
-        f"simulated images: log p(x) between {record['simulated_lower']:.3f} and {record['simulated_upper']:.3f}, "
+        f"simulated images: log p(x) between {record['simulated_lower']:.3f} and {record['simulated_upper']:.3f} "
+        f"({record['simulated_gap']:+.3f} ± {record['simulated_gap_standard_error']:.3f}), "
         f"importance-weighted bound {record['simulated_importance']:.3f}"
     )

@@ -33,6 +33,7 @@ CURVE_IMAGES = 1_000  # that the active_units curves look at; an evaluation look
 
 WORST_IMAGES = 10  # that a record names
 PARTS = ("elbo", "reconstruction", "kl", "log_q_z_given_x", "log_p_z", "log_det")
+ESTIMATOR_VERSION = 2  # raised with every change to what a row is made of: rows on file are used no more
 IN_MEMORY = ImageTable()
 
 Results = dict[str, Any]
@@ -156,6 +157,8 @@ class ImageEvaluator(Evaluator, abc.ABC):
             "seed": seed,
             "precision": precision,
             "device": examples.device.type,
+            "torch_version": torch.__version__,
+            "estimator_version": ESTIMATOR_VERSION,
         }
         columns = table.fill(identity, len(examples), columns_of, progress)
         parts = {name: columns[name] for name in PARTS}

@@ -28,7 +28,7 @@ def evaluation_figure(columns: Mapping[str, Tensor]) -> "Figure":
 
     bounds = {int(name.split("_")[4]): column for name, column in columns.items() if name.startswith("log_p_x_of_")}
     shapes = columns.get("pareto_shape")
-    shapes = None if shapes is None or shapes.isnan().all() else shapes
+    shapes = None if shapes is None or not shapes.isfinite().any() else shapes
     figure = Figure(figsize=(12.0, 3.6), layout="constrained")
     panels = iter(figure.subplots(1, 1 + (len(bounds) > 1) + (shapes is not None), squeeze=False)[0])
     if len(bounds) > 1:
@@ -42,7 +42,7 @@ def evaluation_figure(columns: Mapping[str, Tensor]) -> "Figure":
     axes.set(xlabel="log p(x), nats", ylabel="images", title=f"{len(log_p_x):,} images, mean {log_p_x.mean():.3f}")
     if shapes is not None:
         axes, reliable = next(panels), int((shapes < RELIABLE_PARETO_SHAPE).sum())
-        axes.hist(shapes[~shapes.isnan()].tolist(), bins=BINS)
+        axes.hist(shapes[shapes.isfinite()].tolist(), bins=BINS)
         axes.axvline(RELIABLE_PARETO_SHAPE, color="black", linewidth=1.0)
         title = f"below {RELIABLE_PARETO_SHAPE} for {reliable:,} of {len(shapes):,} images"
         axes.set(xlabel="Pareto k̂ of the weights", ylabel="images", title=title)

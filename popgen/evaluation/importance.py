@@ -15,6 +15,7 @@ from popgen.errors import ArgumentError, check_integer
 from popgen.losses import iwae
 
 MIN_PARETO_SAMPLES = 25  # of which a fifth are a tail to be fitted
+FLAT = 100.0  # spacings of numbers, over which a tail must stretch to have a shape and not that of its rounding
 RELIABLE_PARETO_SHAPE = 0.7  # below which means of weights behave (Vehtari et al.)
 
 
@@ -77,7 +78,8 @@ def monte_carlo_error(log_w: Float[Tensor, "samples count"]) -> Float[Tensor, " 
     """Returns the standard error of the logarithm of the mean weight, to first order, nats.
 
     It is the standard deviation of the weights over their mean and √K: believable only where the weights have a
-    variance, which `pareto_shape` tells. Not a number for a single sample.
+    variance, which `pareto_shape` tells, and too small where that is above 0.5. It says nothing of the distance between
+    the bound and log p(x). Not a number for a single sample.
 
     Example:
         >>> monte_carlo_error(torch.tensor([[1.0], [1.0], [1.0]]))
@@ -94,7 +96,8 @@ def pareto_shape(log_w: Float[Tensor, "samples count"]) -> Float[Tensor, " count
 
     Weights have 1/k finite moments. Below 0.5 the error of the estimate goes as 1/√K, below 0.7 the estimate is still
     to be believed, above that it would take far more samples (Vehtari et al., https://arxiv.org/abs/1507.02646, with
-    the estimator of Zhang and Stephens 2009 and a weak prior). Minus infinity where the largest weights are all equal.
+    the estimator of Zhang and Stephens 2009 and a weak prior). Minus infinity where the largest weights are equal, as
+    far as the precision of `log_w` can tell.
 
     Args:
         log_w: logarithms of the weights, at least 25 of each example.
@@ -117,7 +120,8 @@ def pareto_shape(log_w: Float[Tensor, "samples count"]) -> Float[Tensor, " count
     weights = (largest - largest[0]).exp()
     excesses = (weights[:-1] - weights[-1]).flip(0)
     shape = _generalised_pareto_shape(excesses)
-    return torch.where(excesses[-1] > 0.0, shape, -torch.inf).to(log_w.dtype)
+    resolved = FLAT * torch.finfo(log_w.dtype).eps * largest[0].abs()
+    return torch.where(largest[0] - largest[-1] > resolved, shape, -torch.inf).to(log_w.dtype)
 
 
 def _generalised_pareto_shape(excesses: Float[Tensor, "tail count"]) -> Float[Tensor, " count"]:

@@ -31,6 +31,7 @@ from popgen.models.vae import VAE, Encoded
 from popgen.streams import make_generator, stream_seed
 
 ACTIVE_UNIT_VARIANCE = 0.01
+BLOCKS_OF_IMAGE = 4_096  # seeds that are set apart for each image, one for each block
 NOISE_BLOCK = 1_000  # samples of one image, or single samples of so many images, whose noise is drawn together
 # (image, sample) pairs that pass through the decoder together: on a CPU they fill the cores and fit the cache, on a GPU
 # they make each launch worth its while.
@@ -57,10 +58,11 @@ def image_noise(
         >>> torch.equal(both[:, 1:], image_noise(range(6, 7), num_samples=3, latent_dim=2, block=0, seed=0))
         True
     """
-    generator = torch.Generator(device)
+    generator, first = torch.Generator(device), stream_seed(seed, "evaluation")
     noise = torch.empty(len(indices), num_samples, latent_dim, device=device)
     for row, index in enumerate(indices):
-        generator.manual_seed(stream_seed(seed, "evaluation", index, block))
+        # No two blocks of a million images share a seed, as hashes of 32 bits would here and there.
+        generator.manual_seed((first + BLOCKS_OF_IMAGE * index + block) % 2**32)
         noise[row].normal_(generator=generator)
     return noise.transpose(0, 1).contiguous()
 

@@ -158,7 +158,7 @@ def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
 def _record(path: pathlib.Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_bytes())
-        return {"num_examples": 0, "num_samples": 0, **record}
+        return {"num_examples": 0, "num_samples": 0, "step": 0, "weights": "", **record}
     except (OSError, ValueError, TypeError) as error:
         raise RunDirectoryError(f"{path} is not the record of an evaluation: {error}") from error
 
@@ -168,8 +168,14 @@ def _row(sweep: pathlib.Path, run: Run) -> Row:
     results = {name: numbers[name] for name in OWN_RESULTS if math.isfinite(numbers.get(name, math.nan))}
     records = [_record(path) for path in (sweep / run.name).glob("evaluation_step*.json")]
     if records:
-        largest: dict[str, Any] = max(records, key=lambda record: (record["num_examples"], record["num_samples"]))
-        results |= {name: largest[name] for name in run.headline if largest.get(name) is not None}
+        best = numbers.get("best_step")
+
+        def worth(record: dict[str, Any]) -> tuple[bool, bool, int, int]:
+            of_best = record["step"] == best
+            return of_best, record["weights"] == "raw", record["num_examples"], record["num_samples"]
+
+        shown = max(records, key=worth)
+        results |= {name: shown[name] for name in run.headline if shown.get(name) is not None}
     if RunDirectory(sweep / run.name).is_in_use():
         state = "running"
     elif run.is_finished(sweep):

@@ -94,9 +94,20 @@ class EvaluationFiles:
             writer.sync()
         write_whole(self.record, (json.dumps(strict, indent=2, allow_nan=False) + "\n").encode())
 
+    def check_on_file(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the check by annealing that the record on file holds, if it is of the same model and images."""
+        found = self._on_file()
+        if any(found.get(name) != record.get(name) for name in ("model_sha256", "images_sha256", "seed")):
+            return {}
+        return {name: value for name, value in found.items() if name.startswith(("annealed_", "simulated_"))}
+
     def _has_on_file(self, results: Mapping[str, Any]) -> bool:
+        found = self._on_file()
+        return bool(found) and all(found.get(name) == value for name, value in results.items())
+
+    def _on_file(self) -> dict[str, Any]:
         try:
             found = json.loads(self.record.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return False
-        return all(found.get(name) == value for name, value in results.items())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}

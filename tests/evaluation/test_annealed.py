@@ -158,6 +158,9 @@ def test_simulated_images_are_bounded_from_both_sides(prior: str) -> None:
     assert below - 0.05 < sandwich.lower.mean() < sandwich.upper.mean()
     gap = (sandwich.upper - sandwich.lower).mean()
     assert gap < {"standard": 0.1, "vamp": 0.1, "mixture": 0.8}[prior]
+    again, other = (simulated_sandwich(vae, 40, num_temperatures=60, num_chains=10, seed=seed) for seed in (0, 1))
+    assert torch.equal(again.images, sandwich.images) and torch.equal(again.upper, sandwich.upper)
+    assert not torch.equal(other.images, sandwich.images)
     coarse = simulated_sandwich(vae, count=40, num_temperatures=2, num_chains=1)
     assert (coarse.upper - coarse.lower).mean() > 2 * gap
 
@@ -173,6 +176,10 @@ def test_the_check_compares_means_of_the_same_images() -> None:
     error = (annealed - weighted).std().item() / math.sqrt(6)
     assert found["annealed_minus_importance_standard_error"] == pytest.approx(error)
     assert found["simulated_lower"] - 0.5 < found["simulated_importance"] < found["simulated_upper"] + 0.5
+    sandwich = simulated_sandwich(vae, 6, num_temperatures=20, num_chains=5, seed=2)
+    gap = sandwich.upper - sandwich.lower
+    assert found["simulated_gap"] == pytest.approx(gap.mean().item())
+    assert found["simulated_gap_standard_error"] == pytest.approx(gap.std().item() / math.sqrt(6))
     assert f"{found['annealed_log_p_x']:.3f}" in describe_check(found)
     with pytest.raises(ArgumentError, match="annealing takes a VAE, and the model is a Linear"):
         check_by_annealing(torch.nn.Linear(2, 2), images, 5, 5, 5)  # type: ignore[arg-type]

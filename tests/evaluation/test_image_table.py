@@ -1,6 +1,7 @@
 """Tables of images: an interrupted one is continued, shards make one, and another evaluation's is never used."""
 
 import pathlib
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from popgen.datasets.images import ImageData
 from popgen.errors import ArgumentError, DataError, UnfinishedEvaluationError
 from popgen.evaluation.evaluator import Results, VAEEvaluator
 from popgen.evaluation.image_table import IMAGES_IN_CHUNK, ImageTable, Shard, read_table
+from popgen.evaluation.likelihood import evaluate_elbo, importance_estimate
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow
 from popgen.nn.vamp_prior import VampPrior
@@ -154,8 +156,8 @@ def test_bad_shards_are_named(text: str) -> None:
         Shard.parse(text)
 
 
-def evaluate(table: ImageTable, progress=None) -> Results:
-    """Returns an evaluation of a small model with every part."""
+def evaluate(table: ImageTable, progress=None, **changes: Any) -> Results:
+    """Returns an evaluation of a small model with every part; `weight` is added to a weight, `level` to a pixel."""
     torch.manual_seed(3)
     vae = VAE(
         GaussianEncoder(16, 3, 6),
@@ -164,8 +166,11 @@ def evaluate(table: ImageTable, progress=None) -> Results:
         HouseholderSylvesterFlow(3, 6, num_flows=2, num_reflections=2),
     )
     images = 255 * torch.randint(0, 2, (COUNT, 16), dtype=torch.uint8)
+    vae.decoder.logits.bias.data[3] += changes.pop("weight", 0.0)
+    images[-1, 0] ^= changes.pop("level", 0)
     data = ImageData(images, images, (4, 4), "noise")
-    results = VAEEvaluator().evaluate(vae, data, images, 60, seed=2, progress=progress, table=table)
+    arguments = {"num_samples": 60, "seed": 2, **changes}
+    results = VAEEvaluator().evaluate(vae, data, images, progress=progress, table=table, **arguments)
     del results["seconds_of_images"]
     return results
 
@@ -190,6 +195,44 @@ def test_an_evaluation_does_not_depend_on_how_it_was_cut_up(path: pathlib.Path) 
         evaluate(ImageTable(path), interrupt)
     assert len(read_table(path.with_name("evaluation_images.part-1-of-1.csv")).rows) == 100
     assert evaluate(ImageTable(path)) == whole
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weight": 0.5}, {"level": 255}, {"num_samples": 61}, {"seed": 3}, {"precision": "bf16"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_rows_are_used_again_only_by_the_same_evaluation(change: dict, path: pathlib.Path, capsys) -> None:
+    first = evaluate(ImageTable(path))
+    assert evaluate(ImageTable(path)) == first and not capsys.readouterr().err
+    again = evaluate(ImageTable(path), **change)
+    assert "is of another evaluation and is not used" in capsys.readouterr().err
+    assert again == evaluate(ImageTable(), **change) and again["log_p_x"] != first["log_p_x"]
+
+
+@pytest.mark.parametrize("name", ["torch.__version__", "popgen.evaluation.evaluator.ESTIMATOR_VERSION"])
+def test_rows_of_another_version_are_not_used(name: str, path: pathlib.Path, monkeypatch, capsys) -> None:
+    evaluate(ImageTable(path))
+    monkeypatch.setattr(name, "99")
+    evaluate(ImageTable(path))
+    assert "is of another evaluation and is not used" in capsys.readouterr().err
+
+
+def test_the_parts_of_a_row_are_those_of_its_image(path: pathlib.Path) -> None:
+    """Whatever the chunk: the noise of an image is that of its place in the whole set."""
+    torch.manual_seed(3)
+    vae = VAE(GaussianEncoder(16, 3, 6), BernoulliDecoder(3, 16, 6), VampPrior(16, num_components=4))
+    images = 255 * torch.randint(0, 2, (1_050, 16), dtype=torch.uint8)
+    VAEEvaluator().evaluate(vae, ImageData(images, images, (4, 4), "noise"), images, 5, seed=2, table=ImageTable(path))
+    found = read_table(path).columns()
+    for index in (7, 150, 1_020):
+        alone = images[index : index + 1]
+        bound = importance_estimate(vae, alone, 5, seed=2, first_image=index).log_p_x
+        assert found["log_p_x"][index].item() == pytest.approx(bound.item(), abs=1e-5)
+        for name, part in evaluate_elbo(vae, alone, seed=2, first_image=index).items():
+            assert found[name][index].item() == pytest.approx(part.item(), abs=1e-5)
+    parts = evaluate_elbo(vae, images[:1].expand(1_050, -1), seed=2)
+    assert len(parts["elbo"].unique()) > 1_000, "no two images share it"
 
 
 def test_the_chunks_of_an_evaluation_meet_different_noise(path: pathlib.Path) -> None:

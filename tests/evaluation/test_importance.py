@@ -102,6 +102,29 @@ def test_the_shape_is_that_of_a_maximum_likelihood_fit() -> None:
     assert found == pytest.approx(best, abs=0.03)
 
 
+def test_the_shape_is_that_of_the_published_algorithm() -> None:
+    """A transcription of Zhang and Stephens' estimator and of the prior of Vehtari et al., a number at a time."""
+    log_w = 3.0 * torch.randn(5_000, 1, generator=generator(7), dtype=torch.float64)
+    largest = sorted(log_w[:, 0].exp().tolist())[-214:]
+    x = [value - largest[0] for value in largest[1:]]
+    n, m = len(x), 30 + int(math.sqrt(len(x)))
+    b = [1.0 / x[-1] + (1.0 - math.sqrt(m / (j - 0.5))) / (3.0 * x[int(n / 4.0 + 0.5) - 1]) for j in range(1, m + 1)]
+    k = [math.fsum(math.log1p(-b_j * value) for value in x) / n for b_j in b]
+    log_l = [n * (math.log(-b_j / k_j) - k_j - 1.0) for b_j, k_j in zip(b, k, strict=True)]
+    weights = [1.0 / math.fsum(math.exp(other - one) for other in log_l) for one in log_l]
+    mean = math.fsum(w * b_j for w, b_j in zip(weights, b, strict=True))
+    shape = math.fsum(math.log1p(-mean * value) for value in x) / n
+    assert pareto_shape(log_w).item() == pytest.approx((n * shape + 5.0) / (n + 10.0), abs=1e-9)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-5, 1e-4])
+def test_weights_that_differ_by_rounding_alone_have_no_shape(spread: float) -> None:
+    log_w = (spread * torch.randn(5_000, 20, generator=generator(8)) - 540.0).float()
+    assert pareto_shape(log_w).tolist() == [-math.inf] * 20
+    resolved = (0.1 * torch.randn(5_000, 20, generator=generator(8)) - 540.0).float()
+    assert pareto_shape(resolved).abs().max() < 0.5
+
+
 @pytest.mark.usefixtures("as_a_user")
 def test_what_does_not_fit_is_one_line() -> None:
     with pytest.raises(ArgumentError, match=r"sizes must each divide the next and the 10 samples, got \(1, 3\)"):

@@ -16,6 +16,7 @@ from popgen.evaluation.likelihood import (
     evaluate_elbo,
     image_noise,
     importance_estimate,
+    kl_of_dimensions,
 )
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import Bijection, HouseholderSylvesterFlow, PlanarFlow, PosteriorFlow
@@ -237,6 +238,32 @@ def test_noise_is_standard_normal_and_keyed_by_image_block_and_seed() -> None:
     assert torch.equal(noise[:, 17:19], image_noise(range(17, 19), 200, 5, block=0, seed=0))
     for other in (image_noise(range(50), 200, 5, block=1, seed=0), image_noise(range(50), 200, 5, block=0, seed=1)):
         assert (noise * other).mean().abs() < 5 / math.sqrt(noise.numel())
+
+
+def test_no_two_blocks_share_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seeds of a standard evaluation, and of one with a hundred thousand samples, are all different."""
+    seeds: list[int] = []
+
+    class Listener:
+        def manual_seed(self, seed: int) -> None:
+            seeds.append(seed)
+
+    monkeypatch.setattr(torch, "Generator", lambda device: Listener())
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda tensor, generator: tensor)
+    for block in range(100):
+        image_noise(range(10_000), num_samples=1, latent_dim=1, block=block, seed=2)
+    assert len(set(seeds)) == len(seeds) == 1_000_000 and max(seeds) < 2**32
+
+
+def test_kl_of_dimensions_is_that_of_torch() -> None:
+    vae, images = VAE(GaussianEncoder(16, 3, 6), BernoulliDecoder(3, 16, 6), StandardNormalPrior()), torch.rand(40, 16)
+    posterior = vae.encode(images).posterior
+    normal = torch.distributions.Normal
+    exact = torch.distributions.kl_divergence(
+        normal(posterior.mean, (0.5 * posterior.log_var).exp()), normal(torch.zeros(3), torch.ones(3))
+    )
+    torch.testing.assert_close(kl_of_dimensions(vae, images, batch_size=7).float(), exact.detach().mean(0))
+    assert kl_of_dimensions(VAE(vae.encoder, vae.decoder, VampPrior(16, 3)), images) is None
 
 
 def test_global_random_state_is_untouched_and_unused() -> None:

@@ -102,6 +102,21 @@ def test_a_speaker_never_heard_is_a_column_of_its_own() -> None:
     assert again.unseen_accuracy is None and again.accuracy > 0.95
 
 
+def test_a_probe_never_sees_test_labels() -> None:
+    """Where those are exchanged, it is wrong as often as it was right."""
+
+    def loudness(values, lengths):
+        frames = values.unfold(1, 10, 5)
+        return frames.std(-1, keepdim=True), torch.ones(frames.shape[:2], dtype=torch.bool)
+
+    data = make_data()
+    exchanged = {**data.test.labels, "digit": 1 - data.test.labels["digit"]}
+    turned = dataclasses.replace(data, test=dataclasses.replace(data.test, labels=exchanged))
+    (right,), (wrong,) = (probe_rows({"loudness": loudness}, one, "digit") for one in (data, turned))
+    assert right.accuracy > 0.95 and wrong.accuracy == pytest.approx(1.0 - right.accuracy)
+    assert wrong.strength == right.strength
+
+
 def test_the_same_question_has_the_same_answer() -> None:
     data, model = make_data(heard=(0, 1)), make_model(1)
     first, again = (list(probe_rows(representations(model, make_model(2), data), data, "digit", 5)) for _ in range(2))

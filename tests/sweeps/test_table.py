@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from popgen.errors import ArgumentError, CheckpointError, RunDirectoryError
+from popgen.errors import ArgumentError, RunDirectoryError
 from popgen.sweeps.sweep import Run, SweepDirectory
 from popgen.sweeps.table import check_result, over_seeds, rows_of, sorted_rows, table, write_csv
 from popgen.training.run_directory import RunDirectory
@@ -89,6 +89,16 @@ def test_the_largest_evaluation_counts(sweep: SweepDirectory) -> None:
     assert row.results["log_p_x"] == -90.0
 
 
+def test_the_evaluation_of_the_best_checkpoint_counts(sweep: SweepDirectory) -> None:
+    """Not of one that was the best before, and of raw weights before averaged ones."""
+    add_run(sweep, {"A.x": "1"}, 10)
+    for step, weights, log_p_x in ((4, "raw", -99.0), (10, "averaged", -83.0), (10, "raw", -84.0), (6, "raw", -97.0)):
+        record = {"num_examples": 7, "num_samples": 60, "step": step, "weights": weights, "log_p_x": log_p_x}
+        (sweep.path / "A.x=1" / f"evaluation_step{step:08d}_{weights}_60x7.json").write_text(json.dumps(record))
+    (row,) = rows_of(sweep)
+    assert row.results["log_p_x"] == -84.0
+
+
 def test_csv_is_read_back(sweep: SweepDirectory) -> None:
     add_run(sweep, {"A.x": "[1, 2]", "B.y": "'u,v'"}, 4, best_loss=95.125, failure='it said "no", twice')
     add_run(sweep, {"A.x": "3"}, step=None)
@@ -123,12 +133,13 @@ def test_only_seeds_and_no_seeds(sweep: SweepDirectory) -> None:
     assert over_seeds(rows_of(other), "best_loss") == []
 
 
-def test_a_damaged_checkpoint_is_named(sweep: SweepDirectory) -> None:
+def test_a_damaged_checkpoint_is_as_good_as_none(sweep: SweepDirectory) -> None:
+    """Training says what is wrong with it, and goes on from one that is whole."""
     add_run(sweep, {"A.x": "1"}, 10)
     path = sweep.path / "A.x=1" / "checkpoints" / "latest.ckpt"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"latest\.ckpt is not a checkpoint of popgen, or is damaged"):
-        rows_of(sweep)
+    (row,) = rows_of(sweep)
+    assert (row.state, row.step, row.results) == ("waiting", 0, {})
 
 
 @pytest.mark.parametrize("content", [b'{"log_p_x": ', b"\xff", b"[1]", b""])
