@@ -100,7 +100,11 @@ def test_float32_is_accurate_where_the_encoder_can_put_components(
 @pytest.mark.parametrize("log_var", [-6.0, -4.0, -2.0, 0.0, 2.0])
 @pytest.mark.parametrize("place", ["anywhere", "corners", "far away"])
 def test_float32_error_at_the_paper_s_size(log_var: float, place: str) -> None:
-    """500 components in 40 dimensions with means up to 3: below 1e-4 nats on average, 5e-3 nats for any point."""
+    """500 components in 40 dimensions with means up to 3: below 1e-4 nats on average, 5e-3 nats for any point.
+
+    Far from the origin and close together the components are as exact as around it, since they are centred; at the
+    corners the constants' rounding has one sign, and is put right.
+    """
     mean = 6.0 * torch.rand(500, 40) - 3.0
     if place == "corners":  # all coordinates alike, so that rounding errors add up instead of cancelling
         mean = 3.0 * torch.sign(mean)
@@ -112,7 +116,8 @@ def test_float32_error_at_the_paper_s_size(log_var: float, place: str) -> None:
         [textbook_log_density(part.double(), mean.double(), variances.double(), weights) for part in z.split(100)]
     )
     error = GaussianMixture(mean, variances).log_density(z).double() - exact
-    assert error.mean().abs() < 1e-4 and error.abs().max() < 5e-3
+    mean_limit, limit = {"anywhere": (1e-4, 5e-3), "corners": (3e-5, 5e-3), "far away": (1e-5, 1e-4)}[place]
+    assert error.mean().abs() < mean_limit and error.abs().max() < limit
 
 
 @pytest.mark.parametrize("spread", [1.0, 100.0])

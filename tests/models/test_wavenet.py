@@ -536,3 +536,12 @@ def test_the_order_of_label_names_means_nothing() -> None:
     assert torch.equal(*densities)
     swapped = {**labels, "digit": 1 - labels["digit"]}
     assert not torch.equal(one(codes, swapped).log_density(codes), densities[0])
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_labels_of_no_class_are_not_looked_at() -> None:
+    model = WaveNet(CategoricalOutput(), 8, 8, num_layers=3, dilation_cycle=3, classes={"digit": 3})
+    uniform, digits = torch.rand(2, 5), torch.tensor([2, 0])
+    expected = model.generate(uniform, {"digit": digits})
+    for other in (torch.zeros(7, dtype=torch.int64), torch.tensor(1)):
+        assert torch.equal(model.generate(uniform, {"another": other, "digit": digits}), expected)

@@ -181,6 +181,8 @@ def test_extreme_uniform_values_give_the_outermost_possible_codes(dtype: torch.d
         padded = with_logits([-200.0] * 3 + [0.1 * (k % 7) for k in range(num_codes)] + [-200.0] * 3).sample(ends)
         assert (padded[0] == 3).all()
         assert (padded[1:] == num_codes + 2).all()
+        unlikely = with_logits([-60.0] + [0.1 * (k % 7) for k in range(num_codes)]).sample(ends)
+        assert (unlikely[0] == 1).all(), "0 stands for all that were rounded to it"
 
 
 def test_sampling_depends_on_its_noise_alone() -> None:

@@ -4,10 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from popgen.distributions.codes import CategoricalOutput
+from popgen.errors import ArgumentError
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder, LogDensities
+from popgen.models.wavenet import WaveNet
 from popgen.nn.priors import StandardNormalPrior
+from popgen.optim.geco import GECO
 from popgen.optim.schedules import Constant, LinearAnnealing
-from popgen.training.objectives import NegativeELBO
+from popgen.training.objectives import ConstrainedELBO, ELBOObjective, NegativeELBO
 
 # Two samples of two images. Means: log p(x|z) -10, log p(z) -4, log q(z|x) -1, log det 0.5.
 TERMS = LogDensities(
@@ -59,3 +63,12 @@ def test_noise_comes_from_the_generator_alone(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     draws = [objective.draw_noise(vae, batch, generator) for _ in range(2)]
     assert not torch.equal(*draws), "every step must meet new noise"
+
+
+@pytest.mark.parametrize(
+    "objective", [NegativeELBO(), ConstrainedELBO(GECO(rate=0.1), "kl", 1.0)], ids=["plain", "constrained"]
+)
+def test_models_without_an_elbo_are_refused_in_one_line(objective: ELBOObjective) -> None:
+    model = WaveNet(CategoricalOutput(), 4, 4, num_layers=2, dilation_cycle=2)
+    with pytest.raises(ArgumentError, match="trains models with a noise_dim and an ELBO, such as a VAE, .* a WaveNet"):
+        objective.check_model(model)

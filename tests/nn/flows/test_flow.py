@@ -188,6 +188,16 @@ def test_float32_agrees_with_float64(make_flow: Factory) -> None:
         torch.testing.assert_close(value.double(), reference, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1.0, 50.0, 1_000.0])
+def test_the_root_is_found_to_the_rounding_of_what_it_is_found_from(dtype: torch.dtype, size: float) -> None:
+    root = torch.linspace(-1.0, 1.0, 101, dtype=torch.float64)
+    outer, inner, shift = size * torch.ones_like(root), 0.3 * torch.ones_like(root), 0.1 * torch.ones_like(root)
+    target = root + outer * torch.tanh(inner * root + shift)
+    found = solve_residual_tanh(*(tensor.to(dtype) for tensor in (target, outer, inner, shift)))
+    assert (found - root).abs().max() <= 2 * torch.finfo(dtype).eps * (outer + target.abs()).max()
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-13)])
 def test_residual_equation_is_solved(dtype: torch.dtype, tolerance: float) -> None:
     """The equation u + outer tanh(inner u + shift) = target holds for gentle, steep and nearly flat left sides."""
