@@ -17,53 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popgen.errors import ArgumentError, check_integer
-from popgen.losses import doubly_reparameterised_weights, elbo, iwae
+from popgen.errors import ArgumentError
+from popgen.losses import doubly_reparameterised_weights, iwae
 from popgen.models.image_model import LogDensities
 from popgen.models.vae import VAE
-from popgen.optim.schedules import Constant, Schedule
-from popgen.training.objectives import ELBOObjective, Result, Settings, Tensors, bound_metrics
+from popgen.training.objectives import AnnealedObjective, NegativeELBO, Result, Settings, Tensors, bound_metrics
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEObjective(ELBOObjective):
-    """What the objectives of this module share: samples, a weight of the KL term, and a VAE to train.
-
-    Args:
-        beta: the KL weight as a function of the number of steps taken.
-        num_samples: posterior samples K for each image.
-
-    Raises:
-        ArgumentError: if an argument is outside its domain.
-
-    Example: `NegativeIWAE` is one.
-    """
-
-    beta: Schedule = Constant(1.0)
-    num_samples: int = 1
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__
-        if not callable(self.beta):
-            raise ArgumentError(f"{name}.beta must be a schedule (a function of the step), got {self.beta!r}")
-        check_integer(f"{name}.num_samples", self.num_samples, minimum=1)
-
-    def check_model(self, model: Any) -> None:
-        """A VAE it must be.
-
-        Raises:
-            ArgumentError: if it is another kind of model.
-        """
-        if not isinstance(model, VAE):
-            raise ArgumentError(f"{type(self).__name__} trains a VAE, and the model is a {type(model).__name__}")
-
-    def settings(self, step: int) -> dict[str, float]:
-        """Returns β at that step."""
-        return {"beta": self.beta(step)}
-
-
-@dataclasses.dataclass(frozen=True)
-class StickingTheLanding(VAEObjective):
+class StickingTheLanding(NegativeELBO):
     """Minimises the loss of `NegativeELBO`, with the path-derivative gradient (Roeder et al. 2017).
 
     The score function of q, whose expectation is nought, is left out of the gradient (section 3 of
@@ -83,18 +45,21 @@ class StickingTheLanding(VAEObjective):
         {'beta': 1.0}
     """
 
-    def __call__(
-        self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
-    ) -> Result:
-        """Returns the loss and the metrics of a batch; nothing else changes."""
-        terms = forward(batch, noise, torch.ones_like(noise[..., 0]))
-        beta = settings["beta"]
-        loss = -elbo(terms.log_p_x_given_z, terms.log_p_z, terms.log_q_z_given_x, beta).mean()
-        return loss, {"loss": loss.detach(), **bound_metrics(terms), "beta": beta}, {}
+    def check_model(self, model: Any) -> None:
+        """A VAE it must be.
+
+        Raises:
+            ArgumentError: if it is another kind of model.
+        """
+        check_vae(self, model)
+
+    def terms(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, beta: Tensor) -> LogDensities:
+        """Returns the terms of the bound; the gradients of q's parameters in log q(z|x) are gone."""
+        return forward(batch, noise, torch.ones_like(noise[..., 0]))
 
 
 @dataclasses.dataclass(frozen=True)
-class NegativeIWAE(VAEObjective):
+class NegativeIWAE(AnnealedObjective):
     """Minimises -log 1/K Σ_k w_k, w_k = p(x|z_k) (p(z_k) / q(z_k|x))^β, averaged over the batch, nats.
 
     At β = 1 the importance-weighted bound (Burda et al. 2016, https://arxiv.org/abs/1509.00519, eq. 8).
@@ -117,6 +82,14 @@ class NegativeIWAE(VAEObjective):
 
     num_samples: int = 5
 
+    def check_model(self, model: Any) -> None:
+        """A VAE it must be.
+
+        Raises:
+            ArgumentError: if it is another kind of model.
+        """
+        check_vae(self, model)
+
     def __call__(
         self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
     ) -> Result:
@@ -130,10 +103,6 @@ class NegativeIWAE(VAEObjective):
             "beta": settings["beta"],
         }
         return loss, metrics, {}
-
-    def terms(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, beta: Tensor) -> LogDensities:
-        """Returns the terms of the bound, with the gradients that this objective gives them."""
-        return forward(batch, noise)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +130,19 @@ class DoublyReparameterisedIWAE(NegativeIWAE):
         with torch.no_grad():
             log_w = weights_of(forward(batch, noise), beta)
         return forward(batch, noise, doubly_reparameterised_weights(log_w, beta))
+
+
+def check_vae(objective: AnnealedObjective, model: Any) -> None:
+    """Raises ArgumentError if an objective of this module is to train another model than a VAE.
+
+    Example:
+        >>> check_vae(NegativeIWAE(), torch.nn.Linear(1, 1))
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: NegativeIWAE trains a VAE, and the model is a Linear
+    """
+    if not isinstance(model, VAE):
+        raise ArgumentError(f"{type(objective).__name__} trains a VAE, and the model is a {type(model).__name__}")
 
 
 def weights_of(terms: LogDensities, beta: Tensor) -> Tensor:

@@ -139,7 +139,39 @@ class ELBOObjective(Objective):
 
 
 @dataclasses.dataclass(frozen=True)
-class NegativeELBO(ELBOObjective):
+class AnnealedObjective(ELBOObjective):
+    """What objectives share whose KL term has a weight that follows a schedule.
+
+    Args:
+        beta: the KL weight as a function of the number of steps taken.
+        num_samples: posterior samples for each image.
+
+    Raises:
+        ArgumentError: if an argument is outside its domain.
+
+    Example: `NegativeELBO` is one.
+    """
+
+    beta: Schedule = Constant(1.0)
+    num_samples: int = 1
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if not callable(self.beta):
+            raise ArgumentError(f"{name}.beta must be a schedule (a function of the step), got {self.beta!r}")
+        check_integer(f"{name}.num_samples", self.num_samples, minimum=1)
+
+    def settings(self, step: int) -> dict[str, float]:
+        """Returns β at that step."""
+        return {"beta": self.beta(step)}
+
+    def terms(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, beta: Tensor) -> LogDensities:
+        """Returns the terms of the bound, with the gradients that this objective gives them."""
+        return forward(batch, noise)
+
+
+@dataclasses.dataclass(frozen=True)
+class NegativeELBO(AnnealedObjective):
     """Minimises -(log p(x|z) - β_t (log q(z|x) - log p(z))), averaged over samples and batch, nats.
 
     Metrics: `loss`, `elbo` (always at β = 1), `reconstruction` (log p(x|z)), `kl`, `log_q_z_given_x`, `log_p_z`,
@@ -159,24 +191,12 @@ class NegativeELBO(ELBOObjective):
         0.4621
     """
 
-    beta: Schedule = Constant(1.0)
-    num_samples: int = 1
-
-    def __post_init__(self) -> None:
-        if not callable(self.beta):
-            raise ArgumentError(f"NegativeELBO.beta must be a schedule (a function of the step), got {self.beta!r}")
-        check_integer("NegativeELBO.num_samples", self.num_samples, minimum=1)
-
-    def settings(self, step: int) -> dict[str, float]:
-        """Returns β at that step."""
-        return {"beta": self.beta(step)}
-
     def __call__(
         self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
     ) -> Result:
         """Returns the loss and the metrics of a batch; nothing else changes."""
-        terms = forward(batch, noise)
         beta = settings["beta"]
+        terms = self.terms(forward, batch, noise, beta)
         loss = -elbo(terms.log_p_x_given_z, terms.log_p_z, terms.log_q_z_given_x, beta).mean()
         return loss, {"loss": loss.detach(), **bound_metrics(terms), "beta": beta}, {}
 

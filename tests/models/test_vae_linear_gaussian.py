@@ -13,8 +13,8 @@ from popgen.losses import elbo
 from popgen.models.vae import VAE
 from popgen.nn.flows import Bijection, PosteriorFlow
 from popgen.nn.priors import StandardNormalPrior
-from popgen.training.importance_objectives import DoublyReparameterisedIWAE, StickingTheLanding, VAEObjective
-from popgen.training.objectives import NegativeELBO
+from popgen.training.importance_objectives import DoublyReparameterisedIWAE, StickingTheLanding
+from popgen.training.objectives import AnnealedObjective, NegativeELBO
 
 INPUT_DIM, LATENT_DIM = 4, 2
 
@@ -232,13 +232,13 @@ def test_trained_vae_is_probabilistic_principal_components() -> None:
 
 @pytest.mark.parametrize("objective", [StickingTheLanding(num_samples=3), DoublyReparameterisedIWAE(num_samples=3)])
 @pytest.mark.parametrize("through_flow", [False, True])
-def test_at_an_exact_posterior_path_derivatives_have_no_noise(objective: VAEObjective, through_flow: bool) -> None:
+def test_at_an_exact_posterior_path_derivatives_have_no_noise(objective: AnnealedObjective, through_flow: bool) -> None:
     """Every draw has a gradient of nought for the posterior, where that of the plain objective is all noise."""
     model, x, noise = make_exact_vae(through_flow), make_data(7), torch.randn(3, 7, LATENT_DIM, dtype=torch.float64)
     parameters = [*model.encoder.parameters(), *([] if model.flow is None else model.flow.parameters())]
     settings = {"beta": torch.tensor(1.0, dtype=torch.float64)}
 
-    def size(objective: VAEObjective | NegativeELBO) -> float:
+    def size(objective: AnnealedObjective) -> float:
         loss, _, _ = objective(model, x, noise, settings, {})
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         return max(gradient.abs().max().item() for gradient in gradients if gradient is not None)

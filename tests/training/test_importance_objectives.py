@@ -19,10 +19,9 @@ from popgen.training.importance_objectives import (
     DoublyReparameterisedIWAE,
     NegativeIWAE,
     StickingTheLanding,
-    VAEObjective,
     weights_of,
 )
-from popgen.training.objectives import NegativeELBO, Objective
+from popgen.training.objectives import AnnealedObjective, NegativeELBO, Objective
 
 INPUT_DIM, LATENT_DIM, HIDDEN_DIM = 6, 2, 3
 IMAGES = torch.tensor([[1.0, 0, 1, 1, 0, 0], [0, 0, 1, 0, 1, 1], [1, 1, 1, 1, 0, 1]], dtype=torch.float64)
@@ -162,7 +161,7 @@ def test_beta_is_that_of_the_step() -> None:
 
 
 @pytest.mark.parametrize("objective", [StickingTheLanding, NegativeIWAE, DoublyReparameterisedIWAE])
-def test_mistakes_are_named(objective: type[VAEObjective], as_a_user) -> None:
+def test_mistakes_are_named(objective: type[AnnealedObjective], as_a_user) -> None:
     name = objective.__name__
     with pytest.raises(ArgumentError, match=rf"{name}\.num_samples must be an integer of at least 1, got 0"):
         objective(num_samples=0)
