@@ -49,8 +49,9 @@ def test_it_is_evaluated_as_it_was(experiment: Experiment) -> None:
     found = evaluate_model(experiment, model, data, num_samples=50, num_examples=None, step=400)
     for name in ("model_sha256", "images_sha256", "num_examples", "active_units"):
         assert found[name] == recorded[name], name
-    for name in ("log_p_x", "log_p_x_of_1_samples", "elbo", "reconstruction", "kl", "effective_sample_size_median"):
+    for name in ("elbo", "reconstruction", "kl", "log_p_z"):
         assert found[name] == pytest.approx(recorded[name], abs=1e-3), name
+    assert found["log_p_x"] == pytest.approx(recorded["log_p_x"], abs=5 * recorded["monte_carlo_error"]), "other noise"
 
 
 def test_it_is_continued_as_it_would_have_been(experiment: Experiment, tmp_path: pathlib.Path) -> None:
