@@ -189,7 +189,8 @@ class Processes:
         finally:
             ended.set()
             signs.join()
-            store.set(done, "")
+            with contextlib.suppress(RuntimeError):  # whoever kept the store is gone: the next exchange says so
+                store.set(done, "")
 
     def device(self, name: str, device: torch.device) -> torch.device:
         """Returns the device of this process where the experiment says `device`: of GPUs, each has its own.
@@ -218,7 +219,7 @@ class Processes:
 
 
 def _give_signs(store: Any, ended: threading.Event) -> None:
-    with contextlib.suppress(RuntimeError):  # whoever kept the store is gone: the next exchange says so
+    with contextlib.suppress(RuntimeError):  # as where it ends
         while not ended.wait(SIGN_SECONDS):
             store.add("popgen/signs", 1)
 

@@ -100,7 +100,7 @@ def run(
     directory.check_num_replicas(1)
     with processes.first_goes_ahead():
         data, model = prepare(experiment, device)
-    check_sizes(experiment, data)
+    first_examples(data, experiment.final_num_examples)  # an error now rather than after the last step
     check_steps(experiment, data, model)
     step_function, draw_batch = training_functions(experiment, model, data, processes)
     state = state_of_all(experiment, model, data, directory, processes)
@@ -227,18 +227,6 @@ def check_data(experiment: Experiment, data: Data) -> None:
     """
     for examples in (data.train, data.split(experiment.selection_split), data.test):
         experiment.model.check_examples(examples)
-
-
-def check_sizes(experiment: Experiment, data: Data) -> None:
-    """Checks that there is enough data: an error now rather than after the last step.
-
-    Raises:
-        ArgumentError: if it is too little for a batch, or for the final evaluation.
-
-    Example: `run` calls it.
-    """
-    data.batches(experiment.batch_size, experiment.seed)
-    first_examples(data, experiment.final_num_examples)
 
 
 def check_steps(experiment: Experiment, data: Data, model: Model) -> None:

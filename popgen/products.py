@@ -103,8 +103,8 @@ class _Linear(torch.autograd.Function):
         x_dim, weight_dim, bias_dim = in_dims
         if weight_dim is None and bias_dim is None:
             return linear(x.movedim(x_dim, 0), weight, bias), 0
-        x, weight = (_leading(tensor, dim, info.batch_size) for tensor, dim in ((x, x_dim), (weight, weight_dim)))
-        bias = None if bias is None else _leading(bias, bias_dim, info.batch_size)
+        x, weight = (leading(tensor, dim, info.batch_size) for tensor, dim in ((x, x_dim), (weight, weight_dim)))
+        bias = None if bias is None else leading(bias, bias_dim, info.batch_size)
         if x[0].numel() * weight.shape[1] >= ONE_BY_ONE:
             biases = [None] * len(x) if bias is None else bias.unbind()
             return torch.stack([linear(*one) for one in zip(x.unbind(), weight.unbind(), biases, strict=True)]), 0
@@ -114,6 +114,11 @@ class _Linear(torch.autograd.Function):
         return product.view(*x.shape[:-1], -1), 0
 
 
-def _leading(tensor: Tensor, dim: int | None, count: int) -> Tensor:
-    """Returns a tensor with the mapped axis in front; one that all share is repeated without a copy."""
+def leading(tensor: Tensor, dim: int | None, count: int) -> Tensor:
+    """Returns a tensor with the axis that torch.vmap maps in front; one that all share is repeated without a copy.
+
+    Example:
+        >>> leading(torch.zeros(4, 3), 1, 3).shape, leading(torch.zeros(4), None, 3).shape
+        (torch.Size([3, 4]), torch.Size([3, 4]))
+    """
     return tensor.expand(count, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

@@ -319,10 +319,7 @@ def _check_macro(name: str, binding: str) -> None:
 
 def _build() -> Experiment:
     """Returns the experiment, its model built from the seed."""
-    selectors = [selector for _, selector in gin.config._CONFIG if selector.endswith("experiment.Experiment")]
-    if not selectors:
-        raise ConfigError("the configuration binds nothing of popgen.experiment.Experiment, so there is nothing to run")
-    seed = gin.config._CONFIG.get(("", selectors[0]), {}).get("seed", 0)
+    seed = _bound_to_experiment().get("seed", 0)
     with torch.random.fork_rng(devices=[]), translated("cannot build the experiment"):
         if isinstance(seed, gin.config.ConfigurableReference):  # a macro
             seed = seed.scoped_configurable_fn()
@@ -330,11 +327,21 @@ def _build() -> Experiment:
         return gin.get_configurable(Experiment)()
 
 
+def _bound_to_experiment() -> dict[str, Any]:
+    """Returns what is bound to the parameters of the experiment.
+
+    Raises:
+        ConfigError: if there is nothing, in any scope.
+    """
+    selectors = [selector for _, selector in gin.config._CONFIG if selector.endswith("experiment.Experiment")]
+    if not selectors:
+        raise ConfigError("the configuration binds nothing of popgen.experiment.Experiment, so there is nothing to run")
+    return gin.config._CONFIG.get(("", selectors[0]), {})
+
+
 def _bound_optimizer() -> gin.config.ConfigurableReference | None:
     """Returns what is bound as the optimizer, or None if it is nothing that gin would call."""
-    config: dict[tuple[str, str], dict[str, Any]] = gin.config._CONFIG
-    bound = [parameters for (_, selector), parameters in config.items() if selector.endswith("experiment.Experiment")]
-    value = bound[0].get("optimizer") if bound else None
+    value = _bound_to_experiment().get("optimizer")
     while isinstance(value, gin.config.ConfigurableReference) and value.configurable.selector == MACRO:
         value = gin.config._CONFIG[value.config_key]["value"]
     return value if isinstance(value, gin.config.ConfigurableReference) and not value.evaluate else None

@@ -218,13 +218,11 @@ class CPC(Model):
         num_frames, max_frames = self.num_frames(lengths), frames.shape[1]
         speakers = None if self.label is None else _label(labels, self.label)
         negatives = negative_indices(self.negatives, uniform, num_frames, max_frames, self.num_steps, speakers)
-        candidates = frames
-        if part is not None:
-            candidates = part.whole(frames)
-            num_frames = num_frames.narrow(0, part.first, len(values))
-            negatives = Negatives(*(tensor.narrow(0, part.first, len(values)) for tensor in negatives))
+        first, candidates = (0, frames) if part is None else (part.first, part.whole(frames))
+        num_frames = num_frames.narrow(0, first, len(values))
+        negatives = Negatives(*(tensor.narrow(0, first, len(values)) for tensor in negatives))
 
-        scores, collisions = self._scores(frames, candidates, predictions, negatives, 0 if part is None else part.first)
+        scores, collisions = self._scores(frames, candidates, predictions, negatives, first)
         mask = ~collisions if self.negatives == "sequence" else None
         places = torch.arange(max_frames, device=frames.device)
         steps = torch.arange(1, self.num_steps + 1, device=frames.device)

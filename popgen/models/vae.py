@@ -12,9 +12,9 @@ from popgen.models.image_model import ImageModel, LogDensities
 from popgen.nn.flows import Bijection, PosteriorFlow
 from popgen.nn.gated_dense import GatedDense
 from popgen.nn.linear import Linear
-from popgen.nn.priors import Prior
+from popgen.nn.priors import LOWEST_LOG_VAR, Prior
 
-LOG_VAR_RANGE = (-6.0, 2.0)
+LOG_VAR_RANGE = (LOWEST_LOG_VAR, 2.0)
 
 
 class GaussianEncoder(nn.Module):

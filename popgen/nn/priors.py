@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from popgen.distributions import DiagonalNormal, GaussianMixture, StandardNormal
 from popgen.errors import check_integer, check_number
 
-LOWEST_LOG_VAR = -6.0
+LOWEST_LOG_VAR = -6.0  # of an encoder, and so of a component
 
 
 class Prior(nn.Module, abc.ABC):

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from popgen.products import leading
+
 
 def gru(frames: Float[Tensor, "batch frames input"], weights: list[Tensor]) -> Float[Tensor, "batch frames hidden"]:
     """Returns the states of a GRU of one layer after each frame, from a state of nought.
@@ -37,8 +39,5 @@ class _OneAfterAnother(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims: tuple, *inputs: Tensor) -> tuple[Tensor, int]:
-        columns = [
-            (tensor,) * info.batch_size if dim is None else tensor.unbind(dim)
-            for tensor, dim in zip(inputs, in_dims, strict=True)
-        ]
+        columns = [leading(*one, info.batch_size).unbind() for one in zip(inputs, in_dims, strict=True)]
         return torch.stack([gru(frames, weights) for frames, *weights in zip(*columns, strict=True)]), 0

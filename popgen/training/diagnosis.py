@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from popgen.errors import DivergedError
 from popgen.training.state import TrainState
-from popgen.training.step import TrainStep, settings_tensor
+from popgen.training.step import TrainStep
 
 
 class Diagnosis(NamedTuple):
@@ -60,18 +60,18 @@ def diagnose(train_step: TrainStep, state: TrainState, batch: Any) -> Diagnosis:
     def look_at_output(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         return module.register_forward_hook(lambda _, inputs, output: look("output", name, output))
 
-    model, device = train_step.model, next(iter(state.parameters.values())).device
+    model = train_step.model
     for kind, tensors in (("parameter", state.parameters), ("buffer", state.buffers), ("buffer", state.auxiliary)):
         for name, tensor in tensors.items():
             look(kind, name, tensor)
     look("batch", type(batch).__name__, batch)
     noise = train_step.objective.draw_noise(model, batch, state.generators["posterior noise"])
     look("noise", type(noise).__name__, noise)
-    settings = train_step.settings(state)
-    values = dict(zip(settings, settings_tensor(settings, state).to(device).unbind(), strict=True))
     handles = [look_at_output(name or type(model).__name__, module) for name, module in model.named_modules()]
     try:
-        (loss, metrics, observed), gradients = train_step.gradients(state, batch, noise, values)
+        (loss, metrics, observed), gradients = train_step.gradients(
+            state, batch, noise, train_step.settings_on_device(state)
+        )
     finally:
         for handle in handles:
             handle.remove()

@@ -24,8 +24,28 @@ from popgen.models.vae import VAE
 from popgen.training.objectives import AnnealedObjective, NegativeELBO, Result, Settings, Tensors, bound_metrics
 
 
+class VAEObjective(AnnealedObjective):
+    """What the objectives of this module share: a VAE to train.
+
+    Example:
+        >>> NegativeIWAE().check_model(torch.nn.Linear(1, 1))
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: NegativeIWAE trains a VAE, and the model is a Linear
+    """
+
+    def check_model(self, model: Any) -> None:
+        """A VAE it must be.
+
+        Raises:
+            ArgumentError: if it is another kind of model.
+        """
+        if not isinstance(model, VAE):
+            raise ArgumentError(f"{type(self).__name__} trains a VAE, and the model is a {type(model).__name__}")
+
+
 @dataclasses.dataclass(frozen=True)
-class StickingTheLanding(NegativeELBO):
+class StickingTheLanding(VAEObjective, NegativeELBO):
     """Minimises the loss of `NegativeELBO`, with the path-derivative gradient (Roeder et al. 2017).
 
     The score function of q, whose expectation is nought, is left out of the gradient (section 3 of
@@ -45,21 +65,13 @@ class StickingTheLanding(NegativeELBO):
         {'beta': 1.0}
     """
 
-    def check_model(self, model: Any) -> None:
-        """A VAE it must be.
-
-        Raises:
-            ArgumentError: if it is another kind of model.
-        """
-        check_vae(self, model)
-
     def terms(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, beta: Tensor) -> LogDensities:
         """Returns the terms of the bound; the gradients of q's parameters in log q(z|x) are gone."""
         return forward(batch, noise, torch.ones_like(noise[..., 0]))
 
 
 @dataclasses.dataclass(frozen=True)
-class NegativeIWAE(AnnealedObjective):
+class NegativeIWAE(VAEObjective):
     """Minimises -log 1/K Σ_k w_k, w_k = p(x|z_k) (p(z_k) / q(z_k|x))^β, averaged over the batch, nats.
 
     At β = 1 the importance-weighted bound (Burda et al. 2016, https://arxiv.org/abs/1509.00519, eq. 8).
@@ -81,14 +93,6 @@ class NegativeIWAE(AnnealedObjective):
     """
 
     num_samples: int = 5
-
-    def check_model(self, model: Any) -> None:
-        """A VAE it must be.
-
-        Raises:
-            ArgumentError: if it is another kind of model.
-        """
-        check_vae(self, model)
 
     def __call__(
         self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
@@ -130,19 +134,6 @@ class DoublyReparameterisedIWAE(NegativeIWAE):
         with torch.no_grad():
             log_w = weights_of(forward(batch, noise), beta)
         return forward(batch, noise, doubly_reparameterised_weights(log_w, beta))
-
-
-def check_vae(objective: AnnealedObjective, model: Any) -> None:
-    """Raises ArgumentError if an objective of this module is to train another model than a VAE.
-
-    Example:
-        >>> check_vae(NegativeIWAE(), torch.nn.Linear(1, 1))
-        Traceback (most recent call last):
-            ...
-        popgen.errors.ArgumentError: NegativeIWAE trains a VAE, and the model is a Linear
-    """
-    if not isinstance(model, VAE):
-        raise ArgumentError(f"{type(objective).__name__} trains a VAE, and the model is a {type(model).__name__}")
 
 
 def weights_of(terms: LogDensities, beta: Tensor) -> Tensor:

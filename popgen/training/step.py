@@ -56,9 +56,7 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics of a batch; the old state is consumed."""
-        settings = self.settings(state)
-        values = settings_tensor(settings, state).to(_device(state), non_blocking=True)
-        metrics = self.update(state, batch, dict(zip(settings, values.unbind(), strict=True)))
+        metrics = self.update(state, batch, self.settings_on_device(state))
         return dataclasses.replace(state, step=state.step + 1), metrics
 
     def settings(self, state: TrainState) -> dict[str, float]:
@@ -69,6 +67,12 @@ class TrainStep:
             "average_weight": 1.0 - effective_decay(self.weight_average_decay, state.step),
             "learning_rate": own_rate if self.learning_rate is None else float(self.learning_rate(state.step)),
         }
+
+    def settings_on_device(self, state: TrainState) -> dict[str, Tensor]:
+        """Returns the same numbers as scalar tensors beside the parameters."""
+        settings = self.settings(state)
+        values = settings_tensor(settings, state).to(_device(state), non_blocking=True)
+        return dict(zip(settings, values.unbind(), strict=True))
 
     def update(self, state: TrainState, batch: Any, settings: Settings) -> Metrics:
         """Updates the tensors of a state in place and returns the metrics.
@@ -225,13 +229,12 @@ def check_repeats(step: TrainStep, state: TrainState, batch: Any) -> None:
     """
     device = _device(state)
     names = f"{type(step.model).__name__} with {type(step.objective).__name__}"
-    values = settings_tensor(settings := step.settings(state), state).to(device)
     buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
     before = _random_states(device)
     noise = step.objective.draw_noise(step.model, batch, make_generator(device, 0, "trial"))
     with matrix_products(step.precision, device):
-        given = dict(zip(settings, values.unbind(), strict=True))
-        step.loss_function(state.parameters, buffers, batch, noise, given, state.auxiliary)
+        settings = step.settings_on_device(state)
+        step.loss_function(state.parameters, buffers, batch, noise, settings, state.auxiliary)
     if any(not torch.equal(one, other) for one, other in zip(before, _random_states(device), strict=True)):
         raise ArgumentError(
             f"{names} draws random numbers that belong to no seed of the run, as dropout does: it could be neither "

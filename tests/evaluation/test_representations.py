@@ -38,6 +38,11 @@ def make_data(heard: tuple[int, ...] = (0, 1, 2), sample_rate: int | None = 1_00
     return SequenceData(*splits, None, window=30, classes=classes, sample_rate=sample_rate)
 
 
+def loudness(values, lengths):
+    frames = values.unfold(1, 10, 5)
+    return frames.std(-1, keepdim=True), torch.ones(frames.shape[:2], dtype=torch.bool)
+
+
 def test_representations_are_those_of_the_model_and_of_the_steps_it_sees() -> None:
     model, untrained, data = make_model(1), make_model(2), make_data()
     batch = data.test.padded(torch.arange(4))
@@ -82,10 +87,6 @@ def test_a_speaker_never_heard_is_a_column_of_its_own() -> None:
     assert unseen_labels(data)["speaker"].tolist() == (data.test.labels["speaker"] == 2).tolist()
     assert not unseen_labels(data)["digit"].any()
 
-    def loudness(values, lengths):
-        frames = values.unfold(1, 10, 5)
-        return frames.std(-1, keepdim=True), torch.ones(frames.shape[:2], dtype=torch.bool)
-
     def level(values, lengths):
         frames = values.unfold(1, 10, 5)
         return frames.mean(-1, keepdim=True), torch.ones(frames.shape[:2], dtype=torch.bool)
@@ -104,10 +105,6 @@ def test_a_speaker_never_heard_is_a_column_of_its_own() -> None:
 
 def test_a_probe_never_sees_test_labels() -> None:
     """Where those are exchanged, it is wrong as often as it was right."""
-
-    def loudness(values, lengths):
-        frames = values.unfold(1, 10, 5)
-        return frames.std(-1, keepdim=True), torch.ones(frames.shape[:2], dtype=torch.bool)
 
     data = make_data()
     exchanged = {**data.test.labels, "digit": 1 - data.test.labels["digit"]}
