@@ -100,7 +100,7 @@ def run(
     directory.check_num_replicas(1)
     with processes.first_goes_ahead():
         data, model = prepare(experiment, device)
-    first_examples(data, experiment.final_num_examples)  # an error now rather than after the last step
+    check_amounts(experiment, data)
     check_steps(experiment, data, model)
     step_function, draw_batch = training_functions(experiment, model, data, processes)
     state = state_of_all(experiment, model, data, directory, processes)
@@ -229,11 +229,23 @@ def check_data(experiment: Experiment, data: Data) -> None:
         experiment.model.check_examples(examples)
 
 
+def check_amounts(experiment: Experiment, data: Data) -> None:
+    """Checks that there are examples enough for a batch, and for the evaluation that follows the last step.
+
+    Raises:
+        ArgumentError: if there are not.
+
+    Example: `run` calls it.
+    """
+    data.batches(experiment.batch_size, experiment.seed)
+    first_examples(data, experiment.final_num_examples)
+
+
 def check_steps(experiment: Experiment, data: Data, model: Model) -> None:
     """Checks that a step is a function of state and batch alone, on the batch of the first step.
 
     Raises:
-        ArgumentError: as `popgen.training.step.check_repeats`, or if the data is too small for the batch.
+        ArgumentError: as `popgen.training.step.check_repeats`.
 
     Example: `run` calls it.
     """

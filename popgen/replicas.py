@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from popgen.datasets.data import Data, first_examples
+from popgen.datasets.data import Data
 from popgen.distributed import ALONE, Processes
 from popgen.errors import ArgumentError, CheckpointError, DivergedError, StoppedError, TrainingError
 from popgen.execution import check_precision
@@ -19,6 +19,7 @@ from popgen.experiment import (
     Configuration,
     Experiment,
     begin,
+    check_amounts,
     check_steps,
     finish,
     first_state,
@@ -113,7 +114,7 @@ def run_replicas(
     directory.check_num_replicas(len(replicas))
     data, model = prepare(first, device)
     models = [model, *(experiment.model.to(device) for experiment in experiments[1:])]
-    first_examples(data, first.final_num_examples)
+    check_amounts(first, data)
     check_steps(first, data, model)
     check_can_map(make_replicated_step(plain_step(first, model)), first_states(experiments, models), first.batch_size)
     own = [directory.replica(index) for index in range(len(replicas))]

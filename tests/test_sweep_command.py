@@ -20,7 +20,7 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 from tests.test_commands import REPOSITORY, Workspace
 
 SMALL = ("--gin_file=vae_squares.gin", "--sweep_dir=swept", "--gin_bindings=HIDDEN_DIM = 8")
-TOO_MANY = "--sweep=Experiment.batch_size = [10, 1000]"  # there are 100 images, which only training finds out
+FAILING = "--sweep=Experiment.optimizer = [@torch.optim.Adam, @torch.optim.LBFGS]"  # only training refuses the second
 
 
 @pytest.fixture
@@ -63,40 +63,40 @@ def hyper_parameter_rows(directory: pathlib.Path) -> tuple[list[str], list[str],
 
 
 def test_a_sweep_with_a_point_that_fails_is_resumed_and_grows(workspace):
-    done = workspace.run("sweep", *SMALL, TOO_MANY, "--max_parallel=2")
+    done = workspace.run("sweep", *SMALL, FAILING, "--max_parallel=2")
     assert done.returncode == 1, (done.stdout, done.stderr)
     failure, last = done.stderr.splitlines()
-    assert last.startswith("error: 1 of 2 runs failed") and "Experiment.batch_size=1000: " in failure
-    assert "100" in failure and "--run_dir" not in failure
+    assert last.startswith("error: 1 of 2 runs failed") and "Experiment.optimizer=@torch.optim.LBFGS: " in failure
+    assert "closure" in failure and "--run_dir" not in failure
     swept = workspace.path / "swept"
-    good = swept / "Experiment.batch_size=10"
+    good = swept / "Experiment.optimizer=@torch.optim.Adam"
     assert torch.load(good / "checkpoints/latest.ckpt", weights_only=True)["step"] == 4
     assert "finished at step 4" in (good / "train.log").read_text()
-    assert "Experiment.batch_size = 10\n" in (good / "config.gin").read_text()
+    assert "Experiment.optimizer = @torch.optim.Adam\n" in (good / "config.gin").read_text()
     rows = table_of(workspace)
     assert [row["state"] for row in rows.values()] == ["finished", "failed"]
-    assert rows["Experiment.batch_size=1000"]["failure"] in failure
+    assert rows["Experiment.optimizer=@torch.optim.LBFGS"]["failure"] in failure
     before = (good / "train.log").read_text()
 
-    done = workspace.run("sweep", *SMALL, TOO_MANY.replace("1000", "1000, 20"), "--max_parallel=2")
+    done = workspace.run("sweep", *SMALL, FAILING.replace("]", ", @torch.optim.SGD]"), "--max_parallel=2")
     assert done.returncode == 1 and "1 of 3 runs failed" in done.stderr
     assert "3 points, 1 of them finished" in done.stdout
     assert (good / "train.log").read_text() == before  # not started again
     rows = table_of(workspace)
     assert {name: row["state"] for name, row in rows.items()} == {
-        "Experiment.batch_size=10": "finished",
-        "Experiment.batch_size=20": "finished",
-        "Experiment.batch_size=1000": "failed",
+        "Experiment.optimizer=@torch.optim.Adam": "finished",
+        "Experiment.optimizer=@torch.optim.SGD": "finished",
+        "Experiment.optimizer=@torch.optim.LBFGS": "failed",
     }
     losses = [float(row["best_loss"]) for row in list(rows.values())[:2]]
     assert losses == sorted(losses)
 
     columns, metrics, shown = hyper_parameter_rows(swept)
-    assert columns == ["Experiment.batch_size"] and "best/loss" in metrics
-    assert {name: row["Experiment.batch_size"] for name, row in shown.items()} == {
-        "Experiment.batch_size=10": 10.0,
-        "Experiment.batch_size=20": 20.0,  # the one that failed did so before it wrote anything
-    }
+    assert columns == ["Experiment.optimizer"] and "best/loss" in metrics
+    assert {name: row["Experiment.optimizer"] for name, row in shown.items()} == {
+        "Experiment.optimizer=@torch.optim.Adam": "Adam",
+        "Experiment.optimizer=@torch.optim.SGD": "SGD",
+    }  # the one that failed did so before it wrote anything
     for name, row in shown.items():
         assert row["best/loss"] == pytest.approx(float(rows[name]["best_loss"]), rel=1e-6)
 
@@ -104,6 +104,8 @@ def test_a_sweep_with_a_point_that_fails_is_resumed_and_grows(workspace):
 def test_a_mistake_is_one_line_and_nothing_starts(workspace):
     line = workspace.fail("sweep", *SMALL, "--sweep=LATENT_DIM = [2, 3]", "--sweep=Adam.lrate = [1e-3]")
     assert "did you mean lr?" in line and "at the point Adam.lrate=0.001,LATENT_DIM=2" in line
+    line = workspace.fail("sweep", *SMALL, "--sweep=Experiment.batch_size = [10, 1000]")
+    assert "at most the 100 training images, got 1000 (at the point Experiment.batch_size=1000; nothing was" in line
     assert not (workspace.path / "swept").exists()
 
 

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from popgen import config
 from popgen.datasets.data import Data
 from popgen.errors import ArgumentError, CheckpointError, ConfigError, PopgenError, RunDirectoryError
-from popgen.experiment import check_data, load_data
+from popgen.experiment import check_amounts, check_data, load_data
 from popgen.sweeps.points import Point, bindings, bound_name, point_name, setting_name
 from popgen.sweeps.processes import Job
 from popgen.training import checkpoints
@@ -136,6 +136,7 @@ def check_points(
     Raises:
         ConfigError: if a point does not build, or two are the same.
         DataError: if its data cannot be loaded, or does not fit the model.
+        ArgumentError: if there is too little of it.
         RunDirectoryError: if a run directory holds a run with another configuration.
 
     Example:
@@ -173,6 +174,7 @@ def check_points(
             known_data[dataset] = load_data(experiment, torch.device("cpu"))
         try:
             check_data(experiment, known_data[dataset])
+            check_amounts(experiment, known_data[dataset])
         except PopgenError as error:
             raise type(error)(f"{error} (at the point {name}; nothing was started)") from error
         command = [sys.executable, "-m", "launch.train", f"--run_dir={directory.path}"]
