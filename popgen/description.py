@@ -9,6 +9,7 @@ from popgen.datasets.data import Dataset
 from popgen.errors import (
     ArgumentError,
     check_choice,
+    check_flag,
     check_integer,
     check_number,
     reason_of,
@@ -121,10 +122,8 @@ class Experiment:
         if self.weight_average_decay is not None:
             check_number("Experiment.weight_average_decay", self.weight_average_decay, minimum=0.0, maximum=1.0)
         for name in ("max_gradient_norm", "skip_gradient_norm"):
-            if getattr(self, name) is not None and check_number(f"Experiment.{name}", getattr(self, name)) <= 0.0:
-                raise ArgumentError(
-                    f"Experiment.{name} must be above 0, or None for no limit, got {getattr(self, name)!r}"
-                )
+            if getattr(self, name) is not None:
+                check_number(f"Experiment.{name} (None for no limit)", getattr(self, name), above=0.0)
         for name, described, fits in (
             ("model", "a Model (see popgen.models.model), such as @VAE()", isinstance(self.model, Model)),
             ("dataset", "an object with a load() method", hasattr(self.dataset, "load")),
@@ -156,8 +155,7 @@ class Experiment:
         if self.final_num_samples:  # an error now rather than after the last step
             self.evaluator.check_num_samples("Experiment.final_num_samples", self.final_num_samples)
         for name in ("compile", "cuda_graph"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentError(f"Experiment.{name} must be True or False, got {getattr(self, name)!r}")
+            check_flag(f"Experiment.{name}", getattr(self, name))
         check_choice("Experiment.precision", self.precision, PRECISIONS)
         self.torch_device()
 

@@ -5,6 +5,7 @@ right. The commands print that message alone and exit with a non-zero status.
 """
 
 import math
+import os
 from typing import Any
 
 
@@ -99,20 +100,67 @@ def check_integer(name: str, value: Any, minimum: int) -> int:
     return value
 
 
-def check_number(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> float:
-    """Returns `value` if it is a finite number within [`minimum`, `maximum`].
+def check_number(
+    name: str,
+    value: Any,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """Returns `value` if it is a finite number, at least `minimum`, at most `maximum`, above `above`, below `below`.
 
     Raises:
         ArgumentError: if it is not.
 
     Example:
-        >>> check_number("decay", 0.999, minimum=0.0, maximum=1.0)
+        >>> check_number("decay", 0.999, minimum=0.0, below=1.0)
         0.999
+        >>> check_number("decay", 1.0, minimum=0.0, below=1.0)
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: decay must be at least 0 and below 1, got 1.0
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ArgumentError(f"{name} must be a finite number, got {value!r}")
-    if not minimum <= value <= maximum:
-        raise ArgumentError(f"{name} must be between {minimum} and {maximum}, got {value!r}")
+    if not (minimum <= value <= maximum and above < value < below):
+        bounds = {"at least": minimum, "above": above, "at most": maximum, "below": below}
+        wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+        raise ArgumentError(f"{name} must be {wanted}, got {value!r}")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Returns `value` if it is True or False.
+
+    Raises:
+        ArgumentError: if it is not.
+
+    Example:
+        >>> check_flag("compile", 1)
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: compile must be True or False, got 1
+    """
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_path(name: str, value: Any) -> str | os.PathLike:
+    """Returns `value` if it is a path.
+
+    Raises:
+        ArgumentError: if it is not.
+
+    Example:
+        >>> check_path("data_dir", 3)
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: data_dir must be a path, got 3
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ArgumentError(f"{name} must be a path, got {value!r}")
     return value
 
 

@@ -13,7 +13,15 @@ from jaxtyping import Float, Int16
 from torch import Tensor
 
 from popgen.datasets.sequences import SCALES, SequenceData, Sequences
-from popgen.errors import ArgumentError, DataError, check_choice, check_integer, check_number, reason_of
+from popgen.errors import (
+    DataError,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_path,
+    reason_of,
+)
 from popgen.streams import make_generator
 
 SHORT = ("refuse", "pad")
@@ -225,17 +233,13 @@ class WavFolder:
     label: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.data_dir, str | os.PathLike):
-            raise DataError(f"WavFolder.data_dir must be a path, got {self.data_dir!r}")
+        check_path("WavFolder.data_dir", self.data_dir)
         check_integer("WavFolder.window", self.window, minimum=1)
         if self.sample_rate is not None:
             check_integer("WavFolder.sample_rate", self.sample_rate, minimum=1)
-        if not isinstance(self.resample, bool):
-            raise ArgumentError(f"WavFolder.resample must be True or False, got {self.resample!r}")
-        check_number("WavFolder.test_fraction", self.test_fraction, minimum=0.0, maximum=1.0)
+        check_flag("WavFolder.resample", self.resample)
+        check_number("WavFolder.test_fraction", self.test_fraction, above=0.0, maximum=1.0)
         check_number("WavFolder.validation_fraction", self.validation_fraction, minimum=0.0, maximum=1.0)
-        if self.test_fraction == 0.0:
-            raise ArgumentError(f"WavFolder.test_fraction must be above 0, got {self.test_fraction!r}")
         check_integer("WavFolder.seed", self.seed, minimum=0)
         check_choice("WavFolder.short", self.short, SHORT)
         if self.label is not None:

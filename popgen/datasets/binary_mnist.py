@@ -3,7 +3,6 @@
 import dataclasses
 import http.client
 import math
-import os
 import pathlib
 import socket
 
@@ -11,25 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from popgen.datasets.data import DOWNLOAD_TIMEOUT_SECONDS, data_folder
 from popgen.datasets.images import PROTOCOLS, ImageData, prepare_images
-from popgen.errors import DataError, check_choice, check_integer, reason_of
+from popgen.errors import DataError, check_choice, check_integer, check_path, reason_of
 
 IMAGE_SHAPE = (28, 28)
 MNIST_SPLITS = ("train", "t10k")
 LAROCHELLE_FILES = {"train": (50_000, "train"), "validation": (10_000, "valid"), "test": (10_000, "test")}
-DOWNLOAD_TIMEOUT_SECONDS = 30.0
-
-
-def default_data_dir() -> str:
-    """Returns `$POPGEN_DATA` if it is set, else `data`.
-
-    Example:
-        >>> from unittest import mock
-        >>> with mock.patch.dict(os.environ, POPGEN_DATA="/data"):
-        ...     default_data_dir()
-        '/data'
-    """
-    return os.environ.get("POPGEN_DATA") or "data"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +54,8 @@ class BinaryMNIST:
     download: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.data_dir, str | os.PathLike | None):
-            raise DataError(f"BinaryMNIST.data_dir must be a path, got {self.data_dir!r}")
+        if self.data_dir is not None:
+            check_path("BinaryMNIST.data_dir", self.data_dir)
         check_choice("BinaryMNIST.protocol", self.protocol, (*PROTOCOLS, "larochelle"))
         check_integer("BinaryMNIST.binarisation_seed", self.binarisation_seed, minimum=0)
         check_integer("BinaryMNIST.validation_size", self.validation_size, minimum=0)
@@ -79,7 +66,7 @@ class BinaryMNIST:
         Raises:
             DataError: if files are missing and cannot be downloaded, or are damaged.
         """
-        data_dir = pathlib.Path(self.data_dir or default_data_dir())
+        data_dir = data_folder(self.data_dir)
         if self.protocol == "larochelle":
             splits = {name: _read_amat(data_dir, *file) for name, file in LAROCHELLE_FILES.items()}
             return ImageData(image_shape=IMAGE_SHAPE, protocol=self.protocol, **splits)

@@ -1,6 +1,8 @@
 """What a dataset is to a run: a description that loads splits, and splits that give batches."""
 
 import abc
+import os
+import pathlib
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -8,6 +10,20 @@ from torch import Tensor
 
 from popgen.errors import ArgumentError, check_integer
 from popgen.streams import make_generator
+
+DOWNLOAD_TIMEOUT_SECONDS = 30.0
+
+
+def data_folder(data_dir: str | os.PathLike | None) -> pathlib.Path:
+    """Returns where a dataset's files are: `data_dir`, or else `$POPGEN_DATA` if it is set, or else `data`.
+
+    Example:
+        >>> from unittest import mock
+        >>> with mock.patch.dict(os.environ, POPGEN_DATA="/data"):
+        ...     data_folder(None) == pathlib.Path("/data"), data_folder("mine") == pathlib.Path("mine")
+        (True, True)
+    """
+    return pathlib.Path(data_dir or os.environ.get("POPGEN_DATA") or "data")
 
 
 @runtime_checkable

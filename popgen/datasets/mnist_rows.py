@@ -1,15 +1,14 @@
 """MNIST row by row: every image is a sequence of 28 steps."""
 
 import dataclasses
-import os
-import pathlib
 
 import torch
 
-from popgen.datasets.binary_mnist import IMAGE_SHAPE, default_data_dir, read_mnist_images, read_mnist_labels
+from popgen.datasets.binary_mnist import IMAGE_SHAPE, read_mnist_images, read_mnist_labels
+from popgen.datasets.data import data_folder
 from popgen.datasets.images import hold_out
 from popgen.datasets.sequences import SequenceData, Sequences
-from popgen.errors import DataError, check_integer
+from popgen.errors import DataError, check_integer, check_path
 
 DIGITS = tuple("0123456789")
 
@@ -39,8 +38,8 @@ class MNISTRows:
     download: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.data_dir, str | os.PathLike | None):
-            raise DataError(f"MNISTRows.data_dir must be a path, got {self.data_dir!r}")
+        if self.data_dir is not None:
+            check_path("MNISTRows.data_dir", self.data_dir)
         check_integer("MNISTRows.validation_size", self.validation_size, minimum=0)
 
     def load(self) -> SequenceData:
@@ -49,7 +48,7 @@ class MNISTRows:
         Raises:
             DataError: if files are missing and cannot be downloaded, or are damaged.
         """
-        data_dir = pathlib.Path(self.data_dir or default_data_dir())
+        data_dir = data_folder(self.data_dir)
         splits = []
         images = read_mnist_images(data_dir, self.download, "MNISTRows")
         for levels, digits in zip(images, read_mnist_labels(data_dir, self.download, "MNISTRows"), strict=True):

@@ -19,9 +19,9 @@ from typing import IO, NamedTuple
 import torch
 
 from popgen.datasets.audio import SHORT, read_recordings
-from popgen.datasets.binary_mnist import DOWNLOAD_TIMEOUT_SECONDS, default_data_dir
+from popgen.datasets.data import DOWNLOAD_TIMEOUT_SECONDS, data_folder
 from popgen.datasets.sequences import SequenceData, Sequences
-from popgen.errors import ArgumentError, DataError, check_choice, check_integer, check_number, reason_of
+from popgen.errors import ArgumentError, DataError, check_choice, check_integer, check_number, check_path, reason_of
 
 SAMPLE_RATE = 8_000
 NUM_TEST_TAKES = 5  # the test split that the dataset's authors chose
@@ -98,8 +98,8 @@ class SpokenDigits:
     download: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.data_dir, str | os.PathLike | None):
-            raise DataError(f"SpokenDigits.data_dir must be a path, got {self.data_dir!r}")
+        if self.data_dir is not None:
+            check_path("SpokenDigits.data_dir", self.data_dir)
         check_integer("SpokenDigits.window", self.window, minimum=1)
         check_choice("SpokenDigits.short", self.short, SHORT)
         check_integer("SpokenDigits.validation_takes", self.validation_takes, minimum=0)
@@ -115,7 +115,7 @@ class SpokenDigits:
         Raises:
             DataError: if recordings are missing and cannot be downloaded, or are damaged.
         """
-        root = pathlib.Path(self.data_dir or default_data_dir())
+        root = data_folder(self.data_dir)
         folder = _find_or_download(root, self.download)
         paths = sorted(path for path in folder.iterdir() if path.suffix == ".wav")
         recordings = [Recording.parse(path.name) for path in paths]

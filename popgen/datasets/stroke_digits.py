@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from popgen.datasets.binary_mnist import IMAGE_SHAPE, default_data_dir
+from popgen.datasets.binary_mnist import IMAGE_SHAPE
+from popgen.datasets.data import data_folder
 from popgen.datasets.images import PROTOCOLS, ImageData, prepare_images
 from popgen.datasets.stroke_digits_renderer import RENDERER_VERSION, draw_digits
-from popgen.errors import DataError, check_choice, check_integer
+from popgen.errors import check_choice, check_integer, check_path
 
 NUM_TRAIN, NUM_TEST = 60_000, 10_000
 
@@ -48,8 +49,8 @@ class StrokeDigits:
     validation_size: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.data_dir, str | os.PathLike | None):
-            raise DataError(f"StrokeDigits.data_dir must be a path, got {self.data_dir!r}")
+        if self.data_dir is not None:
+            check_path("StrokeDigits.data_dir", self.data_dir)
         check_integer("StrokeDigits.seed", self.seed, minimum=0)
         check_choice("StrokeDigits.protocol", self.protocol, PROTOCOLS)
         check_integer("StrokeDigits.binarisation_seed", self.binarisation_seed, minimum=0)
@@ -69,7 +70,7 @@ class StrokeDigits:
 
     def _grey_levels(self) -> Tensor:
         """Returns all images, shape `(70000, 784)`; a cache that cannot be read is drawn anew."""
-        folder = pathlib.Path(self.data_dir or default_data_dir()) / "stroke_digits"
+        folder = data_folder(self.data_dir) / "stroke_digits"
         path = folder / f"version{RENDERER_VERSION}_seed{self.seed}.npy"
         shape = (NUM_TRAIN + NUM_TEST, IMAGE_SHAPE[0] * IMAGE_SHAPE[1])
         if path.is_file():

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from popgen.errors import ArgumentError, check_integer
 from popgen.streams import make_generator
 
 RENDERER_VERSION = 1
@@ -135,19 +136,17 @@ def draw_digits(num_images: int, seed: int, stream: str) -> tuple[Tensor, Tensor
         labels: uint8, `(num_images,)`, the digits 0 to 9.
 
     Raises:
-        ValueError: if `num_images` or `seed` is too small or `stream` is empty.
+        ArgumentError: if `num_images` or `seed` is too small or `stream` is empty.
 
     Example:
         >>> images, labels = draw_digits(20, seed=0, stream="train")
         >>> images.shape, images.dtype, labels.bincount().tolist()
         (torch.Size([20, 28, 28]), torch.uint8, [2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
     """
-    if num_images < 1:
-        raise ValueError(f"num_images must be at least 1, got {num_images}")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
+    check_integer("num_images", num_images, minimum=1)
+    check_integer("seed", seed, minimum=0)
     if not stream:
-        raise ValueError(f"stream must not be empty, got {stream!r}")
+        raise ArgumentError(f"stream must not be empty, got {stream!r}")
     with torch.device("cpu"):  # whatever the caller's default device: a CPU generator draws CPU tensors only
         generator = make_generator("cpu", seed, stream)
         labels = torch.randperm(num_images, generator=generator) % NUM_CLASSES

@@ -188,8 +188,7 @@ def fit_probe(
     if not strengths:
         raise ArgumentError("strengths must hold at least one number, got none")
     for strength in strengths:
-        if check_number("strengths", strength) <= 0.0:
-            raise ArgumentError(f"strengths must be above nought, got {strength!r}")
+        check_number("strengths", strength, above=0.0)
     check_integer("num_folds", num_folds, minimum=2)
     strength, accuracy, start = strengths[0], None, None
     if len(strengths) > 1:

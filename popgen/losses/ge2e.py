@@ -39,8 +39,8 @@ def ge2e_similarities(
             "embeddings must have shape (speakers, utterances, dim) with at least 2 speakers and 2 utterances, got "
             f"{tuple(embeddings.shape)}"
         )
-    if not isinstance(scale, Tensor) and check_number("scale", scale) <= 0.0:
-        raise ArgumentError(f"scale must be above nought, got {scale!r}")
+    if not isinstance(scale, Tensor):
+        check_number("scale", scale, above=0.0)
     speakers, utterances, _ = embeddings.shape
     vectors = F.normalize(embeddings, dim=-1)
     totals = vectors.sum(1)

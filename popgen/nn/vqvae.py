@@ -249,9 +249,7 @@ class MovingAverageQuantiser(Quantiser):
         super().__init__()
         self.num_codes = check_integer("MovingAverageQuantiser.num_codes", num_codes, minimum=1)
         self.code_dim = check_integer("MovingAverageQuantiser.code_dim", code_dim, minimum=1)
-        self.decay = check_number("MovingAverageQuantiser.decay", decay, minimum=0.0, maximum=1.0)
-        if decay == 1.0:
-            raise ArgumentError(f"MovingAverageQuantiser.decay must be below 1, got {decay!r}")
+        self.decay = check_number("MovingAverageQuantiser.decay", decay, minimum=0.0, below=1.0)
         self.smoothing = check_number("MovingAverageQuantiser.smoothing", smoothing, minimum=0.0)
         self.least_usage = check_number("MovingAverageQuantiser.least_usage", least_usage, minimum=0.0, maximum=1.0)
         for name, value in empty_codebook(torch.randn(num_codes, code_dim))._asdict().items():

@@ -76,12 +76,9 @@ class GECO:
     warm_up_steps: int = 0
 
     def __post_init__(self) -> None:
-        if not check_number("GECO.rate", self.rate) > 0.0:
-            raise ArgumentError(f"GECO.rate must be above 0, got {self.rate!r}")
-        if not 0.0 <= check_number("GECO.decay", self.decay) < 1.0:
-            raise ArgumentError(f"GECO.decay must be at least 0 and below 1, got {self.decay!r}")
-        if not check_number("GECO.min_multiplier", self.min_multiplier) > 0.0:
-            raise ArgumentError(f"GECO.min_multiplier must be above 0, got {self.min_multiplier!r}")
+        check_number("GECO.rate", self.rate, above=0.0)
+        check_number("GECO.decay", self.decay, minimum=0.0, below=1.0)
+        check_number("GECO.min_multiplier", self.min_multiplier, above=0.0)
         check_number("GECO.max_multiplier", self.max_multiplier, minimum=self.min_multiplier)
         check_number("GECO.initial_multiplier", self.initial_multiplier, self.min_multiplier, self.max_multiplier)
         check_integer("GECO.warm_up_steps", self.warm_up_steps, minimum=0)

@@ -121,10 +121,7 @@ class CyclicalAnnealing:
     def __post_init__(self) -> None:
         check_integer("CyclicalAnnealing.period", self.period, minimum=1)
         check_number("CyclicalAnnealing.maximum", self.maximum)
-        if not 0.0 < check_number("CyclicalAnnealing.ramp_fraction", self.ramp_fraction) <= 1.0:
-            raise ArgumentError(
-                f"CyclicalAnnealing.ramp_fraction must be above 0 and at most 1, got {self.ramp_fraction!r}"
-            )
+        check_number("CyclicalAnnealing.ramp_fraction", self.ramp_fraction, above=0.0, maximum=1.0)
 
     def __call__(self, step: int) -> float:
         """Returns the value at `step`."""

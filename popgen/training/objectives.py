@@ -293,7 +293,7 @@ class VQVAELoss(Objective):
         >>> VQVAELoss(commitment=-1.0)
         Traceback (most recent call last):
             ...
-        popgen.errors.ArgumentError: VQVAELoss.commitment must be between 0.0 and inf, got -1.0
+        popgen.errors.ArgumentError: VQVAELoss.commitment must be at least 0, got -1.0
     """
 
     commitment: float = 0.25

@@ -297,12 +297,12 @@ def test_folders_without_enough_files(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"data_dir": None}, DataError, "WavFolder.data_dir must be a path, got None"),
+        ({"data_dir": None}, ArgumentError, "WavFolder.data_dir must be a path, got None"),
         ({"window": 0}, ArgumentError, "WavFolder.window must be an integer of at least 1, got 0"),
         ({"sample_rate": 8_000.0}, ArgumentError, "WavFolder.sample_rate must be an integer"),
-        ({"test_fraction": 0.0}, ArgumentError, "WavFolder.test_fraction must be above 0, got 0.0"),
-        ({"test_fraction": 1.5}, ArgumentError, "WavFolder.test_fraction must be between 0.0 and 1.0, got 1.5"),
-        ({"validation_fraction": -0.1}, ArgumentError, "WavFolder.validation_fraction must be between"),
+        ({"test_fraction": 0.0}, ArgumentError, "WavFolder.test_fraction must be above 0 and at most 1, got 0.0"),
+        ({"test_fraction": 1.5}, ArgumentError, "WavFolder.test_fraction must be above 0 and at most 1, got 1.5"),
+        ({"validation_fraction": -0.1}, ArgumentError, "WavFolder.validation_fraction must be at least 0 and at most"),
         ({"seed": -1}, ArgumentError, "WavFolder.seed must be an integer of at least 0, got -1"),
         ({"short": "drop"}, ArgumentError, "WavFolder.short must be one of refuse, pad, got 'drop'"),
         ({"label": "name"}, ArgumentError, "WavFolder.label must be one of folder, got 'name'"),

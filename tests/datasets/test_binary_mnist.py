@@ -171,7 +171,7 @@ def test_missing_files_without_download(tmp_path: pathlib.Path, raw: pathlib.Pat
         ({"protocol": "static"}, ArgumentError, "BinaryMNIST.protocol must be one of .*larochelle, got 'static'"),
         ({"binarisation_seed": -1}, ArgumentError, "BinaryMNIST.binarisation_seed must be an integer of at least 0"),
         ({"validation_size": 0.1}, ArgumentError, "BinaryMNIST.validation_size must be an integer"),
-        ({"data_dir": 3}, DataError, "BinaryMNIST.data_dir must be a path, got 3"),
+        ({"data_dir": 3}, ArgumentError, "BinaryMNIST.data_dir must be a path, got 3"),
     ],
 )
 def test_arguments_outside_their_domain(arguments: dict, error: type, message: str) -> None:

@@ -108,7 +108,7 @@ def test_missing_files(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"data_dir": 3}, DataError, "MNISTRows.data_dir must be a path, got 3"),
+        ({"data_dir": 3}, ArgumentError, "MNISTRows.data_dir must be a path, got 3"),
         ({"validation_size": -1}, ArgumentError, "MNISTRows.validation_size must be an integer of at least 0, got -1"),
     ],
 )

@@ -244,7 +244,7 @@ def test_the_dataset() -> None:
         ({"num_train": 0}, "PluckedStrings.num_train must be an integer of at least 1, got 0"),
         ({"num_test": 0}, "PluckedStrings.num_test must be an integer of at least 1, got 0"),
         ({"num_validation": -1}, "PluckedStrings.num_validation must be an integer of at least 0, got -1"),
-        ({"seconds": 0.01}, "PluckedStrings.seconds must be between 0.1 and inf, got 0.01"),
+        ({"seconds": 0.01}, "PluckedStrings.seconds must be at least 0.1, got 0.01"),
         ({"sample_rate": 2_000}, "PluckedStrings.sample_rate must be an integer of at least 4000, got 2000"),
         ({"window": 0}, "PluckedStrings.window must be an integer of at least 1, got 0"),
         ({"window": 16_001}, "PluckedStrings.window must be at most the 16,000 samples of a recording, got 16,001"),

@@ -178,7 +178,7 @@ def test_an_empty_folder(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"data_dir": 3}, DataError, "SpokenDigits.data_dir must be a path, got 3"),
+        ({"data_dir": 3}, ArgumentError, "SpokenDigits.data_dir must be a path, got 3"),
         ({"window": 0}, ArgumentError, "SpokenDigits.window must be an integer of at least 1, got 0"),
         ({"short": "cut"}, ArgumentError, "SpokenDigits.short must be one of refuse, pad, got 'cut'"),
         ({"validation_takes": -1}, ArgumentError, "SpokenDigits.validation_takes must be an integer"),

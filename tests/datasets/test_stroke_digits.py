@@ -8,7 +8,7 @@ import torch
 
 from popgen.datasets import stroke_digits
 from popgen.datasets.stroke_digits import StrokeDigits
-from popgen.errors import ArgumentError, DataError
+from popgen.errors import ArgumentError
 
 NUM_TRAIN, NUM_TEST = 30, 12
 
@@ -158,7 +158,7 @@ def test_protocols(tmp_path: pathlib.Path) -> None:
         ({"protocol": "larochelle"}, ArgumentError, "StrokeDigits.protocol must be one of dynamic, fixed, threshold"),
         ({"validation_size": 2.5}, ArgumentError, "StrokeDigits.validation_size must be an integer"),
         ({"binarisation_seed": True}, ArgumentError, "StrokeDigits.binarisation_seed must be an integer"),
-        ({"data_dir": 7}, DataError, "StrokeDigits.data_dir must be a path, got 7"),
+        ({"data_dir": 7}, ArgumentError, "StrokeDigits.data_dir must be a path, got 7"),
     ],
 )
 @pytest.mark.usefixtures("as_a_user")

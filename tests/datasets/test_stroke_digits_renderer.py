@@ -167,9 +167,9 @@ def test_spline_passes_through_its_points() -> None:
 @pytest.mark.parametrize(
     ("num_images", "seed", "stream", "message"),
     [
-        (0, 0, "train", "num_images must be at least 1, got 0"),
-        (-3, 0, "train", "num_images must be at least 1, got -3"),
-        (1, -1, "train", "seed must be at least 0, got -1"),
+        (0, 0, "train", "num_images must be an integer of at least 1, got 0"),
+        (-3, 0, "train", "num_images must be an integer of at least 1, got -3"),
+        (1, -1, "train", "seed must be an integer of at least 0, got -1"),
         (1, 0, "", "stream must not be empty, got ''"),
     ],
 )

@@ -252,7 +252,7 @@ def test_fits_that_do_not_converge_are_said(monkeypatch) -> None:
         ({"features": torch.full((600, 5), math.nan)}, DataError, "features must be finite"),
         ({"recordings": torch.zeros(600).long()}, DataError, "at least 2 recordings, of which one is held out, got 1"),
         ({"strengths": ()}, ArgumentError, "strengths must hold at least one number, got none"),
-        ({"strengths": (0.1, 0.0)}, ArgumentError, "strengths must be above nought, got 0.0"),
+        ({"strengths": (0.1, 0.0)}, ArgumentError, "strengths must be above 0, got 0.0"),
         ({"num_folds": 1}, ArgumentError, "num_folds must be an integer of at least 2, got 1"),
     ],
 )

@@ -104,7 +104,7 @@ def test_too_few_speakers_or_utterances_are_refused(as_a_user, shape: tuple[int,
 def test_bad_arguments_are_named(as_a_user) -> None:
     """The scale must be above nought, and the form known."""
     for scale in (0.0, -1.0):
-        with pytest.raises(ArgumentError, match=f"scale must be above nought, got {scale}"):
+        with pytest.raises(ArgumentError, match=f"scale must be above 0, got {scale}"):
             ge2e_loss(make_embeddings(), scale, 0.0)
     with pytest.raises(ArgumentError, match="scale must be a finite number, got nan"):
         ge2e_loss(make_embeddings(), math.nan, 0.0)

@@ -59,7 +59,7 @@ def test_every_parameter_of_the_mixture_prior_gets_a_gradient() -> None:
     [
         ({"num_components": 0}, "GaussianMixturePrior.num_components must be an integer of at least 1, got 0"),
         ({"latent_dim": -2}, "GaussianMixturePrior.latent_dim must be an integer of at least 1, got -2"),
-        ({"initial_std": -1.0}, "GaussianMixturePrior.initial_std must be between 0.0 and inf, got -1.0"),
+        ({"initial_std": -1.0}, "GaussianMixturePrior.initial_std must be at least 0, got -1.0"),
         ({"initial_std": float("nan")}, "GaussianMixturePrior.initial_std must be a finite number, got nan"),
     ],
 )

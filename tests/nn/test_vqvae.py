@@ -514,7 +514,7 @@ def test_shapes_of_jitter_must_fit(values: tuple[int, ...], uniform: tuple[int, 
 
 @pytest.mark.parametrize("probability", [-0.1, 1.1])
 def test_probability_of_jitter_must_be_one(probability: float) -> None:
-    with pytest.raises(ArgumentError, match=rf"^probability must be between 0.0 and 1.0, got {probability}$"):
+    with pytest.raises(ArgumentError, match=rf"^probability must be at least 0 and at most 1, got {probability}$"):
         jitter(torch.zeros(1, 2, 3), torch.zeros(1, 2), probability)
 
 
@@ -529,15 +529,15 @@ def test_probability_of_jitter_must_be_one(probability: float) -> None:
         (GradientQuantiser, {"code_dim": 2.0}, "code_dim must be an integer of at least 1, got 2.0"),
         (MovingAverageQuantiser, {"num_codes": -3}, "num_codes must be an integer of at least 1, got -3"),
         (MovingAverageQuantiser, {"code_dim": 0}, "code_dim must be an integer of at least 1, got 0"),
-        (MovingAverageQuantiser, {"decay": -0.1}, "decay must be between 0.0 and 1.0, got -0.1"),
-        (MovingAverageQuantiser, {"decay": 1.0}, "decay must be below 1, got 1.0"),
-        (MovingAverageQuantiser, {"smoothing": -1e-5}, "smoothing must be between 0.0 and inf, got -1e-05"),
-        (MovingAverageQuantiser, {"least_usage": -1.0}, "least_usage must be between 0.0 and 1.0, got -1.0"),
+        (MovingAverageQuantiser, {"decay": -0.1}, "decay must be at least 0 and below 1, got -0.1"),
+        (MovingAverageQuantiser, {"decay": 1.0}, "decay must be at least 0 and below 1, got 1.0"),
+        (MovingAverageQuantiser, {"smoothing": -1e-5}, "smoothing must be at least 0, got -1e-05"),
+        (MovingAverageQuantiser, {"least_usage": -1.0}, "least_usage must be at least 0 and at most 1, got -1.0"),
         (MovingAverageQuantiser, {"least_usage": None}, "least_usage must be a finite number, got None"),
         (ResidualQuantiser, {"num_codebooks": 0}, "num_codebooks must be an integer of at least 1, got 0"),
         (ResidualQuantiser, {"num_codes": 0}, "num_codes must be an integer of at least 1, got 0"),
         (ResidualQuantiser, {"code_dim": 0}, "code_dim must be an integer of at least 1, got 0"),
-        (ResidualQuantiser, {"decay": 1.5}, "decay must be between 0.0 and 1.0, got 1.5"),
+        (ResidualQuantiser, {"decay": 1.5}, "decay must be at least 0 and below 1, got 1.5"),
     ],
 )
 def test_bad_arguments_are_named(quantiser: type[Quantiser], arguments: dict[str, Any], message: str) -> None:

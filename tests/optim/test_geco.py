@@ -237,9 +237,12 @@ def test_inactive_constraint_loses_its_weight() -> None:
         ({"decay": -0.1}, "GECO.decay must be at least 0 and below 1, got -0.1"),
         ({"decay": math.nan}, "GECO.decay must be a finite number, got nan"),
         ({"min_multiplier": 0.0}, "GECO.min_multiplier must be above 0, got 0.0"),
-        ({"max_multiplier": 1e-7}, "GECO.max_multiplier must be between 1e-06 and inf, got 1e-07"),
-        ({"initial_multiplier": 1e7}, "GECO.initial_multiplier must be between 1e-06 and 1000000.0, got 10000000.0"),
-        ({"initial_multiplier": 0.0}, "GECO.initial_multiplier must be between 1e-06 and 1000000.0, got 0.0"),
+        ({"max_multiplier": 1e-7}, "GECO.max_multiplier must be at least 1e-06, got 1e-07"),
+        (
+            {"initial_multiplier": 2e6},
+            "GECO.initial_multiplier must be at least 1e-06 and at most 1e+06, got 2000000.0",
+        ),
+        ({"initial_multiplier": 0.0}, "GECO.initial_multiplier must be at least 1e-06 and at most 1e+06, got 0.0"),
         ({"warm_up_steps": -1}, "GECO.warm_up_steps must be an integer of at least 0, got -1"),
     ],
 )

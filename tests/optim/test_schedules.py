@@ -112,7 +112,7 @@ def test_cyclical_annealing(ramp_fraction: float) -> None:
     "kind, arguments, message",
     [
         (Constant, {"value": math.nan}, "Constant.value must be a finite number, got nan"),
-        (SigmoidAnnealing, {"rate": -1e-4}, "SigmoidAnnealing.rate must be between 0.0 and inf, got -0.0001"),
+        (SigmoidAnnealing, {"rate": -1e-4}, "SigmoidAnnealing.rate must be at least 0, got -0.0001"),
         (SigmoidAnnealing, {"maximum": math.inf}, "SigmoidAnnealing.maximum must be a finite number, got inf"),
         (LinearAnnealing, {"num_steps": 0}, "LinearAnnealing.num_steps must be an integer of at least 1, got 0"),
         (LinearAnnealing, {"start": math.nan}, "LinearAnnealing.start must be a finite number, got nan"),
