@@ -236,8 +236,8 @@ def test_interruption_changes_nothing(kind: str, finished: dict[str, RunDirector
 @pytest.mark.parametrize(
     "kind, changes, message",
     [
-        ("geco", {"objective": VQVAELoss()}, "VQVAELoss trains a VQVAE, got VAE"),
-        ("prior", {"objective": VQVAELoss()}, "VQVAELoss trains a VQVAE, got VQVAEWithPrior"),
+        ("geco", {"objective": VQVAELoss()}, "VQVAELoss trains a VQVAE, and the model is a VAE"),
+        ("prior", {"objective": VQVAELoss()}, "VQVAELoss trains a VQVAE, and the model is a VQVAEWithPrior"),
         ("vqvae", {"objective": NegativeELBO()}, "NegativeELBO trains no codebook, .* a VQVAE: use VQVAELoss"),
         (
             "vqvae",

@@ -12,40 +12,19 @@ is near the true posterior it is all the noise there is.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from popgen.errors import ArgumentError
 from popgen.losses import doubly_reparameterised_weights, iwae
 from popgen.models.image_model import LogDensities
 from popgen.models.vae import VAE
 from popgen.training.objectives import AnnealedObjective, NegativeELBO, Result, Settings, Tensors, bound_metrics
 
 
-class VAEObjective(AnnealedObjective):
-    """What the objectives of this module share: a VAE to train.
-
-    Example:
-        >>> NegativeIWAE().check_model(torch.nn.Linear(1, 1))
-        Traceback (most recent call last):
-            ...
-        popgen.errors.ArgumentError: NegativeIWAE trains a VAE, and the model is a Linear
-    """
-
-    def check_model(self, model: Any) -> None:
-        """A VAE it must be.
-
-        Raises:
-            ArgumentError: if it is another kind of model.
-        """
-        if not isinstance(model, VAE):
-            raise ArgumentError(f"{type(self).__name__} trains a VAE, and the model is a {type(model).__name__}")
-
-
 @dataclasses.dataclass(frozen=True)
-class StickingTheLanding(VAEObjective, NegativeELBO):
+class StickingTheLanding(NegativeELBO):
     """Minimises the loss of `NegativeELBO`, with the path-derivative gradient (Roeder et al. 2017).
 
     The score function of q, whose expectation is nought, is left out of the gradient (section 3 of
@@ -65,13 +44,15 @@ class StickingTheLanding(VAEObjective, NegativeELBO):
         {'beta': 1.0}
     """
 
+    model_type: ClassVar[type] = VAE
+
     def terms(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, beta: Tensor) -> LogDensities:
         """Returns the terms of the bound; the gradients of q's parameters in log q(z|x) are gone."""
         return forward(batch, noise, torch.ones_like(noise[..., 0]))
 
 
 @dataclasses.dataclass(frozen=True)
-class NegativeIWAE(VAEObjective):
+class NegativeIWAE(AnnealedObjective):
     """Minimises -log 1/K Σ_k w_k, w_k = p(x|z_k) (p(z_k) / q(z_k|x))^β, averaged over the batch, nats.
 
     At β = 1 the importance-weighted bound (Burda et al. 2016, https://arxiv.org/abs/1509.00519, eq. 8).
@@ -93,6 +74,8 @@ class NegativeIWAE(VAEObjective):
     """
 
     num_samples: int = 5
+
+    model_type: ClassVar[type] = VAE
 
     def __call__(
         self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors

@@ -14,10 +14,10 @@ function or one CUDA graph serves every step.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from popgen.distributed import Processes
 from popgen.errors import ArgumentError, check_choice, check_integer, check_number
@@ -38,10 +38,20 @@ Result = tuple[Tensor, Metrics, Tensors]
 
 @runtime_checkable
 class Objective(Protocol):
-    """What a training step minimises. Subclasses define `draw_noise` and `__call__`; the rest has defaults."""
+    """What a training step minimises. Subclasses define `draw_noise` and `__call__`; the rest has defaults.
+
+    Attributes:
+        model_type: what it trains.
+    """
+
+    model_type: ClassVar[type] = nn.Module
 
     def check_model(self, model: Any) -> None:
-        """Raises ArgumentError if it cannot train a model."""
+        """Raises ArgumentError if it cannot train a model: one of another type, unless a subclass says more."""
+        if not isinstance(model, self.model_type):
+            raise ArgumentError(
+                f"{type(self).__name__} trains a {self.model_type.__name__}, and the model is a {type(model).__name__}"
+            )
 
     def settings(self, step: int) -> dict[str, float]:
         """Returns the numbers that depend on the step alone, such as an annealed weight."""
@@ -118,6 +128,7 @@ class ELBOObjective(Objective):
         Raises:
             ArgumentError: if it is another kind of model.
         """
+        super().check_model(model)
         if not isinstance(getattr(model, "noise_dim", None), int):
             raise ArgumentError(
                 f"{type(self).__name__} trains models with a noise_dim and an ELBO, such as a VAE, and the model is a "
@@ -298,17 +309,10 @@ class VQVAELoss(Objective):
 
     commitment: float = 0.25
 
+    model_type: ClassVar[type] = VQVAE
+
     def __post_init__(self) -> None:
         check_number("VQVAELoss.commitment", self.commitment, minimum=0.0)
-
-    def check_model(self, model: Any) -> None:
-        """A VQ-VAE it must be.
-
-        Raises:
-            ArgumentError: if it is another kind of model.
-        """
-        if not isinstance(model, VQVAE):
-            raise ArgumentError(f"VQVAELoss trains a VQVAE, got {type(model).__name__}")
 
     def draw_noise(self, model: Any, batch: Tensor, generator: torch.Generator) -> Tensor:
         """Returns uniform noise that chooses where dead codes go, shape `(num_codebooks, num_codes)`."""

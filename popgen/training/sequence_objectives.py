@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch import Tensor
 from popgen.datasets.sequences import SequenceBatch
 from popgen.distributed import Processes
 from popgen.distributions.mu_law import mu_law_encode
-from popgen.errors import ArgumentError
 from popgen.models.cpc import CPC, Part
 from popgen.models.wavenet import WaveNet
 from popgen.training.objectives import Objective, Result, Settings, Tensors
@@ -32,14 +31,7 @@ class NegativeLogLikelihood(Objective):
         ['bits_per_sample', 'loss']
     """
 
-    def check_model(self, model: Any) -> None:
-        """A WaveNet it must be.
-
-        Raises:
-            ArgumentError: if it is another kind of model.
-        """
-        if not isinstance(model, WaveNet):
-            raise ArgumentError(f"NegativeLogLikelihood trains a WaveNet, got {type(model).__name__}")
+    model_type: ClassVar[type] = WaveNet
 
     def blank_batch(self, model: WaveNet, batch_size: int) -> SequenceBatch:
         """Returns silence of the length of the receptive field."""
@@ -88,14 +80,7 @@ class ContrastiveLoss(Objective):
         ['accuracy', 'accuracy_ahead_1', 'accuracy_ahead_2', 'loss', 'loss_ahead_1', 'loss_ahead_2']
     """
 
-    def check_model(self, model: Any) -> None:
-        """A CPC it must be.
-
-        Raises:
-            ArgumentError: if it is another kind of model.
-        """
-        if not isinstance(model, CPC):
-            raise ArgumentError(f"ContrastiveLoss trains a CPC, got {type(model).__name__}")
+    model_type: ClassVar[type] = CPC
 
     def blank_batch(self, model: CPC, batch_size: int) -> SequenceBatch:
         """Returns silence that is just long enough for every step ahead."""

@@ -131,7 +131,7 @@ def test_a_blank_batch_has_a_pair_for_every_step(negatives: str) -> None:
 @pytest.mark.usefixtures("as_a_user")
 def test_what_does_not_fit_is_one_line() -> None:
     vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
-    with pytest.raises(ArgumentError, match="ContrastiveLoss trains a CPC, got VAE"):
+    with pytest.raises(ArgumentError, match="ContrastiveLoss trains a CPC, and the model is a VAE"):
         ContrastiveLoss().check_model(vae)
 
     class Data:

@@ -119,7 +119,7 @@ def test_loss_leaves_padding_out() -> None:
 @pytest.mark.usefixtures("as_a_user")
 def test_what_does_not_fit_is_one_line() -> None:
     vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
-    with pytest.raises(ArgumentError, match="NegativeLogLikelihood trains a WaveNet, got VAE"):
+    with pytest.raises(ArgumentError, match="NegativeLogLikelihood trains a WaveNet, and the model is a VAE"):
         NegativeLogLikelihood().check_model(vae)
     with pytest.raises(ArgumentError, match="num_samples must be 1 for a WaveNet, got 5"):
         WaveNetEvaluator().check_num_samples("num_samples", 5)
