@@ -69,7 +69,7 @@ def train_together(processes: Processes) -> None:
             if loaded.experiment.num_replicas == 1:
                 results = [(directory, run(loaded.experiment, directory, configuration, stop, processes))]
             else:
-                states = run_replicas(replicas_of(loaded.experiment), directory, configuration, stop, processes)
+                states = run_replicas(replicas_of(loaded.experiment), directory, configuration, stop)
                 results = list(zip(directory.replicas(), states, strict=True))
     for own, state in results:
         report(own, state)

@@ -5,7 +5,7 @@ Plain Python: Gin builds an `Experiment` once and is not seen again.
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from popgen.datasets.data import Data, first_examples
+from popgen.datasets.data import Batches, Data, first_examples
 from popgen.description import Experiment
 from popgen.distributed import ALONE, Processes, check_divided
 from popgen.errors import (
@@ -32,7 +32,7 @@ from popgen.training.captured_step import CapturedStep
 from popgen.training.checkpoints import check_plain
 from popgen.training.diagnosis import with_replay
 from popgen.training.files import write_whole
-from popgen.training.loop import DrawBatch, Hooks, Step, train
+from popgen.training.loop import DrawBatch, Hooks, MeanMetrics, Step, mean_metrics, train
 from popgen.training.recorder import Follower, Recorder, fit_files
 from popgen.training.records import Configuration, EvaluationFiles
 from popgen.training.run_directory import Found, RunDirectory
@@ -102,33 +102,67 @@ def run(
         data, model = prepare(experiment, device)
     check_amounts(experiment, data)
     check_steps(experiment, data, model)
-    step_function, draw_batch = training_functions(experiment, model, data, processes)
+    functions = training_functions(experiment, model, data, processes)
     state = state_of_all(experiment, model, data, directory, processes)
     recorder: Recorder | Follower = Follower(processes)
     if processes.first:  # only now that everything is built and loaded: a mistake leaves an earlier run as it was
         recorder = begin(experiment, directory, configuration, data, model, state.step, processes)
     try:
-        hooks = Hooks(
-            log_every=experiment.log_every,
-            log=recorder.log,
-            eval_every=experiment.eval_every,
-            evaluate=recorder.evaluate,
-            checkpoint_every=experiment.checkpoint_every,
-            checkpoint=recorder.checkpoint,
-            save=recorder.save,
+        state = train_to_the_end(
+            experiment,
+            state,
+            functions,
+            recorder,
+            [directory],
             stop=lambda: processes.any(stop()),
-            max_skipped_steps=experiment.max_skipped_steps,
             quiet=not processes.first,
         )
-        try:
-            state = train(state, step_function, draw_batch, experiment.num_steps, hooks)
-        except DivergedError as error:
-            raise with_replay(error, directory.path) from error
-        if hooks.stop():
-            raise StoppedError(f"stopped at step {state.step}, which is saved; the same command goes on from there")
         finish(experiment, model, data, directory, recorder, stop, processes)
     finally:
         recorder.close()
+    return state
+
+
+def train_to_the_end(
+    experiment: Experiment,
+    state: TrainState,
+    functions: tuple[Step, DrawBatch],
+    recorder: Any,
+    directories: Sequence[RunDirectory],
+    stop: Callable[[], bool],
+    quiet: bool = False,
+    mean: MeanMetrics = mean_metrics,
+) -> TrainState:
+    """Returns the state after the last step of an experiment, or of its replicas.
+
+    Of replicas `experiment` is any: they differ in their seed alone. `recorder` has `log`, `evaluate`, `checkpoint` and
+    `save` as `Recorder` has them, and there is a directory for each replica; the rest is as in `Hooks`.
+
+    Raises:
+        DivergedError: if too many steps in a row were skipped; it says what command shows why.
+        StoppedError: if it was stopped; the state is saved.
+
+    Example: `run` calls it.
+    """
+    hooks = Hooks(
+        log_every=experiment.log_every,
+        log=recorder.log,
+        eval_every=experiment.eval_every,
+        evaluate=recorder.evaluate,
+        checkpoint_every=experiment.checkpoint_every,
+        checkpoint=recorder.checkpoint,
+        save=recorder.save,
+        stop=stop,
+        max_skipped_steps=experiment.max_skipped_steps,
+        quiet=quiet,
+        mean=mean,
+    )
+    try:
+        state = train(state, *functions, experiment.num_steps, hooks)
+    except DivergedError as error:
+        raise with_replay(error, directories[error.replica].path) from error
+    if stop():
+        raise StoppedError(f"stopped at step {state.step}, which is saved; the same command goes on from there")
     return state
 
 
@@ -309,18 +343,25 @@ def training_functions(
 ) -> tuple[Step, DrawBatch]:
     """Returns the training step of an experiment and what draws its batches, for `popgen.training.loop.train`.
 
-    On a GPU the step is recorded as a CUDA graph, the draw included; it is then given the indices of its examples.
-    Among several processes it is not: what they exchange would have to be recorded with it.
-
     Example: `run` calls it.
     """
-    step, batches = plain_step(experiment, model, processes), data.batches(experiment.batch_size, experiment.seed)
-    if next(model.parameters()).is_cuda and experiment.cuda_graph:
-        if processes.size > 1:
-            if processes.first:
-                print("Experiment.cuda_graph is not used: the steps of several processes are not recorded", flush=True)
-            return step, batches.draw
-        return CapturedStep(step, batches), lambda step, generator: batches.indices(step)
+    batches = data.batches(experiment.batch_size, experiment.seed)
+    return recorded_on_a_gpu(experiment, plain_step(experiment, model, processes), batches)
+
+
+def recorded_on_a_gpu(experiment: Experiment, step: TrainStep, batches: Batches) -> tuple[Step, DrawBatch]:
+    """Returns a training step and what draws its batches, on a GPU recorded as one CUDA graph, the draw included.
+
+    A recorded step is given the indices of its examples. Among several processes none is recorded: what they exchange
+    would have to be recorded with it.
+
+    Example: `training_functions` calls it.
+    """
+    if next(step.model.parameters()).is_cuda and experiment.cuda_graph:
+        if step.processes.size == 1:
+            return CapturedStep(step, batches), lambda number, generator: batches.indices(number)
+        if step.processes.first:
+            print("Experiment.cuda_graph is not used: the steps of several processes are not recorded", flush=True)
     return step, batches.draw
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from popgen.datasets.data import Data
-from popgen.distributed import ALONE, Processes
-from popgen.errors import ArgumentError, CheckpointError, DivergedError, StoppedError, TrainingError
+from popgen.distributed import Processes
+from popgen.errors import ArgumentError, CheckpointError, TrainingError
 from popgen.execution import check_precision
 from popgen.experiment import (
     Configuration,
@@ -25,13 +25,13 @@ from popgen.experiment import (
     first_state,
     plain_step,
     prepare,
+    recorded_on_a_gpu,
     starting_state,
+    train_to_the_end,
 )
 from popgen.models.model import Model
 from popgen.summaries import Writer
-from popgen.training.captured_step import CapturedStep
-from popgen.training.diagnosis import with_replay
-from popgen.training.loop import DrawBatch, Hooks, Step, train
+from popgen.training.loop import DrawBatch, Step
 from popgen.training.recorder import Recorder, fit_files
 from popgen.training.replicas import (
     ReplicaMeans,
@@ -64,7 +64,6 @@ def run_replicas(
     directory: RunDirectory,
     configuration: Configuration,
     stop: Callable[[], bool] = lambda: False,
-    processes: Processes = ALONE,
 ) -> list[TrainState]:
     """Trains replicas side by side, from their newest checkpoints of one step, and returns their last states.
 
@@ -75,12 +74,10 @@ def run_replicas(
         directory: of the whole; replica `i` is kept in `replica_<i>` there.
         configuration: of the whole.
         stop: asked before every step, and while the final evaluations last; where it says so, the states are saved.
-        processes: there must be one.
 
     Raises:
         DataError: if the data cannot be loaded or does not fit the model.
-        ArgumentError: if the data is too small, the model or the objective cannot be mapped over replicas, or there are
-            several processes.
+        ArgumentError: if the data is too small, or the model or the objective cannot be mapped over replicas.
         RunDirectoryError: if there is a run of another number of replicas, or a replica is in use.
         CheckpointError: if the replicas cannot be continued from one step.
         TrainingError: if the loss of one is no longer finite.
@@ -110,7 +107,6 @@ def run_replicas(
     first = experiments[0]
     device = first.torch_device()
     check_precision("Experiment.precision", first.precision, device)
-    check_one_process(len(replicas), processes)
     directory.check_num_replicas(len(replicas))
     data, model = prepare(first, device)
     models = [model, *(experiment.model.to(device) for experiment in experiments[1:])]
@@ -134,25 +130,8 @@ def run_replicas(
             )
             stack.callback(recorder.writer.close)
             recorders.append(recorder)
-        together = Recorders(recorders, whole)
-        hooks = Hooks(
-            log_every=first.log_every,
-            log=together.log,
-            eval_every=first.eval_every,
-            evaluate=together.evaluate,
-            checkpoint_every=first.checkpoint_every,
-            checkpoint=together.checkpoint,
-            save=together.save,
-            stop=stop,
-            max_skipped_steps=first.max_skipped_steps,
-            mean=mean_metrics_of_replicas,
-        )
-        try:
-            last = train(state, *replicated_training(experiments, model, data), first.num_steps, hooks)
-        except DivergedError as error:
-            raise with_replay(error, own[error.replica].path) from error
-        if stop():
-            raise StoppedError(f"stopped at step {last.step}, which is saved; the same command goes on from there")
+        together, functions = Recorders(recorders, whole), replicated_training(experiments, model, data)
+        last = train_to_the_end(first, state, functions, together, own, stop, mean=mean_metrics_of_replicas)
         for experiment, recorder in zip(experiments, recorders, strict=True):
             finish(experiment, recorder.model, data, recorder.directory, recorder, stop)
         together.write_spread(last.step)
@@ -219,16 +198,12 @@ def first_states(experiments: Sequence[Experiment], models: Sequence[Model]) -> 
 def replicated_training(experiments: Sequence[Experiment], model: Model, data: Data) -> tuple[Step, DrawBatch]:
     """Returns the training step of replicas and what draws their batches, for `popgen.training.loop.train`.
 
-    On a GPU the step of all is recorded as one CUDA graph.
-
     Example: `run_replicas` calls it.
     """
     first = experiments[0]
     step = make_replicated_step(plain_step(first, model), first.compile)
     batches = ReplicatedBatches([data.batches(one.batch_size, one.seed) for one in experiments])
-    if next(model.parameters()).is_cuda and first.cuda_graph:
-        return CapturedStep(step, batches), lambda step, generator: batches.indices(step)
-    return step, batches.draw
+    return recorded_on_a_gpu(first, step, batches)
 
 
 class KeepingWriter(Writer):

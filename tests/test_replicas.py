@@ -14,13 +14,13 @@ from torch import Tensor
 
 from launch import command
 from popgen import config
-from popgen.distributed import ALONE, Processes
+from popgen.distributed import Processes
 from popgen.errors import ArgumentError, CheckpointError, DivergedError, RunDirectoryError, StoppedError, TrainingError
 from popgen.experiment import Configuration, Experiment, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import PlanarFlow
 from popgen.nn.vamp_prior import VampPrior
-from popgen.replicas import Replica, run_replicas
+from popgen.replicas import Replica, check_one_process, run_replicas
 from popgen.training.run_directory import RunDirectory
 from popgen.training.state import TrainState
 from tests.test_commands import Workspace
@@ -48,13 +48,11 @@ def experiments(**changes: Any) -> list[Experiment]:
     return found
 
 
-def train_in(
-    path: pathlib.Path, stop: Callable[[], bool] = lambda: False, processes: Processes = ALONE, **changes: Any
-) -> list[TrainState]:
+def train_in(path: pathlib.Path, stop: Callable[[], bool] = lambda: False, **changes: Any) -> list[TrainState]:
     directory = RunDirectory(path)
     replicas = [Replica(one, Configuration(f"of seed {one.seed}", "", {})) for one in experiments(**changes)]
     with directory.locked():
-        return run_replicas(replicas, directory, CONFIGURATION, stop, processes)
+        return run_replicas(replicas, directory, CONFIGURATION, stop)
 
 
 def assert_same_runs(first: pathlib.Path, second: pathlib.Path) -> None:
@@ -220,7 +218,7 @@ def test_what_does_not_go_with_replicas_is_refused(tmp_path: pathlib.Path) -> No
     with RunDirectory(tmp_path).locked(), pytest.raises(ArgumentError, match="num_replicas = 2: use run_replicas"):
         run(make_experiment(num_replicas=2), RunDirectory(tmp_path), CONFIGURATION)
     with pytest.raises(ArgumentError, match="num_replicas must be 1 where there are several processes"):
-        train_in(tmp_path, processes=Processes(rank=0, size=2))
+        check_one_process(2, Processes(rank=0, size=2))
     assert not list(tmp_path.glob("replica_*"))
 
 

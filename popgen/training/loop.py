@@ -14,6 +14,7 @@ from popgen.training.state import TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 DrawBatch = Callable[[int, torch.Generator], Any]
+MeanMetrics = Callable[[Sequence[Metrics], int, int], dict[str, float]]
 
 
 def mean_metrics(recent: Sequence[Metrics], step: int, max_skipped_steps: int) -> dict[str, float]:
@@ -75,7 +76,7 @@ class Hooks(NamedTuple):
     stop: Callable[[], bool] = lambda: False
     max_skipped_steps: int = 0
     quiet: bool = False
-    mean: Callable[[Sequence[Metrics], int, int], dict[str, float]] = mean_metrics
+    mean: MeanMetrics = mean_metrics
 
 
 def train(
