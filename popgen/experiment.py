@@ -373,13 +373,13 @@ def plain_step(experiment: Experiment, model: Model, processes: Processes = ALON
     return make_train_step(
         model,
         experiment.objective,
-        0.0 if experiment.weight_average_decay is None else experiment.weight_average_decay,
-        experiment.max_gradient_norm,
-        experiment.compile,
-        experiment.precision,
-        experiment.learning_rate,
-        experiment.skip_gradient_norm,
-        processes,
+        weight_average_decay=0.0 if experiment.weight_average_decay is None else experiment.weight_average_decay,
+        max_gradient_norm=experiment.max_gradient_norm,
+        compiled=experiment.compile,
+        precision=experiment.precision,
+        learning_rate=experiment.learning_rate,
+        skip_gradient_norm=experiment.skip_gradient_norm,
+        processes=processes,
     )
 
 

@@ -155,7 +155,7 @@ def test_training_steps_agree(
     levels = torch.zeros(8, SMALL.input_dim, dtype=torch.uint8)
     trainer = textbook.TextbookTrainer(textbook.Textbook.like(vae), levels, 8, rate, max_gradient_norm, decay)
     state = initial_state(vae, lambda parameters: torch.optim.Adam(parameters, lr=rate, fused=fused), seed=0)
-    step = make_train_step(vae, objective, decay, max_gradient_norm)
+    step = make_train_step(vae, objective, weight_average_decay=decay, max_gradient_norm=max_gradient_norm)
     generator = make_generator("cpu", 0, "posterior noise")
     for _ in range(6):
         x, _ = make_inputs(samples=1, batch=8, dtype=dtype)

@@ -24,7 +24,7 @@ Gradients = tuple[Tensor | None, ...]
 GradientFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], tuple[Result, Gradients]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainStep:
     """A training step, `train_step(state, batch) -> (state, metrics)`; `make_train_step` makes one.
 
@@ -296,6 +296,7 @@ def settings_tensor(settings: dict[str, float], state: TrainState) -> Tensor:
 def make_train_step(
     model: nn.Module,
     objective: Objective,
+    *,
     weight_average_decay: float = 0.9999,
     max_gradient_norm: float | None = None,
     compiled: bool = False,
@@ -353,16 +354,16 @@ def make_train_step(
             "its noise belongs to which part of a batch (part_of_noise)"
         )
     return TrainStep(
-        model,
-        objective,
-        loss_function,
-        gradient_function(loss_function, compiled),
-        weight_average_decay,
-        max_gradient_norm,
-        precision,
-        learning_rate,
-        skip_gradient_norm,
-        processes,
+        model=model,
+        objective=objective,
+        loss_function=loss_function,
+        gradient_function=gradient_function(loss_function, compiled),
+        weight_average_decay=weight_average_decay,
+        max_gradient_norm=max_gradient_norm,
+        precision=precision,
+        learning_rate=learning_rate,
+        skip_gradient_norm=skip_gradient_norm,
+        processes=processes,
     )
 
 

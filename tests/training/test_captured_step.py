@@ -115,7 +115,9 @@ def setting(kind: str = "annealed", device: str = "cpu"):
     model, objective = KINDS[kind]()
     model.to(device)
     learning_rate = CosineAnnealing(1e-2, 0.0, NUM_STEPS + 1) if kind == "annealed" else None
-    step = make_train_step(model, objective, 0.99, max_gradient_norm=1.0, learning_rate=learning_rate)
+    step = make_train_step(
+        model, objective, weight_average_decay=0.99, max_gradient_norm=1.0, learning_rate=learning_rate
+    )
     adam = functools.partial(torch.optim.Adam, lr=1e-2, fused=True)
     auxiliary = objective.initial_state(next(model.parameters()))
     state = initial_state(model, adam, seed=0, auxiliary=auxiliary)

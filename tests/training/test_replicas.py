@@ -137,7 +137,8 @@ def setting(
         auxiliary = objective.initial_state(next(model.parameters()))
         states.append(initial_state(model, optimizer, seed, auxiliary=auxiliary))
         batches.append(batches_of(model, seed))
-    return make_train_step(model, objective, 0.99, **({"max_gradient_norm": 3.0} | options)), states, batches
+    settings = {"weight_average_decay": 0.99, "max_gradient_norm": 3.0} | options
+    return make_train_step(model, objective, **settings), states, batches
 
 
 def alone(step: TrainStep, state: TrainState, batches: Batches, num_steps: int) -> list[dict[str, Tensor]]:

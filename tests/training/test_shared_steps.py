@@ -111,7 +111,8 @@ def trained(
     auxiliary = objective.initial_state(next(model.parameters()))
     optimizer = functools.partial(torch.optim.Adam, lr=0.01, fused=True)
     state: TrainState = initial_state(model, optimizer, seed=0, auxiliary=auxiliary)
-    step, batches = make_train_step(model, objective, 0.9, processes=processes, **settings), make_batches(model)
+    step = make_train_step(model, objective, weight_average_decay=0.9, processes=processes, **settings)
+    batches = make_batches(model)
     history = []
     for _ in range(num_steps):
         state, metrics = step(state, batches.draw(state.step, state.generators["binarisation"]))
