@@ -17,8 +17,8 @@ import torch
 from benchmarks.measure import Work, in_fresh_process, interleaved, peak_memory, ratio, table
 from benchmarks.speed import CONFIGS, DIGITS, MAX_GRADIENT_NORM, STEPS
 from popgen import config
-from popgen.experiment import first_state, prepare, training_functions
-from popgen.replicas import first_states, replicated_training
+from popgen.experiment import initial_state_of, prepare, training_functions
+from popgen.replicas import initial_states_of, replicated_training
 from popgen.training.loop import Hooks, train
 from popgen.training.replicas import mean_metrics_of_replicas
 
@@ -36,10 +36,10 @@ def training(name: str, device: str, bindings: tuple[str, ...], num_replicas: in
     data, model = prepare(experiments[0], torch.device(device))
     hooks = Hooks(100, lambda step, means: None, 10**9, lambda state: state, 10**9, lambda state: None)
     if num_replicas is None:
-        state, functions = first_state(experiments[0], model), training_functions(experiments[0], model, data)
+        state, functions = initial_state_of(experiments[0], model), training_functions(experiments[0], model, data)
     else:
         models = [model, *(experiment.model.to(device) for experiment in experiments[1:])]
-        state, functions = first_states(experiments, models), replicated_training(experiments, model, data)
+        state, functions = initial_states_of(experiments, models), replicated_training(experiments, model, data)
         hooks = hooks._replace(mean=mean_metrics_of_replicas)
 
     def work() -> None:

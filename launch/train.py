@@ -69,7 +69,7 @@ def train_together(processes: Processes) -> None:
             if loaded.experiment.num_replicas == 1:
                 results = [(directory, run(loaded.experiment, directory, configuration, stop, processes))]
             else:
-                states = run_replicas(replicas_of(loaded.experiment), directory, configuration, stop)
+                states = run_replicas(configured_replicas(loaded.experiment), directory, configuration, stop)
                 results = list(zip(directory.replicas(), states, strict=True))
     for own, state in results:
         report(own, state)
@@ -80,7 +80,7 @@ def train_together(processes: Processes) -> None:
         )
 
 
-def replicas_of(experiment: Experiment) -> list[Replica]:
+def configured_replicas(experiment: Experiment) -> list[Replica]:
     """Returns the replicas of the experiment that the flags describe."""
     loaded = config.load_replicas(FLAGS.gin_file, FLAGS.gin_bindings, experiment)
     return [

@@ -103,7 +103,7 @@ def run(
     check_amounts(experiment, data)
     check_steps(experiment, data, model)
     functions = training_functions(experiment, model, data, processes)
-    state = state_of_all(experiment, model, data, directory, processes)
+    state = shared_state(experiment, model, data, directory, processes)
     recorder: Recorder | Follower = Follower(processes)
     if processes.first:  # only now that everything is built and loaded: a mistake leaves an earlier run as it was
         recorder = begin(experiment, directory, configuration, data, model, state.step, processes)
@@ -285,10 +285,10 @@ def check_steps(experiment: Experiment, data: Data, model: Model) -> None:
     """
     device = next(model.parameters()).device
     batch = data.batches(experiment.batch_size, experiment.seed).draw(0, make_generator(device, 0, "trial"))
-    check_repeats(plain_step(experiment, model), first_state(experiment, model), batch)
+    check_repeats(plain_step(experiment, model), initial_state_of(experiment, model), batch)
 
 
-def first_state(experiment: Experiment, model: Model) -> TrainState:
+def initial_state_of(experiment: Experiment, model: Model) -> TrainState:
     """Returns the state before the first step.
 
     Raises:
@@ -308,7 +308,7 @@ def first_state(experiment: Experiment, model: Model) -> TrainState:
     return state
 
 
-def starting_state(experiment: Experiment, model: Model, data: Data, found: Found | None) -> TrainState:
+def restored_or_initial_state(experiment: Experiment, model: Model, data: Data, found: Found | None) -> TrainState:
     """Returns the state that a checkpoint holds, or that before the first step if there is none.
 
     Raises:
@@ -317,12 +317,12 @@ def starting_state(experiment: Experiment, model: Model, data: Data, found: Foun
     Example: `run` calls it.
     """
     if found is not None:
-        return state_from_tensors(found.tensors, first_state(experiment, model))
+        return state_from_tensors(found.tensors, initial_state_of(experiment, model))
     initialise(model, experiment.pretrained, data.train, experiment.seed)
-    return first_state(experiment, model)
+    return initial_state_of(experiment, model)
 
 
-def state_of_all(
+def shared_state(
     experiment: Experiment, model: Model, data: Data, directory: RunDirectory, processes: Processes
 ) -> TrainState:
     """Returns the state that a run goes on from, in every process the one that the first has found or made.
@@ -330,9 +330,9 @@ def state_of_all(
     Example: `run` calls it.
     """
     if not processes.first:
-        return state_from_tensors(processes.from_first({}), first_state(experiment, model))
+        return state_from_tensors(processes.from_first({}), initial_state_of(experiment, model))
     found = directory.newest_checkpoint()
-    state = fit_files(directory, found, starting_state(experiment, model, data, found))
+    state = fit_files(directory, found, restored_or_initial_state(experiment, model, data, found))
     on_cpu = tree_map_only(torch.Tensor, Tensor.cpu, state_to_tensors(state))  # from a GPU all would open the first's
     processes.from_first(on_cpu)
     return state

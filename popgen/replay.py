@@ -4,7 +4,7 @@ import dataclasses
 
 from tqdm import tqdm
 
-from popgen.experiment import Experiment, plain_step, prepare, starting_state, training_functions
+from popgen.experiment import Experiment, plain_step, prepare, restored_or_initial_state, training_functions
 from popgen.training.diagnosis import Diagnosis, diagnose
 from popgen.training.run_directory import RunDirectory
 
@@ -20,7 +20,7 @@ def replay(experiment: Experiment, directory: RunDirectory, step: int) -> Diagno
     Example: `main` of `launch.replay` prints it.
     """
     data, model = prepare(experiment, experiment.torch_device())
-    state = starting_state(experiment, model, data, directory.newest_checkpoint(step - 1))
+    state = restored_or_initial_state(experiment, model, data, directory.newest_checkpoint(step - 1))
     train_step, draw_batch = training_functions(experiment, model, data)
     for _ in tqdm(range(state.step, step - 1), unit="step", disable=None, dynamic_ncols=True):
         state, _ = train_step(state, draw_batch(state.step, state.generators["binarisation"]))

@@ -22,11 +22,11 @@ from popgen.experiment import (
     check_amounts,
     check_steps,
     finish,
-    first_state,
+    initial_state_of,
     plain_step,
     prepare,
     recorded_on_a_gpu,
-    starting_state,
+    restored_or_initial_state,
     train_to_the_end,
 )
 from popgen.models.model import Model
@@ -112,14 +112,15 @@ def run_replicas(
     models = [model, *(experiment.model.to(device) for experiment in experiments[1:])]
     check_amounts(first, data)
     check_steps(first, data, model)
-    check_can_map(make_replicated_step(plain_step(first, model)), first_states(experiments, models), first.batch_size)
+    step = make_replicated_step(plain_step(first, model))
+    check_can_map(step, initial_states_of(experiments, models), first.batch_size)
     own = [directory.replica(index) for index in range(len(replicas))]
     with contextlib.ExitStack() as stack:
         for one in own:
             stack.enter_context(one.locked())
         everything = zip(experiments, models, own, newest_common(directory.path, own), strict=True)
         state = stack_states(
-            [fit_files(one, found, starting_state(e, m, data, found)) for e, m, one, found in everything]
+            [fit_files(one, found, restored_or_initial_state(e, m, data, found)) for e, m, one, found in everything]
         )
         whole = begin(first, directory, configuration, data, model, state.step).writer
         stack.callback(whole.close)
@@ -187,12 +188,12 @@ def newest_common(path: pathlib.Path, directories: Sequence[RunDirectory]) -> li
     return [None] * len(directories)
 
 
-def first_states(experiments: Sequence[Experiment], models: Sequence[Model]) -> ReplicatedState:
+def initial_states_of(experiments: Sequence[Experiment], models: Sequence[Model]) -> ReplicatedState:
     """Returns the states before the first step, stacked.
 
     Example: `run_replicas` calls it.
     """
-    return stack_states([first_state(*one) for one in zip(experiments, models, strict=True)])
+    return stack_states([initial_state_of(*one) for one in zip(experiments, models, strict=True)])
 
 
 def replicated_training(experiments: Sequence[Experiment], model: Model, data: Data) -> tuple[Step, DrawBatch]:

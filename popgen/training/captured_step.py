@@ -19,7 +19,7 @@ from popgen.training.step import TrainStep, settings_tensor
 
 WARM_UP_STEPS = 3  # steps before the recording: libraries are loaded, kernels chosen, optimizer state made
 
-Recorder = Callable[[Callable[[], Metrics], Iterable[torch.Generator]], Recorded]
+Recording = Callable[[Callable[[], Metrics], Iterable[torch.Generator]], Recorded]
 
 
 def record_step(work: Callable[[], Metrics], generators: Iterable[torch.Generator]) -> Recorded:
@@ -58,10 +58,10 @@ class CapturedStep:
     Example: `training_functions` makes one where there is a GPU.
     """
 
-    def __init__(self, train_step: TrainStep, batches: Batches, record: Recorder = record_step) -> None:
+    def __init__(self, train_step: TrainStep, batches: Batches, record: Recording = record_step) -> None:
         self.train_step, self.batches, self.record = train_step, batches, record
         self._warmed_up = 0
-        self._recorded_for: tuple = (None,) * 7
+        self._recorded_for: tuple | None = None
         self._replay: Callable[[], object] | None = None
         self._metrics: Metrics = {}
 
@@ -77,7 +77,7 @@ class CapturedStep:
             state.generators,
             state.skipped,
         )
-        if not all(map(operator.is_, tensors, self._recorded_for)):
+        if self._recorded_for is None or not all(map(operator.is_, tensors, self._recorded_for)):
             self._prepare(state, indices, list(settings))
             self._recorded_for = tensors
         self._indices.copy_(indices)

@@ -14,7 +14,7 @@ from popgen.streams import make_generator
 
 STREAMS = ("binarisation", "posterior noise")
 
-Model = TypeVar("Model", bound=nn.Module)
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
@@ -242,7 +242,7 @@ def check_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], of: 
         raise CheckpointError(f"the checkpoint is of another {of}: {listed}{more}")
 
 
-def model_with_weights(model: Model, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Model:
+def model_with_weights(model: AnyModule, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> AnyModule:
     """Returns a copy of the model that has these parameters and buffers, in evaluation mode.
 
     Example:

@@ -9,7 +9,7 @@ from popgen.datasets.images import as_values
 from popgen.errors import ArgumentError, CheckpointError, check_choice
 from popgen.streams import make_generator
 from popgen.training.run_directory import find_run
-from popgen.training.state import Model, check_same_tensors, copy_by_name, model_with_weights, tensors_of
+from popgen.training.state import AnyModule, check_same_tensors, copy_by_name, model_with_weights, tensors_of
 
 WEIGHTS = ("raw", "averaged")
 
@@ -48,7 +48,7 @@ def initialise(model: nn.Module, pretrained: Mapping[str, str], examples: Any, s
             initialise_from_data(as_values(examples), make_generator(examples.device, seed, "initialisation from data"))
 
 
-def model_of_checkpoint(model: Model, tensors: Mapping[str, Any], weights: str = "raw") -> Model:
+def model_of_checkpoint(model: AnyModule, tensors: Mapping[str, Any], weights: str = "raw") -> AnyModule:
     """Returns the model with the raw or averaged weights of a loaded checkpoint.
 
     Raises:

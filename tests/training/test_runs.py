@@ -17,7 +17,7 @@ from torch import Tensor
 from popgen.datasets.images import ImageData, binarise_once, prepare_images
 from popgen.errors import ArgumentError, CheckpointError, DivergedError, StoppedError, TrainingError
 from popgen.evaluation.likelihood import evaluate_elbo
-from popgen.experiment import Configuration, Experiment, first_state, plain_step, prepare, run
+from popgen.experiment import Configuration, Experiment, initial_state_of, plain_step, prepare, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import PlanarFlow
 from popgen.nn.vamp_prior import VampPrior
@@ -455,7 +455,7 @@ def test_a_replay_names_the_module(tmp_path: pathlib.Path) -> None:
     encoder = experiment.model.encoder
     encoder.mean_and_log_var = torch.nn.Sequential(encoder.mean_and_log_var, Overflows())
     data, model = prepare(experiment, torch.device("cpu"))
-    state = first_state(experiment, model)
+    state = initial_state_of(experiment, model)
     found = diagnose(plain_step(experiment, model), state, data.batches(8, 0).draw(0, state.generators["binarisation"]))
     assert found.not_finite[:2] == (
         ("output", "encoder.mean_and_log_var.1"),
