@@ -295,7 +295,7 @@ def initial_state_of(experiment: Experiment, model: Model) -> TrainState:
         ArgumentError: if the optimizer is not fit for training steps or checkpoints, or steps may be skipped and it
             cannot be told on the device to skip one.
 
-    Example: `run` calls it.
+    Example: `check_steps` calls it.
     """
     auxiliary = experiment.objective.initial_state(next(model.parameters()))
     average = experiment.weight_average_decay is not None
@@ -314,7 +314,7 @@ def restored_or_initial_state(experiment: Experiment, model: Model, data: Data, 
     Raises:
         CheckpointError: if the checkpoint is of another model, optimizer or kind of device.
 
-    Example: `run` calls it.
+    Example: `shared_state` calls it.
     """
     if found is not None:
         return state_from_tensors(found.tensors, initial_state_of(experiment, model))
@@ -405,7 +405,7 @@ def evaluate_model(
         UnfinishedEvaluationError: if other shards of the table are not finished.
         StoppedError: if `stop`, which is asked from time to time, says so.
 
-    Example: `run` calls it.
+    Example: `finish` calls it.
     """
     examples = first_examples(data, num_examples)
     reference = next(model.parameters())

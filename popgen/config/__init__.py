@@ -78,7 +78,7 @@ def load(gin_files: Sequence[str | os.PathLike], bindings: Sequence[str] = ()) -
 def load_foreign(gin_file: pathlib.Path, checkpoint: Mapping[str, Any]) -> LoadedConfig:
     """Returns the experiment that the configuration of somebody else's run describes, or refuses it.
 
-    Nothing is imported, called or built but what `popgen.foreign` allows, at the size of the checkpoint.
+    Nothing is imported, called or built but what `popgen.config.foreign` allows, at the size of the checkpoint.
 
     Args:
         gin_file: that training wrote.

@@ -90,7 +90,7 @@ def parameters_of(selector: str) -> list[str]:
     """Returns the names of the parameters of what a selector stands for; empty if it stands for several things, which
     gin reports when it parses the binding.
 
-    Example: `load` calls it.
+    Example: `translated` suggests one of them.
     """
     complete = gin.config._REGISTRY.matching_selectors(selector)
     return list(inspect.signature(gin.config._REGISTRY[complete[0]].wrapped).parameters) if len(complete) == 1 else []

@@ -259,10 +259,7 @@ class SizeLimit(TorchDispatchMode):
 def reading_only(experiment: Experiment) -> Experiment:
     """Returns an experiment whose dataset writes nothing where a configuration told it to.
 
-    Example:
-        >>> from popgen.datasets.binary_mnist import BinaryMNIST
-        >>> reading_only_of(BinaryMNIST(data_dir="/elsewhere")).download
-        False
+    Example: `load_foreign` calls it.
     """
     return dataclasses.replace(experiment, dataset=reading_only_of(experiment.dataset))
 
@@ -270,7 +267,10 @@ def reading_only(experiment: Experiment) -> Experiment:
 def reading_only_of(dataset: Any) -> Any:
     """Returns a dataset that writes nothing into its `data_dir`, where it has one of its own.
 
-    Example: `reading_only` calls it.
+    Example:
+        >>> from popgen.datasets.binary_mnist import BinaryMNIST
+        >>> reading_only_of(BinaryMNIST(data_dir="/elsewhere")).download
+        False
     """
     if getattr(dataset, "data_dir", None) is None:
         return dataset

@@ -79,7 +79,7 @@ def picture_names(shown: Mapping[str, Shown]) -> list[str]:
 def write_shown(writer: Writer, shown: Mapping[str, Shown], step: int) -> None:
     """Writes pictures and sounds for TensorBoard.
 
-    Example: `run` calls it.
+    Example: `Recorder` calls it.
     """
     for name, item in shown.items():
         if isinstance(item, Sound):

@@ -56,7 +56,7 @@ def rows_of(sweep: SweepDirectory) -> list[Row]:
     """Returns a row for every run of a sweep, from what lies in its run directory.
 
     Raises:
-        CheckpointError: if the latest checkpoint of one is damaged.
+        RunDirectoryError: if the list of runs, or the record of an evaluation, cannot be read.
 
     Example:
         >>> rows_of(SweepDirectory(pathlib.Path("nowhere")))

@@ -55,7 +55,7 @@ class CapturedStep:
         batches: the examples, on the device.
         record: how work is recorded; `record_step`, or a stand-in where there is no GPU.
 
-    Example: `training_functions` makes one where there is a GPU.
+    Example: `recorded_on_a_gpu` makes one.
     """
 
     def __init__(self, train_step: TrainStep, batches: Batches, record: Recording = record_step) -> None:

@@ -34,7 +34,7 @@ class Recorder:
         model: the architecture; its own weights are not used.
         processes: of the run, whose others are told what an evaluation finds.
 
-    Example: `run` makes one.
+    Example: `begin` makes one.
     """
 
     evaluator: Evaluator
@@ -167,7 +167,7 @@ def fit_files(directory: RunDirectory, found: Found | None, state: TrainState) -
 
     Where the best checkpoint is lost, the lowest loss is sought anew.
 
-    Example: `run` calls it.
+    Example: `shared_state` calls it.
     """
     if found is not None and not directory.continue_from(found):
         return dataclasses.replace(state, best_loss=math.inf, best_step=0)

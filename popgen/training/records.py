@@ -44,7 +44,7 @@ class EvaluationFiles:
     Args:
         directory: of the run.
         step: of the checkpoint.
-        weights: "raw" or "average".
+        weights: "raw" or "averaged".
         num_samples: of the evaluation.
         num_examples: of the evaluation.
 

@@ -27,7 +27,7 @@ def initialise(model: nn.Module, pretrained: Mapping[str, str], examples: Any, s
         ArgumentError: if the model has no such part, or the data is too small for it.
         CheckpointError: if there is no such run, or it is of another model.
 
-    Example: `run` calls it.
+    Example: `restored_or_initial_state` calls it.
     """
     given: set[nn.Module] = set()
     parts = dict(model.named_children())
@@ -54,7 +54,7 @@ def model_of_checkpoint(model: AnyModule, tensors: Mapping[str, Any], weights: s
     Raises:
         CheckpointError: if it is of another model, or has no averaged weights.
 
-    Example: `run` calls it.
+    Example: `finish` calls it.
     """
     check_choice("weights", weights, WEIGHTS)
     parameters = tensors["parameters"] if weights == "raw" else tensors["weight_average"]
