@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -19,10 +19,38 @@ from popgen.config.foreign import check_files
 from popgen.errors import PopgenError, RunDirectoryError, StoppedError, reason_of
 from popgen.experiment import Experiment
 from popgen.training.run_directory import RunDirectory
+from popgen.training.weights import WEIGHTS
 
 STOPPED = 75  # exit status of a run that was asked to stop: "try again later", EX_TEMPFAIL of sysexits.h
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 TRUST_CONFIG = "Build whatever the run's config.gin names, other code than popgen's and torch's too, which then runs."
+
+flags.disclaim_key_flags()  # a flag that is defined here is one of the command that asks for it, and in its --help
+
+
+def define_run_flags(checkpoint: str = "best", remark: str = "") -> None:
+    """Defines the flags of a command that loads a checkpoint of a run.
+
+    Args:
+        checkpoint: which one, where a command is told nothing else.
+        remark: added to what `--help` says of that.
+    """
+    flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
+    flags.DEFINE_string("checkpoint", checkpoint, f"best, latest, previous, or a step that was kept{remark}.")
+    flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
+    flags.DEFINE_bool("trust_config", False, TRUST_CONFIG)
+
+
+def define_process_timeout() -> None:
+    """Defines the flag of a command that several processes may share."""
+    flags.DEFINE_float(
+        "process_timeout", 600.0, "Seconds that one of several processes waits for the others.", lower_bound=1.0
+    )
+
+
+def config_name(gin_files: Sequence[str]) -> str:
+    """Returns the name of a run or sweep that config files describe."""
+    return "+".join(pathlib.Path(gin_file).stem for gin_file in gin_files)
 
 
 def start(main: Callable[[], None], required: tuple[str, ...]) -> None:

@@ -16,11 +16,10 @@ from popgen.execution import PRECISIONS
 from popgen.experiment import evaluate_model, prepare
 from popgen.summaries import Writer
 from popgen.training.records import EvaluationFiles
-from popgen.training.weights import WEIGHTS, model_of_checkpoint
+from popgen.training.weights import model_of_checkpoint
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
-flags.DEFINE_string("checkpoint", "best", "best, latest, previous, or a step that was kept.")
+command.define_run_flags()
 flags.DEFINE_integer("num_samples", None, "Samples for each example; default 5,000 for a VAE.")
 flags.DEFINE_integer("num_examples", None, "Test examples, from the first; default all.")
 flags.DEFINE_alias("num_images", "num_examples")
@@ -29,11 +28,7 @@ flags.DEFINE_string("shard", "1/1", "Which part of the images, such as 2/4; the 
 flags.DEFINE_integer("annealed_images", 0, "Of a VAE: how many to check by annealed importance sampling.")
 flags.DEFINE_integer("num_temperatures", 1_000, "Of that check.")
 flags.DEFINE_integer("num_chains", 16, "Of that check, for each image.")
-flags.DEFINE_float(
-    "process_timeout", 600.0, "Seconds that one of several processes waits for the others.", lower_bound=1.0
-)
-flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
-flags.DEFINE_bool("trust_config", False, command.TRUST_CONFIG)
+command.define_process_timeout()
 
 
 def main() -> None:

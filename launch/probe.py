@@ -18,16 +18,11 @@ from popgen.evaluation.representations import (
 from popgen.experiment import prepare
 from popgen.summaries import Writer
 from popgen.training.files import write_whole
-from popgen.training.weights import WEIGHTS, model_of_checkpoint
+from popgen.training.weights import model_of_checkpoint
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
+command.define_run_flags(checkpoint="latest", remark="; best was chosen on test data")
 flags.DEFINE_string("target", None, "The label that is told from single frames, such as speaker or digit.")
-flags.DEFINE_string(
-    "checkpoint", "latest", "best, latest, previous, or a step that was kept; best was chosen on test data."
-)
-flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
-flags.DEFINE_bool("trust_config", False, command.TRUST_CONFIG)
 flags.DEFINE_integer("frames_per_recording", 20, "At most so many, chosen at random, in training and test.")
 flags.DEFINE_list("stacked", ["12", "24"], "Numbers of frames that are put together as plain features.")
 flags.DEFINE_integer("seed", 0, "Of the choice of frames.")

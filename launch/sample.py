@@ -9,15 +9,12 @@ from launch import command
 from popgen.errors import RunDirectoryError, check_integer
 from popgen.evaluation.shown import picture_names, save_shown
 from popgen.experiment import prepare
-from popgen.training.weights import WEIGHTS, model_of_checkpoint
+from popgen.training.weights import model_of_checkpoint
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("run_dir", None, "The run directory that training wrote.")
+command.define_run_flags()
 flags.DEFINE_string("out", None, "The PNG to write; sounds go beside it as WAV files.")
 flags.DEFINE_integer("num_samples", None, "Samples, and at most as many of others; default 64 images or 8 sounds.")
-flags.DEFINE_string("checkpoint", "best", "best, latest, previous, or a step that was kept.")
-flags.DEFINE_enum("weights", "raw", WEIGHTS, "The weights as trained, or their moving average.")
-flags.DEFINE_bool("trust_config", False, command.TRUST_CONFIG)
 flags.DEFINE_integer("seed", 0, "Of the draws.")
 
 

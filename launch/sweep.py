@@ -40,8 +40,8 @@ def main() -> None:
         raise PopgenError(
             "--gin_file and --sweep, or --sweep_dir and --table_only must be given; --help lists the options"
         )
-    names = "+".join(pathlib.Path(gin_file).stem for gin_file in FLAGS.gin_file)
-    sweep = SweepDirectory(pathlib.Path(FLAGS.sweep_dir) if FLAGS.sweep_dir else default_root() / f"{names}_sweep")
+    default_path = default_root() / f"{command.config_name(FLAGS.gin_file)}_sweep"
+    sweep = SweepDirectory(pathlib.Path(FLAGS.sweep_dir) if FLAGS.sweep_dir else default_path)
     if FLAGS.table_only:
         if not sweep.list_path.is_file():
             raise PopgenError(f"there is no sweep in {str(sweep.path)!r}; --sweep_dir names what launch.sweep wrote")

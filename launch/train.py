@@ -27,9 +27,7 @@ flags.DEFINE_string("run_dir", None, "Where the run is kept; default $EXPERIMENT
 flags.DEFINE_bool("dry_run", False, "Print configuration, parameter counts and shapes; train nothing.")
 flags.DEFINE_bool("overwrite", False, "Start anew, removing what an earlier run wrote.")
 flags.DEFINE_bool("reconfigure", False, "Continue an earlier run under a changed configuration.")
-flags.DEFINE_float(
-    "process_timeout", 600.0, "Seconds that one of several processes waits for the others.", lower_bound=1.0
-)
+command.define_process_timeout()
 flags.DEFINE_multi_string("hparam", [], "A setting that is a column of TensorBoard's HParams tab; default all.")
 
 
@@ -108,8 +106,7 @@ def run_path() -> pathlib.Path:
     """Returns `--run_dir`, or the configs' names under `$EXPERIMENT_DIR` or `experiments`."""
     if FLAGS.run_dir:
         return pathlib.Path(FLAGS.run_dir)
-    name = "+".join(pathlib.Path(gin_file).stem for gin_file in FLAGS.gin_file)
-    return default_root() / name
+    return default_root() / command.config_name(FLAGS.gin_file)
 
 
 def settle_earlier_run(directory: RunDirectory, given: str, num_replicas: int) -> None:
