@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EVENT_FILES = "events.out.tfevents."
+PADDING = 2  # pixels between the images of a grid and around it
+SCALE = 2  # side of the square of a PNG that each pixel becomes
 
 
 def image_grid(
-    images: Float[Tensor, "count size"], image_shape: tuple[int, int], columns: int, padding: int = 2
+    images: Float[Tensor, "count size"], image_shape: tuple[int, int], columns: int
 ) -> UInt8[Tensor, "height width"]:
     """Returns images laid out in rows on a dark grey ground, as uint8 levels.
 
@@ -30,7 +32,6 @@ def image_grid(
         images: values in [0, 1], flattened.
         image_shape: height and width of each.
         columns: images in a row.
-        padding: pixels between them and around.
 
     Example:
         >>> image_grid(torch.rand(10, 784), (28, 28), columns=5).shape
@@ -38,19 +39,17 @@ def image_grid(
     """
     height, width = image_shape
     rows = -(-len(images) // columns)
-    grid = torch.full(
-        (rows * (height + padding) + padding, columns * (width + padding) + padding), 64, dtype=torch.uint8
-    )
+    row_height, column_width = height + PADDING, width + PADDING
+    grid = torch.full((rows * row_height + PADDING, columns * column_width + PADDING), 64, dtype=torch.uint8)
     levels = (images.detach().cpu().float().clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
     for i, image in enumerate(levels.view(-1, height, width)):
-        top = padding + (i // columns) * (height + padding)
-        left = padding + (i % columns) * (width + padding)
+        top, left = PADDING + (i // columns) * row_height, PADDING + (i % columns) * column_width
         grid[top : top + height, left : left + width] = image
     return grid
 
 
-def write_png(path: pathlib.Path, levels: UInt8[Tensor, "height width"], scale: int = 2) -> None:
-    """Writes grey levels as a PNG, each pixel enlarged to `scale` × `scale`.
+def write_png(path: pathlib.Path, levels: UInt8[Tensor, "height width"]) -> None:
+    """Writes grey levels as a PNG, each pixel enlarged to `SCALE` × `SCALE`.
 
     Example:
         >>> import tempfile
@@ -62,7 +61,7 @@ def write_png(path: pathlib.Path, levels: UInt8[Tensor, "height width"], scale: 
     """
     from PIL import Image
 
-    enlarged = levels.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    enlarged = levels.repeat_interleave(SCALE, 0).repeat_interleave(SCALE, 1)
     Image.fromarray(enlarged.numpy()).save(path, format="PNG")
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from popgen.datasets.data import ShuffledBatches
 from popgen.errors import ArgumentError, DataError, check_integer, check_number
 
-SPLITS = ("train", "test", "validation")
 SCALES = {torch.int16: 32_768.0, torch.uint8: 255.0}  # what integers are divided by: PCM samples and grey levels
 
 

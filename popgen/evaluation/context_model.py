@@ -7,14 +7,16 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from popgen.distributions.mu_law import NUM_CODES
 from popgen.errors import ArgumentError, check_integer
 
 SMOOTHING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # that are tried
 MAX_COUNTS = 2**27
+SILENCE = 128  # the mu-law code of 0
 
 
 def count_contexts(
-    seen: Sequence[Int64[Tensor, "_"]], order: int, num_codes: int = 256, start: int = 128
+    seen: Sequence[Int64[Tensor, "_"]], order: int, num_codes: int = NUM_CODES, start: int = SILENCE
 ) -> Int64[Tensor, "contexts codes"]:
     """Returns how often each code follows each context of `order` codes.
 
@@ -22,7 +24,7 @@ def count_contexts(
         seen: the sequences.
         order: how many codes a context has; 0 gives the frequencies alone.
         num_codes: K.
-        start: the code that stands before the first; 128 is silence among mu-law codes.
+        start: the code that stands before the first.
 
     Raises:
         ArgumentError: if there are too many contexts to count.
@@ -41,7 +43,7 @@ def count_contexts(
 
 
 def context_model_log_density(
-    codes: Int64[Tensor, " time"], counts: Int64[Tensor, "contexts codes"], smoothing: float, start: int = 128
+    codes: Int64[Tensor, " time"], counts: Int64[Tensor, "contexts codes"], smoothing: float, start: int = SILENCE
 ) -> Float[Tensor, " time"]:
     """Returns log p of each code of a sequence given those before it, nats, float64.
 
@@ -67,7 +69,9 @@ def context_model_log_density(
     return found.log() - following.log()
 
 
-def choose_smoothing(codes: Sequence[Int64[Tensor, "_"]], order: int, num_codes: int = 256, start: int = 128) -> float:
+def choose_smoothing(
+    codes: Sequence[Int64[Tensor, "_"]], order: int, num_codes: int = NUM_CODES, start: int = SILENCE
+) -> float:
     """Returns the one of `SMOOTHING` that scores every tenth sequence best when the others are counted.
 
     Example:

@@ -60,7 +60,7 @@ def contrastive_terms(
     found: list[list[CPCTerms]] = [[] for _ in range(num_draws)]
     for indices in order.split(batch_size):
         batch = sequences.padded(indices)
-        shape = model.noise_shape(*batch.values.shape[:2])
+        shape = model.noise_shape(len(batch.values))
         for terms in found:
             uniform = torch.rand(shape, generator=generator, device=device, dtype=batch.values.dtype)
             terms.append(model(batch.values, batch.lengths, uniform, batch.labels))

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from popgen.errors import ArgumentError
+from popgen.errors import ArgumentError, check_integer
 
 
 def info_nce(
@@ -59,9 +59,7 @@ def contrastive_accuracy(
     return (positive[..., 0] == highest).to(scores.dtype) / (scores == positive).sum(-1)
 
 
-def mutual_information_bound(
-    loss: Float[Tensor, "*shape"], num_candidates: int | Float[Tensor, "*shape"]
-) -> Float[Tensor, "*shape"]:
+def mutual_information_bound(loss: Float[Tensor, "*shape"], num_candidates: int) -> Float[Tensor, "*shape"]:
     """Returns log N - L, nats, whose expectation is a lower bound on the mutual information of context and positive.
 
     (Section 2.3 and appendix A.1 of the paper.) Two things limit what it says:
@@ -75,17 +73,13 @@ def mutual_information_bound(
         num_candidates: N, the positive and the negatives.
 
     Raises:
-        ArgumentError: if `num_candidates` is a number below 1; the values of a tensor are not checked.
+        ArgumentError: if `num_candidates` is not an integer of at least 1.
 
     Example:
         >>> mutual_information_bound(info_nce(torch.tensor([[9.0, 0.0, 0.0, 0.0]])), num_candidates=4)
         tensor([1.3859])
     """
-    if isinstance(num_candidates, Tensor):
-        return num_candidates.log() - loss
-    if isinstance(num_candidates, bool) or not isinstance(num_candidates, int) or num_candidates < 1:
-        raise ArgumentError(f"num_candidates must be an integer of at least 1, got {num_candidates!r}")
-    return math.log(num_candidates) - loss
+    return math.log(check_integer("num_candidates", num_candidates, minimum=1)) - loss
 
 
 def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:

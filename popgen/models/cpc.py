@@ -43,6 +43,8 @@ class CPCTerms(NamedTuple):
     def means(self, pairs: Int64[Tensor, "whole steps"] | None = None) -> dict[str, Float[Tensor, ""]]:
         """Returns the loss, nats, and the accuracy: means over all pairs and over those of each step k ahead.
 
+        Each pair has the same weight; what has no pair is nought.
+
         Args:
             pairs: the `step_weights` of a whole batch of which these sequences are a part: the results are then what
                 this part adds to the means over the whole.
@@ -56,19 +58,9 @@ class CPCTerms(NamedTuple):
         return named
 
     @property
-    def mean_loss(self) -> Float[Tensor, ""]:
-        """The loss of the batch, nats: the mean over all pairs, each of the same weight; nought if there are none."""
-        return self.means()["loss"]
-
-    @property
     def loss_of_steps(self) -> Float[Tensor, " steps"]:
         """The mean over the pairs of each step, nats."""
         return _mean(self.step_losses, self.step_weights, dim=0)
-
-    @property
-    def accuracy_of_steps(self) -> Float[Tensor, " steps"]:
-        """The mean over the pairs of each step."""
-        return _mean(self.step_accuracies, self.step_weights, dim=0)
 
 
 class Part(NamedTuple):
@@ -116,7 +108,7 @@ class CPC(Model):
         >>> encoder = StridedConvEncoder(hidden_dim=64, kernel_sizes=(10, 8, 4, 4), strides=(5, 4, 2, 2))
         >>> model = CPC(encoder, GRUContext(64, 32), LinearPredictors(32, 64, num_steps=12))
         >>> values, lengths = torch.randn(3, 8_000), torch.tensor([8_000, 4_000, 100])
-        >>> terms = model(values, lengths, torch.rand(model.noise_shape(batch=3, window=8_000)))
+        >>> terms = model(values, lengths, torch.rand(model.noise_shape(batch=3)))
         >>> terms.weight  # pairs; the last sequence has no frame
         tensor([1098,  498,    0])
         >>> model.represent(values, lengths).shape
@@ -153,8 +145,8 @@ class CPC(Model):
         self.num_candidates = num_negatives + 1
         self.bound_is_valid = negatives == "batch"
 
-    def noise_shape(self, batch: int, window: int) -> tuple[int, int]:
-        """Returns the shape of the uniform noise of `forward`, for any window."""
+    def noise_shape(self, batch: int) -> tuple[int, int]:
+        """Returns the shape of the uniform noise of `forward` for a batch of that many sequences."""
         return batch, self.num_negatives
 
     def num_frames(self, lengths: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:

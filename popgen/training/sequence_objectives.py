@@ -92,7 +92,7 @@ class ContrastiveLoss(Objective):
 
     def draw_noise(self, model: CPC, batch: SequenceBatch, generator: torch.Generator) -> Tensor:
         """Returns uniform noise that chooses the negatives, shape `(batch, negatives)`."""
-        shape = model.noise_shape(*batch.values.shape[:2])
+        shape = model.noise_shape(len(batch.values))
         return torch.rand(shape, generator=generator, device=batch.device, dtype=batch.values.dtype)
 
     def part_of_batch(self, batch: SequenceBatch, processes: Processes) -> "SharedSequences":

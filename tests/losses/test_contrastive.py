@@ -87,7 +87,6 @@ def test_the_bound_never_exceeds_log_n() -> None:
     bound = mutual_information_bound(info_nce(scores), 6)
     assert (bound <= math.log(6)).all()
     torch.testing.assert_close(bound[:500], torch.full((500,), math.log(6), dtype=torch.float64))
-    torch.testing.assert_close(mutual_information_bound(info_nce(scores), torch.full((1_000,), 6.0).double()), bound)
 
 
 @pytest.mark.parametrize("correlation", [0.3, 0.9])
