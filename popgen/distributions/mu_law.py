@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from popgen.execution import at_least_float32
+
 NUM_CODES = 256
 MU = NUM_CODES - 1
 
@@ -26,7 +28,7 @@ def mu_law_encode(waveform: Float[Tensor, "*sample"]) -> Int64[Tensor, "*sample"
         >>> mu_law_encode(torch.tensor([-1.0, -0.01, 0.0, 0.01, 1.0]))
         tensor([  0,  98, 128, 157, 255])
     """
-    x = waveform.to(torch.promote_types(waveform.dtype, torch.float32)).clamp(-1.0, 1.0)
+    x = at_least_float32(waveform).clamp(-1.0, 1.0)
     companded = torch.sign(x) * torch.log1p(MU * x.abs()) / math.log1p(MU)
     return ((companded + 1.0) / 2.0 * MU + 0.5).to(torch.int64)  # never negative: it rounds to the nearest
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from popgen.errors import ArgumentError, check_integer
+from popgen.execution import at_least_float32
 
 
 def info_nce(
@@ -86,7 +87,7 @@ def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Returns the scores in at least float32, minus infinity where the mask leaves a negative out."""
     if scores.ndim == 0 or scores.shape[-1] == 0:
         raise ArgumentError(f"scores must have the positive on their last axis, got shape {tuple(scores.shape)}")
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = at_least_float32(scores)
     if mask is None:
         return scores
     expected = (*scores.shape[:-1], scores.shape[-1] - 1)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from popgen.errors import ArgumentError, check_integer
-from popgen.execution import full_precision
+from popgen.execution import at_least_float32, full_precision
 
 # (vector, code) pairs whose products are formed at once: on a CPU they fit the cache, on a GPU they fill it.
 PAIRS_IN_FLIGHT = {"cpu": 2**18, "cuda": 2**26}
@@ -131,8 +131,7 @@ def drawn_vectors(
                 [1., 7.],
                 [0., 0.]])
     """
-    rows = vectors.detach().reshape(-1, vectors.shape[-1])
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    rows = at_least_float32(vectors.detach().reshape(-1, vectors.shape[-1]))
     if len(rows) == 0:
         return torch.zeros(len(uniform), 1 + rows.shape[1], dtype=rows.dtype, device=rows.device)
     chosen = rows[(uniform * len(rows)).long().clamp(0, len(rows) - 1)]
@@ -263,7 +262,8 @@ def cluster(
         num_codes: number of centres.
         uniform: noise in [0, 1), one for each centre.
         num_updates: the number of batches that the vectors are from; counts and sums are those of one batch.
-        num_iterations: of Lloyd's algorithm.
+        num_iterations: of Lloyd's algorithm. With none the centres are those that were drawn, and a cluster is the
+            vectors nearest to one.
 
     Raises:
         ArgumentError: if there are fewer vectors than centres, or an argument is outside its domain.
@@ -281,7 +281,7 @@ def cluster(
         raise ArgumentError(f"uniform must have shape ({num_codes},), one for each centre, got {tuple(uniform.shape)}")
     if len(vectors) < num_codes:
         raise ArgumentError(f"num_codes must be at most the {len(vectors)} vectors that there are, got {num_codes}")
-    vectors = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
+    vectors = at_least_float32(vectors.detach())
     codes = torch.empty(num_codes, vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
     distances = torch.ones_like(vectors[:, 0])
     for i in range(num_codes):
@@ -290,11 +290,10 @@ def cluster(
         codes[i] = vectors[chosen.clamp_max(len(vectors) - 1)]
         nearest = (vectors - codes[i]).square().sum(1)
         distances = nearest if i == 0 else torch.minimum(distances, nearest)
-    seen = torch.cat([torch.ones_like(vectors[:, :1]), vectors], dim=1)
-    totals = torch.zeros(num_codes, seen.shape[1], dtype=seen.dtype, device=seen.device)
-    for _ in range(num_iterations):
-        totals = torch.zeros_like(totals).index_add_(0, nearest_codes(vectors, codes), seen)
-        codes = torch.where(totals[:, :1] > 0, totals[:, 1:] / totals[:, :1].clamp_min(1.0), codes)
+    for iteration in range(max(1, num_iterations)):
+        totals = assigned_sums(vectors, nearest_codes(vectors, codes), num_codes, vectors.dtype)
+        if iteration < num_iterations:
+            codes = torch.where(totals[:, :1] > 0, totals[:, 1:] / totals[:, :1].clamp_min(1.0), codes)
     totals = totals / num_updates
     return Codebook(codes, totals[:, 0], totals[:, 1:].clone(), torch.ones_like(totals[:, 0]))
 

@@ -165,7 +165,23 @@ class Quantiser(nn.Module, abc.ABC):
             buffers[name].copy_(value)
 
 
-class GradientQuantiser(Quantiser):
+class _SingleCodebook(Quantiser):
+    """A quantiser whose one codebook is the tensor `codes`, however it is learned."""
+
+    codes: Tensor
+
+    def forward(self, vectors: Float[Tensor, "*shape dim"]) -> Quantised:
+        """Returns the nearest codes."""
+        indices = nearest_codes(vectors, self.codes)
+        codes = self.look_up(indices)
+        return Quantised(straight_through(vectors, codes.to(vectors.dtype)), codes, indices)
+
+    def look_up(self, indices: Int64[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
+        """Returns the codes at some indices."""
+        return F.embedding(indices, self.codes)
+
+
+class GradientQuantiser(_SingleCodebook):
     """A codebook that is learned by gradient: add `popgen.losses.codebook_loss` (the second term of eq. 3).
 
     Args:
@@ -188,16 +204,6 @@ class GradientQuantiser(Quantiser):
         self.code_dim = check_integer("GradientQuantiser.code_dim", code_dim, minimum=1)
         self.codes = nn.Parameter(torch.randn(num_codes, code_dim))
 
-    def forward(self, vectors: Float[Tensor, "*shape dim"]) -> Quantised:
-        """Returns the nearest codes."""
-        indices = nearest_codes(vectors, self.codes)
-        codes = self.look_up(indices)
-        return Quantised(straight_through(vectors, codes.to(vectors.dtype)), codes, indices)
-
-    def look_up(self, indices: Int64[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
-        """Returns the codes at some indices."""
-        return F.embedding(indices, self.codes)
-
     def observe(
         self, vectors: Float[Tensor, "*shape dim"], indices: Int64[Tensor, "*shape"], uniform: Tensor
     ) -> dict[str, Tensor]:
@@ -216,7 +222,7 @@ class GradientQuantiser(Quantiser):
         self.codes.copy_(cluster(vectors, self.num_codes, uniform[0], num_updates).codes)
 
 
-class MovingAverageQuantiser(Quantiser):
+class MovingAverageQuantiser(_SingleCodebook):
     """A codebook whose codes are moving averages of the vectors assigned to them (appendix A.1 of the paper).
 
     Args:
@@ -238,7 +244,6 @@ class MovingAverageQuantiser(Quantiser):
         ['codes', 'counts', 'sums', 'weights']
     """
 
-    codes: Tensor
     counts: Tensor
     sums: Tensor
     weights: Tensor
@@ -259,16 +264,6 @@ class MovingAverageQuantiser(Quantiser):
     def codebook(self) -> Codebook:
         """The state of the codebook."""
         return Codebook(self.codes, self.counts, self.sums, self.weights)
-
-    def forward(self, vectors: Float[Tensor, "*shape dim"]) -> Quantised:
-        """Returns the nearest codes."""
-        indices = nearest_codes(vectors, self.codes)
-        codes = self.look_up(indices)
-        return Quantised(straight_through(vectors, codes.to(vectors.dtype)), codes, indices)
-
-    def look_up(self, indices: Int64[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
-        """Returns the codes at some indices."""
-        return F.embedding(indices, self.codes)
 
     def observe(
         self, vectors: Float[Tensor, "*shape dim"], indices: Int64[Tensor, "*shape"], uniform: Tensor

@@ -438,6 +438,14 @@ def test_centres_start_in_proportion_to_squared_distance() -> None:
     assert [seeds(0.1, 0.5, u)[2] for u in (0.0, 0.5, 0.9999)] == [1.0, 1.0, 1.0]
 
 
+def test_centres_without_iterations_are_those_drawn() -> None:
+    """Counts and sums are those of the vectors nearest to each, for one of two batches."""
+    vectors = torch.tensor([[0.0], [1.0], [3.0], [4.0], [4.5]])
+    codebook = cluster(vectors, 2, torch.tensor([0.1, 0.5]), num_updates=2, num_iterations=0)
+    assert codebook.codes.tolist() == [[0.0], [4.0]]
+    assert codebook.counts.tolist() == [1.0, 1.5] and codebook.sums.tolist() == [[0.5], [5.75]]
+
+
 def test_cluster_only_improves_on_its_start() -> None:
     """The squared distance to the nearest centre falls, or stays, with every iteration."""
     vectors, uniform = torch.randn(400, 3, dtype=torch.float64), torch.rand(12)
