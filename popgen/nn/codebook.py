@@ -143,9 +143,25 @@ def drawn_vectors(
 def update_from_sums(
     codebook: Codebook, seen: Float[Tensor, "codes columns"], decay: float = 0.99, smoothing: float = 1e-5
 ) -> Codebook:
-    """Returns what `update_codebook` does, from the `assigned_sums` of the vectors.
+    """Returns the codebook after its averages have seen some vectors and the codes they were assigned to.
 
-    Example: `update_codebook` calls it.
+        N_k ← γ N_k + (1 - γ) n_k,   m_k ← γ m_k + (1 - γ) Σ z,   e_k = m_k / N_k           (eqs. 6 to 8 of the paper)
+
+    N_k is smoothed (Laplace) as in the authors' code, (N_k + ε) / (N + K ε) · N with N = Σ_k N_k. A code that no vector
+    was ever assigned to stays where it is, and so does everything when there are no vectors at all.
+
+    Args:
+        codebook: the state before.
+        seen: n_k and Σ z of a whole batch, the `assigned_sums` of its vectors; add up those of its parts.
+        decay: γ.
+        smoothing: ε.
+
+    Example:
+        >>> codebook = empty_codebook(torch.tensor([[1.0], [-1.0]]))
+        >>> seen = assigned_sums(torch.tensor([[2.0], [4.0]]), torch.tensor([0, 0]), num_codes=2)
+        >>> update_from_sums(codebook, seen).codes.round(decimals=3)
+        tensor([[ 3.],
+                [-1.]])
     """
     num_codes = len(codebook.codes)
     new_weight = (1.0 - decay) * (seen[:, 0].sum() > 0).to(seen.dtype)
@@ -169,19 +185,14 @@ def update_codebook(
     decay: float = 0.99,
     smoothing: float = 1e-5,
 ) -> Codebook:
-    """Returns the codebook after its averages have seen some vectors and the codes they were assigned to.
-
-        N_k ← γ N_k + (1 - γ) n_k,   m_k ← γ m_k + (1 - γ) Σ z,   e_k = m_k / N_k           (eqs. 6 to 8 of the paper)
-
-    N_k is smoothed (Laplace) as in the authors' code, (N_k + ε) / (N + K ε) · N with N = Σ_k N_k. A code that no vector
-    was ever assigned to stays where it is, and so does everything when there are no vectors at all.
+    """Returns what `update_from_sums` does, for the vectors of a whole batch.
 
     Args:
         codebook: the state before.
-        vectors: of a whole batch.
+        vectors: of the batch.
         indices: `nearest_codes(vectors, codebook.codes)`.
-        decay: γ.
-        smoothing: ε.
+        decay: as in `update_from_sums`.
+        smoothing: as in `update_from_sums`.
 
     Example:
         >>> codebook = empty_codebook(torch.tensor([[1.0], [-1.0]]))
@@ -198,9 +209,25 @@ def update_codebook(
 def revive_from_drawn(
     codebook: Codebook, drawn: Float[Tensor, "codes columns"], least_usage: float = 0.03
 ) -> tuple[Codebook, Tensor]:
-    """Returns what `revive_dead_codes` does, from the `drawn_vectors` of the codes.
+    """Returns the codebook with its dead codes put on random vectors, and how many there were.
 
-    Example: `revive_dead_codes` calls it.
+    A code is dead if its average count is below `least_usage` times that of all codes. Count and sum of a revived code
+    are set together, to the mean count and as many times the vector, so that it neither dies again at once nor is
+    dragged back.
+
+    Args:
+        codebook: the state before.
+        drawn: the `drawn_vectors` of a whole batch; add up those of its parts. A code whose row is nought is not
+            revived.
+        least_usage: a fraction of the mean count, so that it means the same whatever the size of a batch; 0 revives
+            none, and a code that falls out of use then drifts to the origin with its smoothed count.
+
+    Example:
+        >>> seen = torch.tensor([[4.0, 4.0, 4.0], [0.0, 0.0, 0.0]])  # the second code was never used
+        >>> drawn = drawn_vectors(torch.full((3, 2), 5.0), uniform=torch.rand(2))
+        >>> revived, count = revive_from_drawn(update_from_sums(empty_codebook(torch.eye(2)), seen), drawn)
+        >>> revived.codes[1], count
+        (tensor([5., 5.]), tensor(1))
     """
     usage = codebook.usage
     count = usage.sum() / len(codebook.codes)
@@ -221,18 +248,13 @@ def revive_dead_codes(
     uniform: Float[Tensor, " codes"],
     least_usage: float = 0.03,
 ) -> tuple[Codebook, Tensor]:
-    """Returns the codebook with its dead codes put on random vectors, and how many there were.
-
-    A code is dead if its average count is below `least_usage` times that of all codes. Count and sum of a revived code
-    are set together, to the mean count and as many times the vector, so that it neither dies again at once nor is
-    dragged back.
+    """Returns what `revive_from_drawn` does, for the vectors of a whole batch.
 
     Args:
         codebook: the state before.
         vectors: what the dead codes are put on; none are revived if there are none.
         uniform: noise in [0, 1) that chooses a vector for each code.
-        least_usage: a fraction of the mean count, so that it means the same whatever the size of a batch; 0 revives
-            none, and a code that falls out of use then drifts to the origin with its smoothed count.
+        least_usage: as in `revive_from_drawn`.
 
     Example:
         >>> vectors, indices = torch.ones(4, 2), torch.zeros(4, dtype=torch.int64)
