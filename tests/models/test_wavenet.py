@@ -13,8 +13,8 @@ from popgen import execution
 from popgen.distributions.codes import CategoricalOutput, CodeDensity, DiscretisedLogisticMixture, LogisticMixtureOutput
 from popgen.errors import ArgumentError
 from popgen.execution import record_or_fall_back
-from popgen.models import wavenet
-from popgen.models.wavenet import START, WaveNet
+from popgen.models import wavenet_generation
+from popgen.models.wavenet import SHARED_BATCH, START, WaveNet
 
 CLASSES = {"speaker": 3, "digit.of": 4}  # a name that no module could have
 LABELS = {"digit.of": torch.tensor([3, 0, 1]), "speaker": torch.tensor([0, 2, 2])}
@@ -303,17 +303,17 @@ def test_densities_are_float32_at_least(output) -> None:
     assert model.generate(torch.rand(3, 40), labels, local).unique().numel() > 20
 
 
-@pytest.mark.parametrize("batch", [2, wavenet.SHARED_BATCH])
+@pytest.mark.parametrize("batch", [2, SHARED_BATCH])
 def test_generation_leaves_the_threads_as_they_were(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small step goes in one thread, a large one in as many as there are; after an error too."""
     model, seen, before = make_model(), [], torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         with monkeypatch.context() as patch:
-            plain = wavenet._draw
-            patch.setattr(wavenet, "_draw", lambda *a: seen.append(torch.get_num_threads()) or plain(*a))
+            plain = wavenet_generation._draw
+            patch.setattr(wavenet_generation, "_draw", lambda *a: seen.append(torch.get_num_threads()) or plain(*a))
             model.generate(torch.rand(batch, 3))
-            patch.setattr(wavenet, "_draw", None)
+            patch.setattr(wavenet_generation, "_draw", None)
             with pytest.raises(TypeError):
                 model.generate(torch.rand(batch, 3))
         assert torch.get_num_threads() == 2
