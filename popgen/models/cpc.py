@@ -16,7 +16,8 @@ from torch import Tensor
 from popgen.errors import ArgumentError, DataError, check_choice, check_integer
 from popgen.losses import contrastive_accuracy, info_nce, mutual_information_bound
 from popgen.models.model import Model
-from popgen.nn.cpc import NEGATIVE_KINDS, Context, FrameEncoder, Negatives, Predictors, negative_indices
+from popgen.nn.cpc import Context, FrameEncoder, Predictors
+from popgen.nn.negatives import NEGATIVE_KINDS, Negatives, negative_indices
 
 
 class CPCTerms(NamedTuple):
