@@ -1,7 +1,6 @@
 """Probes what a CPC has learned: python -m launch.probe --run_dir=experiments/cpc_speech --target=speaker."""
 
 import dataclasses
-import json
 
 from absl import flags
 
@@ -16,8 +15,8 @@ from popgen.evaluation.representations import (
     unseen_labels,
 )
 from popgen.experiment import prepare
+from popgen.files import write_json
 from popgen.summaries import Writer
-from popgen.training.files import write_whole
 from popgen.training.weights import model_of_checkpoint
 
 FLAGS = flags.FLAGS
@@ -75,7 +74,7 @@ def main() -> None:
         writer.scalars(f"probe_{target}/{row.representation}", curves, tensors["step"])
     writer.close()
     path = directory.path / f"probe_{target}_step{tensors['step']:08d}_{FLAGS.weights}.json"
-    write_whole(path, (json.dumps(record, indent=2) + "\n").encode())
+    write_json(path, record)
     print(f"step {tensors['step']}, {FLAGS.weights} weights: {path}")
 
 

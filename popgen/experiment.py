@@ -25,13 +25,13 @@ from popgen.evaluation.evaluator import ImageEvaluator
 from popgen.evaluation.image_table import ImageTable, Shard
 from popgen.evaluation.progress import show_mean
 from popgen.execution import check_precision, surroundings
+from popgen.files import write_whole
 from popgen.models.model import Model
 from popgen.streams import make_generator
 from popgen.summaries import Writer
 from popgen.training.captured_step import CapturedStep
 from popgen.training.checkpoints import check_plain
 from popgen.training.diagnosis import with_replay
-from popgen.training.files import write_whole
 from popgen.training.loop import DrawBatch, Hooks, MeanMetrics, Step, mean_metrics, train
 from popgen.training.recorder import Follower, Recorder, fit_files
 from popgen.training.records import Configuration, EvaluationFiles

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import wave
 
 import numpy as np
@@ -131,6 +132,22 @@ def test_a_cpc_is_scored_and_probed(trained: SequenceWorkspace) -> None:
         assert 0.0 <= row["accuracy"] <= 1.0 and f"{row['accuracy']:.3f}" in printed
         curve = trained.curve("cpc", f"probe_chord/{row['representation']}/accuracy")
         assert curve == {6: pytest.approx(row["accuracy"])}
+
+
+def test_a_probe_of_a_single_recording_is_strict_json(trained: SequenceWorkspace, tmp_path: pathlib.Path) -> None:
+    """Its standard error cannot be told: `null` in the file."""
+    run = tmp_path / "run"
+    shutil.copytree(trained.path / "cpc", run)
+    config = run / "config.gin"
+    config.write_text(config.read_text().replace("num_test = 12", "num_test = 1"))
+    trained.succeed("probe", f"--run_dir={run}", "--target=chord", "--stacked=2", "--frames_per_recording=5")
+    (path,) = run.glob("probe_chord_*.json")
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    rows = json.loads(path.read_text(), parse_constant=refuse)["rows"]
+    assert [row["standard_error"] for row in rows] == [None] * 6
 
 
 def test_mistakes_are_one_line(trained: SequenceWorkspace) -> None:

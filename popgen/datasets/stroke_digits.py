@@ -88,6 +88,7 @@ class StrokeDigits:
 
 def _write_cache(path: pathlib.Path, levels: np.ndarray) -> None:
     """Writes the cache under another name first, so that no reader meets half of it."""
+    # A name of its own, unlike that of `popgen.files.write_whole`: several runs may draw the digits at the same time.
     temporary = path.with_name(f".writing-{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

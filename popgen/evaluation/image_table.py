@@ -22,6 +22,7 @@ from torch import Tensor
 
 from popgen.distributed import ALONE, Processes
 from popgen.errors import ArgumentError, DataError, UnfinishedEvaluationError
+from popgen.files import write_whole
 
 IMAGES_IN_CHUNK = 100
 MAX_DIGITS = 20  # of a shard
@@ -182,7 +183,7 @@ class ImageTable:
             return
         found = read_table(self._part())
         if found.identity == dict(identity):
-            self._part().write_text(_header(identity, found.names) + _text(found.rows))
+            write_whole(self._part(), (_header(identity, found.names) + _text(found.rows)).encode())
         else:
             self._part().unlink()
 
@@ -197,6 +198,7 @@ class ImageTable:
         """Writes the whole table in one piece, and removes its parts."""
         if self.path is None:
             return
+        # A name of its own, unlike that of `write_whole`: shards may finish at the same time and all write the table.
         writing = self.path.with_name(f".writing-{os.getpid()}-{self.path.name}")
         writing.write_text(_header(identity, names) + _text(rows))
         writing.replace(self.path)

@@ -15,10 +15,10 @@ from popgen import config
 from popgen.datasets.data import Data
 from popgen.errors import ArgumentError, CheckpointError, ConfigError, PopgenError, RunDirectoryError
 from popgen.experiment import check_amounts, check_data, load_data
+from popgen.files import write_json
 from popgen.sweeps.points import Point, bindings, bound_name, point_name, setting_name
 from popgen.sweeps.processes import Job
 from popgen.training import checkpoints
-from popgen.training.files import write_whole
 from popgen.training.run_directory import RunDirectory
 
 LOG_NAME = "train.log"
@@ -95,8 +95,7 @@ class SweepDirectory:
     def record(self, *runs: Run) -> None:
         """Adds runs to the list, or replaces those of the same name; a reader finds the old list or the new one."""
         listed = self.runs() | {run.name: run for run in runs}
-        text = json.dumps([dataclasses.asdict(run) for run in listed.values()], indent=2) + "\n"
-        write_whole(self.list_path, text.encode())
+        write_json(self.list_path, [dataclasses.asdict(run) for run in listed.values()])
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -2,15 +2,16 @@
 
 import csv
 import dataclasses
+import io
 import json
 import math
-import os
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from popgen.errors import RunDirectoryError, check_choice
+from popgen.files import write_whole
 from popgen.sweeps.points import SEED
 from popgen.sweeps.sweep import Run, SweepDirectory
 from popgen.training.run_directory import RunDirectory
@@ -132,7 +133,10 @@ def over_seeds(rows: Sequence[Row], result: str) -> list[tuple[dict[str, str], f
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    """Writes rows with all of their results, atomically.
+    """Writes rows with all of their results; a reader finds the old file or the whole new one.
+
+    Raises:
+        RunDirectoryError: if it cannot be written.
 
     Example:
         >>> import tempfile
@@ -145,14 +149,13 @@ def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
     """
     names = list(dict.fromkeys(name for row in rows for name in row.run.values))
     results = list(dict.fromkeys(name for row in rows for name in row.results))
-    temporary = path.with_suffix(".writing")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["run", *names, *results, "step", "num_steps", "state", "failure"])
-        for row in rows:
-            values = [*_values(row, names), *(row.results.get(name) for name in results)]
-            writer.writerow([row.run.name, *values, row.step, row.run.num_steps, row.state, row.run.failure])
-    os.replace(temporary, path)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", *names, *results, "step", "num_steps", "state", "failure"])
+    for row in rows:
+        values = [*_values(row, names), *(row.results.get(name) for name in results)]
+        writer.writerow([row.run.name, *values, row.step, row.run.num_steps, row.state, row.run.failure])
+    write_whole(path, text.getvalue().encode())
 
 
 def _record(path: pathlib.Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from popgen.errors import ArgumentError, CheckpointError, reason_of
-from popgen.training.files import write_whole
+from popgen.files import write_whole
 
 FORMAT = "popgen checkpoint"
 VERSION = 1

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from popgen.errors import check_choice
 from popgen.evaluation.figures import evaluation_figure
 from popgen.evaluation.image_table import read_table
+from popgen.files import finite, write_json
 from popgen.summaries import Writer
-from popgen.training.files import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,18 +80,15 @@ class EvaluationFiles:
         What is not a finite number, such as the standard error of a single image, is `null` in the file. The file comes
         last: where it has these results already, so does the event file, and they are not shown twice.
         """
-        strict = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
-        if not self._has_on_file({name: strict[name] for name in headline}):
+        results = {name: record[name] for name in headline}
+        if not self._has_on_file(finite(results)):
             if self.images.is_file():
                 figure = evaluation_figure(read_table(self.images).columns())
                 figure.savefig(self.figure)
                 writer.figure("evaluation", figure, self.step)
-            writer.scalars("evaluation", {name: record[name] for name in headline}, self.step)
+            writer.scalars("evaluation", results, self.step)
             writer.sync()
-        write_whole(self.record, (json.dumps(strict, indent=2, allow_nan=False) + "\n").encode())
+        write_json(self.record, record)
 
     def check_on_file(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the check by annealing that the record on file holds, if it is of the same model and images."""

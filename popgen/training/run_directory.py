@@ -36,6 +36,7 @@ CONTENTS = (
     "probe_*.json",
     "events.out.tfevents.*",
     ".writing-evaluation_step*.json",
+    ".writing-evaluation_step*.csv",
     ".writing-*config.gin",
     "operative_config.gin",
     "config.gin",

@@ -1,5 +1,6 @@
 """Tables of images: an interrupted one is continued, shards make one, and another evaluation's is never used."""
 
+import os
 import pathlib
 from typing import Any
 
@@ -80,6 +81,25 @@ def test_a_row_cut_short_is_not_believed(path: pathlib.Path, cut: int) -> None:
     rest = Counted()
     assert_whole(ImageTable(path).fill({}, COUNT, rest))
     assert rest.asked == list(range(100, 250))
+
+
+def test_a_kill_while_the_part_is_cleaned_loses_no_row(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        ImageTable(path).fill({}, COUNT, Counted(fails_at=205))
+    part = path.with_name("evaluation_images.part-1-of-1.csv")
+    before = part.read_bytes()
+
+    def killed(file: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ImageTable(path).fill({}, COUNT, Counted())
+    monkeypatch.undo()
+    assert part.read_bytes() == before
+    rest = Counted()
+    assert_whole(ImageTable(path).fill({}, COUNT, rest))
+    assert rest.asked == list(range(200, 250))
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])

@@ -22,6 +22,7 @@ OF_A_RUN = [
     "samples/step_00001000_sample_0.wav",
     "probe_digit_step00001000_raw.json",
     "evaluation_step00001000_raw_5000x10000.json",
+    ".writing-evaluation_step00001000_raw_5000x10000_images.part-1-of-1.csv",
     "events.out.tfevents.1700000000.host.1.0",
 ]
 OF_A_USER = [

@@ -1,8 +1,12 @@
 """Files that are whole or not there."""
 
 import contextlib
+import json
+import math
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from popgen.errors import RunDirectoryError
 
@@ -45,6 +49,39 @@ def write_whole(
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a value as strict JSON, indented, as `write_whole` does; what `finite` makes of it.
+
+    Raises:
+        RunDirectoryError: if it cannot be written; the old file is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "record.json"
+        ...     write_json(path, {"error": math.nan})
+        ...     print(path.read_text().strip())
+        {
+          "error": null
+        }
+    """
+    write_whole(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """Returns a value of JSON with None, its `null`, wherever a number is infinite or none.
+
+    Example:
+        >>> finite({"loss": 1.5, "errors": [0.5, math.inf]})
+        {'loss': 1.5, 'errors': [0.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep(path: pathlib.Path, keep: pathlib.Path) -> None:

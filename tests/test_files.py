@@ -1,0 +1,38 @@
+"""Files of JSON: strict, and whole or not there, as `tests/training/test_checkpoint_files.py` shows of any file."""
+
+import json
+import math
+import os
+import pathlib
+
+import pytest
+
+from popgen.errors import RunDirectoryError
+from popgen.files import write_json
+
+
+def refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def test_what_is_no_finite_number_is_null_at_any_depth(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "record.json"
+    write_json(path, {"a": math.nan, "rows": [{"b": -math.inf, "c": 1.5}, (2, math.inf)], "d": "nan", "e": True})
+    found = json.loads(path.read_text(), parse_constant=refuse)
+    assert found == {"a": None, "rows": [{"b": None, "c": 1.5}, [2, None]], "d": "nan", "e": True}
+    assert path.read_text().startswith('{\n  "a": null,\n') and path.read_text().endswith("}\n")
+
+
+@pytest.mark.parametrize("value", [{"a": object()}, {"a": 1}])
+def test_what_cannot_be_written_leaves_the_old_file(
+    value: object, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "record.json"
+    write_json(path, [1])
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises((RunDirectoryError, TypeError)):
+        write_json(path, value)
+    assert json.loads(path.read_text()) == [1] and list(tmp_path.iterdir()) == [path]
