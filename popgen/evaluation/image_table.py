@@ -154,19 +154,11 @@ class ImageTable:
         table = torch.tensor(list(rows.values()), dtype=torch.float64)
         return dict(zip(names, table.unbind(1), strict=True))
 
-    def _part(self) -> pathlib.Path:
-        assert self.path is not None
-        return self.path.with_name(f"{self.path.stem}.part-{self.shard.index}-of-{self.shard.number}.csv")
-
-    def _parts(self) -> list[pathlib.Path]:
-        assert self.path is not None
-        return sorted(self.path.parent.glob(f"{self.path.stem}.part-*-of-*.csv"))
-
     def _read(self, identity: Mapping[str, Any]) -> tuple[dict[int, list[float]], list[str]]:
         """Returns the rows on file by image, and the names of their columns."""
         rows: dict[int, list[float]] = {}
         names: list[str] = []
-        for path in [] if self.path is None else [self.path, *self._parts()]:
+        for path in [] if self.path is None else [self.path, *_parts(self.path)]:
             if not path.is_file():
                 continue
             found = read_table(path)
@@ -179,19 +171,20 @@ class ImageTable:
 
     def _begin_part(self, identity: Mapping[str, Any]) -> None:
         """Leaves of this shard's file what is whole and of this evaluation."""
-        if self.path is None or not self._part().is_file():
+        if self.path is None or not (part := _part(self.path, self.shard)).is_file():
             return
-        found = read_table(self._part())
+        found = read_table(part)
         if found.identity == dict(identity):
-            write_whole(self._part(), (_header(identity, found.names) + _text(found.rows)).encode())
+            write_whole(part, (_header(identity, found.names) + _text(found.rows)).encode())
         else:
-            self._part().unlink()
+            part.unlink()
 
     def _append(self, identity: Mapping[str, Any], names: list[str], rows: Mapping[int, list[float]]) -> None:
         if self.path is None:
             return
-        new = not self._part().is_file()
-        with self._part().open("a") as file:
+        part = _part(self.path, self.shard)
+        new = not part.is_file()
+        with part.open("a") as file:
             file.write((_header(identity, names) if new else "") + _text(rows))
 
     def _finish(self, identity: Mapping[str, Any], names: list[str], rows: Mapping[int, list[float]]) -> None:
@@ -202,7 +195,7 @@ class ImageTable:
         writing = self.path.with_name(f".writing-{os.getpid()}-{self.path.name}")
         writing.write_text(_header(identity, names) + _text(rows))
         writing.replace(self.path)
-        for part in self._parts():
+        for part in _parts(self.path):
             part.unlink(missing_ok=True)
 
 
@@ -254,6 +247,16 @@ def read_table(path: pathlib.Path) -> StoredTable:
             with contextlib.suppress(ValueError):
                 rows[int(fields[0])] = [float(field) for field in fields[1:]]
     return StoredTable(identity, names, rows)
+
+
+def _part(path: pathlib.Path, shard: Shard) -> pathlib.Path:
+    """Returns where a shard of a table lies."""
+    return path.with_name(f"{path.stem}.part-{shard.index}-of-{shard.number}.csv")
+
+
+def _parts(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the parts of a table that there are."""
+    return sorted(path.parent.glob(f"{path.stem}.part-*-of-*.csv"))
 
 
 def _header(identity: Mapping[str, Any], names: list[str]) -> str:
