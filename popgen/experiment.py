@@ -3,7 +3,6 @@
 Plain Python: Gin builds an `Experiment` once and is not seen again.
 """
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from popgen.errors import (
     DivergedError,
     StoppedError,
 )
-from popgen.evaluation.evaluator import ImageEvaluator
+from popgen.evaluation.evaluator import EvaluationSettings
 from popgen.evaluation.image_table import ImageTable, Shard
 from popgen.evaluation.progress import show_mean
 from popgen.execution import check_precision, surroundings
@@ -217,7 +216,7 @@ def finish(
     tensors = processes.from_first(directory.load_checkpoint("best") if processes.first else {})
     best = model_of_checkpoint(model, tensors)
     recorder.show_best(best)
-    in_parts = isinstance(experiment.evaluator, ImageEvaluator)
+    in_parts = experiment.evaluator.in_parts
     if experiment.final_num_samples and (in_parts or processes.first):
         num_samples, step = experiment.final_num_samples, tensors["step"]
         num_examples = len(first_examples(data, experiment.final_num_examples))
@@ -397,11 +396,11 @@ def evaluate_model(
     """Returns the record of an evaluation on the test examples: its results, and what is needed to repeat it.
 
     It is made at `precision`, whatever that of training was; the ELBO always at full. A table keeps what is found of
-    every image, and is for models of images.
+    every image, where the evaluator works in parts.
 
     Raises:
         ArgumentError: if `num_samples`, `num_examples` or `precision` is outside its domain, or the table has several
-            shards and the model is not one of images.
+            shards and the evaluator works in one piece.
         UnfinishedEvaluationError: if other shards of the table are not finished.
         StoppedError: if `stop`, which is asked from time to time, says so.
 
@@ -412,18 +411,17 @@ def evaluate_model(
     check_precision("precision", precision, reference.device)
     evaluator, started = experiment.evaluator, time.perf_counter()
     evaluator.check_num_samples("num_samples", num_samples)
-    processes = ALONE if table is None else table.processes
+    table = ImageTable() if table is None else table
+    processes = table.processes
+    if processes.size > 1 and not evaluator.in_parts:
+        raise ArgumentError(f"{type(evaluator).__name__} evaluates in one piece; run it in one process")
+    if table.shard != Shard() and not evaluator.in_parts:
+        raise ArgumentError(f"shard: {type(evaluator).__name__} evaluates in one piece; leave --shard out")
     disable = None if processes.first else True
     with tqdm(total=len(examples) // processes.size, unit="example", disable=disable, dynamic_ncols=True) as bar:
         progress = show_mean(bar, evaluator.progress_text, stop)
-        evaluate: Callable[..., dict[str, Any]] = evaluator.evaluate
-        if table is not None and isinstance(evaluator, ImageEvaluator):
-            evaluate = functools.partial(evaluate, table=table)
-        elif table is not None and table.shard != Shard():
-            raise ArgumentError(f"shard: {type(evaluator).__name__} evaluates in one piece; leave --shard out")
-        elif processes.size > 1:
-            raise ArgumentError(f"{type(evaluator).__name__} evaluates in one piece; run it in one process")
-        results = evaluate(model, data, examples, num_samples, experiment.seed, progress, precision, experiment.compile)
+        settings = EvaluationSettings(num_samples, experiment.seed, precision, experiment.compile, progress, table)
+        results = evaluator.evaluate(model, data, examples, settings)
     return {
         **results,
         "num_samples": num_samples,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from popgen.datasets.sequences import SequenceData, Sequences
 from popgen.errors import check_integer
-from popgen.evaluation.evaluator import Evaluator, Results
+from popgen.evaluation.evaluator import EvaluationSettings, Evaluator, Results
 from popgen.evaluation.likelihood import Progress, standard_error_of_ratio
 from popgen.evaluation.shown import Shown
 from popgen.execution import matrix_products
@@ -109,25 +109,16 @@ class CPCEvaluator(Evaluator):
         """Returns nothing."""
         return {}
 
-    def evaluate(
-        self,
-        model: CPC,
-        data: SequenceData,
-        examples: Sequences,
-        num_samples: int,
-        seed: int,
-        progress: Progress | None = None,
-        precision: str = "fp32",
-        compiled: bool = False,
-    ) -> Results:
+    def evaluate(self, model: CPC, data: SequenceData, examples: Sequences, settings: EvaluationSettings) -> Results:
         """Returns the means over draws, the standard error over recordings, and the bounds where the negatives allow.
 
         `mutual_information_ahead_k` is log N - L_k, nats, and cannot exceed `mutual_information_limit`, log N.
         """
-        with matrix_products(precision, examples.lengths.device):
-            terms = contrastive_terms(model, examples, num_samples, self.batch_size, seed, progress)
+        draws = settings.num_samples
+        with matrix_products(settings.precision, examples.lengths.device):
+            terms = contrastive_terms(model, examples, draws, self.batch_size, settings.seed, settings.progress)
         results = _numbers(terms.means())
-        totals = [values.unflatten(0, (num_samples, -1)).sum(0) for values in (terms.loss * terms.weight, terms.weight)]
+        totals = [values.unflatten(0, (draws, -1)).sum(0) for values in (terms.loss * terms.weight, terms.weight)]
         results["loss_standard_error"] = standard_error_of_ratio(*totals)
         results["loss_of_guessing"] = math.log(model.num_candidates)
         if model.bound_is_valid:

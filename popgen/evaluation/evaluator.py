@@ -34,9 +34,33 @@ CURVE_IMAGES = 1_000  # that the active_units curves look at; an evaluation look
 WORST_IMAGES = 10  # that a record names
 PARTS = ("elbo", "reconstruction", "kl", "log_q_z_given_x", "log_p_z", "log_det")
 ESTIMATOR_VERSION = 2  # raised with every change to what a row is made of: rows on file are used no more
-IN_MEMORY = ImageTable()
 
 Results = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """How an evaluation is made.
+
+    Args:
+        num_samples: for each example.
+        seed: of its noise.
+        precision: of the networks' matrix products; see `popgen.execution.matrix_products`.
+        compiled: whether torch.compile fuses what is done to the samples, where an evaluator can use it.
+        progress: called with a number for each example that has been finished since the last call.
+        table: keeps what is found of every image, where an evaluator works `in_parts`.
+
+    Example:
+        >>> EvaluationSettings(num_samples=5_000, seed=0).precision
+        'fp32'
+    """
+
+    num_samples: int
+    seed: int
+    precision: str = "fp32"
+    compiled: bool = False
+    progress: Progress | None = None
+    table: ImageTable = ImageTable()
 
 
 @runtime_checkable
@@ -49,6 +73,7 @@ class Evaluator(Protocol):
         num_shown: samples that are drawn to be seen or heard, where a command is told nothing else.
         headline: names of the results that TensorBoard shows, and by which its HParams tab compares runs.
         progress_text: says what the mean of the values given to `progress` is; it has one field to format.
+        in_parts: whether `evaluate` fills the table of its settings, which shards and processes can share.
     """
 
     model_type: ClassVar[type]
@@ -56,6 +81,7 @@ class Evaluator(Protocol):
     num_shown: ClassVar[int]
     headline: ClassVar[tuple[str, ...]]
     progress_text: ClassVar[str]
+    in_parts: ClassVar[bool] = False
 
     def check_num_samples(self, name: str, num_samples: int) -> None:
         """Raises ArgumentError, with the name of an argument, if `evaluate` does not take so many samples."""
@@ -66,17 +92,7 @@ class Evaluator(Protocol):
     def curves(self, model: Any, examples: Any) -> Results:
         """Returns further numbers for the curves of any split, cheap enough for a curve."""
 
-    def evaluate(
-        self,
-        model: Any,
-        data: Any,
-        examples: Any,
-        num_samples: int,
-        seed: int,
-        progress: Progress | None = None,
-        precision: str = "fp32",
-        compiled: bool = False,
-    ) -> Results:
+    def evaluate(self, model: Any, data: Any, examples: Any, settings: EvaluationSettings) -> Results:
         """Returns the results of an evaluation on some of the test examples."""
 
     def describe(self, record: Mapping[str, Any]) -> str:
@@ -95,12 +111,13 @@ class ImageEvaluator(Evaluator, abc.ABC):
     num_shown: ClassVar[int] = 64
     headline: ClassVar[tuple[str, ...]] = ("log_p_x", "log_p_x_standard_error", "elbo", "reconstruction", "kl")
     progress_text: ClassVar[str] = "log p(x) {:.2f} nats"
+    in_parts: ClassVar[bool] = True
     bound_name: ClassVar[str]
     statistic_names: ClassVar[tuple[str, ...]]
 
     @abc.abstractmethod
     def bounds(
-        self, model: Any, num_samples: int, seed: int, progress: Progress | None, precision: str, compiled: bool
+        self, model: Any, settings: EvaluationSettings
     ) -> Callable[[Tensor, Mapping[str, Tensor], int], dict[str, Tensor]]:
         """Returns a function that gives, for every one of some images, what the summary is made of.
 
@@ -122,45 +139,34 @@ class ImageEvaluator(Evaluator, abc.ABC):
         means = {name: part.double().mean().item() for name, part in parts.items()}
         return {**means, "loss": -means["elbo"], "beta": 1.0}
 
-    def evaluate(
-        self,
-        model: ImageModel,
-        data: ImageData,
-        examples: Tensor,
-        num_samples: int,
-        seed: int,
-        progress: Progress | None = None,
-        precision: str = "fp32",
-        compiled: bool = False,
-        table: ImageTable = IN_MEMORY,
-    ) -> Results:
+    def evaluate(self, model: ImageModel, data: ImageData, examples: Tensor, settings: EvaluationSettings) -> Results:
         """Returns the mean bound on log p(x), the ELBO and its parts, nats, and the statistics.
 
-        The bound is formed at `precision`; the ELBO always at full. Images whose columns the table has on file are not
-        evaluated again.
+        The bound is formed at the precision of the settings; the ELBO always at full. Images whose columns the table
+        has on file are not evaluated again.
 
         Raises:
             UnfinishedEvaluationError: if the table's other shards are not finished.
         """
-        bounds = self.bounds(model, num_samples, seed, progress, precision, compiled)
+        bounds = self.bounds(model, settings)
 
         def columns_of(indices: range) -> dict[str, Tensor]:
             images = examples[indices.start : indices.stop]
-            parts = evaluate_elbo(model, images, seed, first_image=indices.start)
+            parts = evaluate_elbo(model, images, settings.seed, first_image=indices.start)
             columns = bounds(images, parts, indices.start)
             return {"log_p_x": columns.pop("log_p_x"), **columns, **parts}
 
         identity = {
             "model_sha256": checksum(*model.state_dict().values()),
             "images_sha256": checksum(examples),
-            "num_samples": num_samples,
-            "seed": seed,
-            "precision": precision,
+            "num_samples": settings.num_samples,
+            "seed": settings.seed,
+            "precision": settings.precision,
             "device": examples.device.type,
             "torch_version": torch.__version__,
             "estimator_version": ESTIMATOR_VERSION,
         }
-        columns = table.fill(identity, len(examples), columns_of, progress)
+        columns = settings.table.fill(identity, len(examples), columns_of, settings.progress)
         parts = {name: columns[name] for name in PARTS}
         log_p_x = columns["log_p_x"]
         return {
@@ -236,22 +242,25 @@ class VAEEvaluator(ImageEvaluator):
         return {"active_units": count_active_units(model, examples[:CURVE_IMAGES])}
 
     def bounds(
-        self,
-        model: VAE,
-        num_samples: int,
-        seed: int,
-        progress: Progress | None = None,
-        precision: str = "fp32",
-        compiled: bool = False,
+        self, model: VAE, settings: EvaluationSettings
     ) -> Callable[[Tensor, Mapping[str, Tensor], int], dict[str, Tensor]]:
         """Returns what finds the importance-weighted bound of every image, and what its weights say of it.
 
         The columns `log_p_x_of_K_samples` are the bound with fewer samples, a mean over groups of all draws.
         """
-        log_weights = log_weight_function(model, compiled)
+        log_weights = log_weight_function(model, settings.compiled)
 
         def columns(images: Tensor, parts: Mapping[str, Tensor], first_image: int) -> dict[str, Tensor]:
-            found = importance_estimate(model, images, num_samples, seed, progress, precision, log_weights, first_image)
+            found = importance_estimate(
+                model,
+                images,
+                settings.num_samples,
+                settings.seed,
+                settings.progress,
+                settings.precision,
+                log_weights,
+                first_image,
+            )
             return {
                 "log_p_x": found.log_p_x,
                 **{f"log_p_x_of_{size}_samples": bound for size, bound in found.bounds.items()},

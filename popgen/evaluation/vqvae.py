@@ -10,8 +10,8 @@ from torch import Tensor
 
 from popgen.datasets.images import ImageData, as_values, bernoulli_thresholds, binarise, draw_bits
 from popgen.errors import ArgumentError
-from popgen.evaluation.evaluator import ImageEvaluator, Results
-from popgen.evaluation.likelihood import Progress, evaluate_elbo
+from popgen.evaluation.evaluator import EvaluationSettings, ImageEvaluator, Results
+from popgen.evaluation.likelihood import evaluate_elbo
 from popgen.evaluation.pictures import COLUMNS, originals
 from popgen.evaluation.shown import Shown
 from popgen.execution import matrix_products
@@ -111,28 +111,22 @@ class VQVAEEvaluator(ImageEvaluator):
         return _usage(model, codes_of_images(model, examples))
 
     def bounds(
-        self,
-        model: VQVAE | VQVAEWithPrior,
-        num_samples: int,
-        seed: int,
-        progress: Progress | None = None,
-        precision: str = "fp32",
-        compiled: bool = False,
+        self, model: VQVAE | VQVAEWithPrior, settings: EvaluationSettings
     ) -> Callable[[Tensor, Mapping[str, Tensor], int], dict[str, Tensor]]:
         """Returns what finds the evidence lower bound of every image, which one sample gives exactly.
 
         Raises:
             ArgumentError: if `num_samples` is not 1.
         """
-        self.check_num_samples("num_samples", num_samples)
+        self.check_num_samples("num_samples", settings.num_samples)
 
         def columns(images: Tensor, parts: Mapping[str, Tensor], first_image: int) -> dict[str, Tensor]:
             bound = parts["elbo"]
-            if precision != "fp32":
-                with matrix_products(precision, images.device):
-                    bound = evaluate_elbo(model, images, seed)["elbo"]
-            if progress is not None:
-                progress(bound)
+            if settings.precision != "fp32":
+                with matrix_products(settings.precision, images.device):
+                    bound = evaluate_elbo(model, images, settings.seed)["elbo"]
+            if settings.progress is not None:
+                settings.progress(bound)
             return {"log_p_x": bound}
 
         return columns

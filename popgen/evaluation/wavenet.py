@@ -12,7 +12,7 @@ from popgen.datasets.sequences import SequenceData, Sequences
 from popgen.distributions.mu_law import mu_law_decode, mu_law_encode
 from popgen.errors import ArgumentError, check_number
 from popgen.evaluation.context_model import choose_smoothing, context_model_log_density, count_contexts
-from popgen.evaluation.evaluator import Evaluator, Results
+from popgen.evaluation.evaluator import EvaluationSettings, Evaluator, Results
 from popgen.evaluation.likelihood import Progress, standard_error_of_ratio
 from popgen.evaluation.shown import Shown, Sound
 from popgen.evaluation.spectrogram import spectrogram
@@ -99,19 +99,11 @@ class WaveNetEvaluator(Evaluator):
         return {}
 
     def evaluate(
-        self,
-        model: WaveNet,
-        data: SequenceData,
-        examples: Sequences,
-        num_samples: int,
-        seed: int,
-        progress: Progress | None = None,
-        precision: str = "fp32",
-        compiled: bool = False,
+        self, model: WaveNet, data: SequenceData, examples: Sequences, settings: EvaluationSettings
     ) -> Results:
         """Returns bits per sample, with the standard error over recordings, and those of the baselines."""
-        with matrix_products(precision, examples.lengths.device):
-            log_p = log_densities(model, examples, progress)
+        with matrix_products(settings.precision, examples.lengths.device):
+            log_p = log_densities(model, examples, settings.progress)
         bits = -log_p / math.log(2.0)
         total = examples.lengths.sum()
         mean, error = (bits.sum() / total).item(), standard_error_of_ratio(bits, examples.lengths)

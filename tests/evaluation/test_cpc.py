@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from popgen.datasets.sequences import SequenceBatch, SequenceData, Sequences
+from popgen.distributed import Processes
 from popgen.distributions.codes import CategoricalOutput
 from popgen.errors import ArgumentError, DataError
 from popgen.evaluation.cpc import CPCEvaluator, contrastive_terms
+from popgen.evaluation.evaluator import EvaluationSettings
+from popgen.evaluation.image_table import ImageTable, Shard
 from popgen.evaluation.likelihood import standard_error_of_ratio
-from popgen.experiment import Experiment
+from popgen.experiment import Experiment, evaluate_model
 from popgen.models.cpc import CPC
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.models.wavenet import WaveNet
@@ -39,7 +42,7 @@ def test_guessing_has_the_loss_of_guessing() -> None:
     model = make_model()
     with torch.no_grad():
         model.predictors.layer.weight.zero_()
-    record = CPCEvaluator(batch_size=4).evaluate(model, make_data(), make_data().test, num_samples=3, seed=0)
+    record = CPCEvaluator(batch_size=4).evaluate(model, make_data(), make_data().test, EvaluationSettings(3, seed=0))
     assert record["loss"] == pytest.approx(math.log(6.0)) == record["loss_of_guessing"]
     assert record["mutual_information_ahead_1"] == pytest.approx(0.0, abs=1e-6)
     assert record["loss_standard_error"] == pytest.approx(0.0, abs=1e-6)
@@ -64,7 +67,7 @@ def test_results_are_means_over_pairs() -> None:
     model, data = make_model(), make_data()
     evaluator = CPCEvaluator(batch_size=3)
     terms = contrastive_terms(model, data.test, num_draws=4, batch_size=3, seed=1)
-    record = evaluator.evaluate(model, data, data.test, num_samples=4, seed=1)
+    record = evaluator.evaluate(model, data, data.test, EvaluationSettings(4, seed=1))
     pairs = (terms.loss * terms.weight).double().sum() / terms.weight.sum()
     assert record["loss"] == pytest.approx(pairs.item(), rel=1e-5)
     for k in (1, 2):
@@ -86,7 +89,8 @@ def test_results_are_means_over_pairs() -> None:
 @pytest.mark.parametrize("negatives", ["sequence", "speaker"])
 def test_no_bound_where_it_would_not_be_one(negatives: str) -> None:
     data = make_data()
-    record = CPCEvaluator(batch_size=7).evaluate(make_model(negatives), data, data.test, num_samples=1, seed=0)
+    settings = EvaluationSettings(1, seed=0)
+    record = CPCEvaluator(batch_size=7).evaluate(make_model(negatives), data, data.test, settings)
     assert not [name for name in record if name.startswith("mutual_information")]
     described = CPCEvaluator().describe({**record, "num_samples": 1, "num_examples": 7})
     assert "mutual" not in described and len(described.splitlines()) == 4
@@ -143,6 +147,13 @@ def test_what_does_not_fit_is_one_line() -> None:
         from popgen.training.sequence_objectives import NegativeLogLikelihood
 
         Experiment(model=wavenet, dataset=Data(), objective=NegativeLogLikelihood(), evaluator=CPCEvaluator())
+    cpc = Experiment(model=make_model(), dataset=Data(), objective=ContrastiveLoss(), evaluator=CPCEvaluator())
+    for table, advice in (
+        (ImageTable(shard=Shard(1, 2)), "leave --shard out"),
+        (ImageTable(processes=Processes(rank=0, size=2)), "run it in one process"),
+    ):
+        with pytest.raises(ArgumentError, match=f"CPCEvaluator evaluates in one piece; {advice}"):
+            evaluate_model(cpc, cpc.model, make_data(), 1, None, step=0, table=table)
     with pytest.raises(ArgumentError, match="CPCEvaluator.batch_size must be an integer of at least 1, got 0"):
         CPCEvaluator(batch_size=0)
     with pytest.raises(ArgumentError, match="final_num_samples must be an integer of at least 1"):

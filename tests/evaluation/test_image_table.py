@@ -10,7 +10,7 @@ from torch import Tensor
 
 from popgen.datasets.images import ImageData
 from popgen.errors import ArgumentError, DataError, UnfinishedEvaluationError
-from popgen.evaluation.evaluator import Results, VAEEvaluator
+from popgen.evaluation.evaluator import EvaluationSettings, Results, VAEEvaluator
 from popgen.evaluation.image_table import IMAGES_IN_CHUNK, ImageTable, Shard, read_table
 from popgen.evaluation.likelihood import evaluate_elbo, importance_estimate
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
@@ -190,7 +190,8 @@ def evaluate(table: ImageTable, progress=None, **changes: Any) -> Results:
     images[-1, 0] ^= changes.pop("level", 0)
     data = ImageData(images, images, (4, 4), "noise")
     arguments = {"num_samples": 60, "seed": 2, **changes}
-    results = VAEEvaluator().evaluate(vae, data, images, progress=progress, table=table, **arguments)
+    settings = EvaluationSettings(progress=progress, table=table, **arguments)
+    results = VAEEvaluator().evaluate(vae, data, images, settings)
     del results["seconds_of_images"]
     return results
 
@@ -243,7 +244,8 @@ def test_the_parts_of_a_row_are_those_of_its_image(path: pathlib.Path) -> None:
     torch.manual_seed(3)
     vae = VAE(GaussianEncoder(16, 3, 6), BernoulliDecoder(3, 16, 6), VampPrior(16, num_components=4))
     images = 255 * torch.randint(0, 2, (1_050, 16), dtype=torch.uint8)
-    VAEEvaluator().evaluate(vae, ImageData(images, images, (4, 4), "noise"), images, 5, seed=2, table=ImageTable(path))
+    settings = EvaluationSettings(5, seed=2, table=ImageTable(path))
+    VAEEvaluator().evaluate(vae, ImageData(images, images, (4, 4), "noise"), images, settings)
     found = read_table(path).columns()
     for index in (7, 150, 1_020):
         alone = images[index : index + 1]
@@ -261,5 +263,5 @@ def test_the_chunks_of_an_evaluation_meet_different_noise(path: pathlib.Path) ->
     vae = VAE(GaussianEncoder(16, 3, 6), BernoulliDecoder(3, 16, 6), VampPrior(16, num_components=4))
     images = torch.full((COUNT, 16), 255, dtype=torch.uint8)
     data = ImageData(images, images, (4, 4), "noise")
-    VAEEvaluator().evaluate(vae, data, images, 10, seed=2, table=ImageTable(path))
+    VAEEvaluator().evaluate(vae, data, images, EvaluationSettings(10, seed=2, table=ImageTable(path)))
     assert len(read_table(path).columns()["log_p_x"].unique()) > COUNT - 10

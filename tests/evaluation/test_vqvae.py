@@ -11,7 +11,7 @@ from torch import Tensor
 from popgen.datasets.images import ImageData
 from popgen.errors import ArgumentError
 from popgen.evaluation import vqvae as evaluation
-from popgen.evaluation.evaluator import Evaluator, VAEEvaluator
+from popgen.evaluation.evaluator import EvaluationSettings, Evaluator, VAEEvaluator
 from popgen.evaluation.likelihood import evaluate_elbo
 from popgen.evaluation.vqvae import (
     VQVAEEvaluator,
@@ -151,10 +151,11 @@ def test_the_bound_is_the_elbo(kind: str) -> None:
     finished: list[Tensor] = []
     parts = evaluate_elbo(model, images)
     evaluator = evaluator_of(kind)
-    bound = evaluator.bounds(model, 1, seed=0, progress=finished.append)(images, parts, 0)["log_p_x"]
+    settings = EvaluationSettings(1, seed=0, progress=finished.append)
+    bound = evaluator.bounds(model, settings)(images, parts, 0)["log_p_x"]
     assert torch.equal(bound, parts["elbo"]) and torch.equal(torch.cat(finished), bound)
     assert torch.equal(bound, evaluate_elbo(model, images, seed=5)["elbo"]), "nothing is drawn"
-    coarse = evaluator.bounds(model, 1, seed=0, precision="bf16")(images, parts, 0)["log_p_x"]
+    coarse = evaluator.bounds(model, EvaluationSettings(1, seed=0, precision="bf16"))(images, parts, 0)["log_p_x"]
     assert not torch.equal(coarse, bound)
     torch.testing.assert_close(coarse, bound, rtol=0.1, atol=0)
 
@@ -163,7 +164,7 @@ def test_the_bound_is_the_elbo(kind: str) -> None:
 @pytest.mark.parametrize("num_samples", [0, 2, 5_000])
 def test_more_than_one_sample_is_refused(kind: str, num_samples: int) -> None:
     with pytest.raises(ArgumentError, match=f"num_samples must be 1 for a VQ-VAE, got {num_samples}: its posterior"):
-        evaluator_of(kind).bounds(make_model(kind), num_samples, seed=0)
+        evaluator_of(kind).bounds(make_model(kind), EvaluationSettings(num_samples, seed=0))
 
 
 @every_kind

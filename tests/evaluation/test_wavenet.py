@@ -11,6 +11,7 @@ from popgen.distributions.codes import CategoricalOutput
 from popgen.distributions.mu_law import mu_law_encode
 from popgen.errors import ArgumentError, DataError
 from popgen.evaluation import wavenet as evaluation
+from popgen.evaluation.evaluator import EvaluationSettings
 from popgen.evaluation.shown import Sound
 from popgen.evaluation.wavenet import WaveNetEvaluator, log_densities
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
@@ -60,7 +61,7 @@ def test_results_are_means_over_samples() -> None:
     assert validated["bits_per_sample"] == pytest.approx(bits) and validated["loss"] == pytest.approx(
         -every.mean().item()
     )
-    results = evaluator.evaluate(model, data, data.test, 1, seed=0)
+    results = evaluator.evaluate(model, data, data.test, EvaluationSettings(1, seed=0))
     assert results["bits_per_sample"] == pytest.approx(bits)
     assert 0.0 < results["bits_per_sample_standard_error"] < 1.0
     codes = mu_law_encode(data.train.values)
@@ -69,7 +70,7 @@ def test_results_are_means_over_samples() -> None:
     assert results["unigram_bits"] == pytest.approx(-frequencies[codes].mean().item())
     record = {**results, "num_examples": 4}
     assert f"{bits:7.3f}" in evaluator.describe(record)
-    alone = evaluator.evaluate(model, data, data.test[:1], 1, seed=0)
+    alone = evaluator.evaluate(model, data, data.test[:1], EvaluationSettings(1, seed=0))
     assert math.isnan(alone["bits_per_sample_standard_error"])
 
 
@@ -80,7 +81,9 @@ def test_the_standard_error_is_that_of_resampled_recordings() -> None:
     values = (torch.rand(len(loud), generator=generator) - 0.5) * loud
     data = SequenceData(Sequences(values, lengths), Sequences(values, lengths), None, 20, {}, 1_000)
     model = make_model()
-    stated = WaveNetEvaluator().evaluate(model, data, data.test, 1, seed=0)["bits_per_sample_standard_error"]
+    stated = WaveNetEvaluator().evaluate(model, data, data.test, EvaluationSettings(1, seed=0))[
+        "bits_per_sample_standard_error"
+    ]
     bits = -log_densities(model, data.test) / math.log(2)
     chosen = torch.randint(60, (4_000, 60), generator=generator)
     means = bits[chosen].sum(1) / lengths[chosen].sum(1)
