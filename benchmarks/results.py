@@ -21,6 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks import measure
 from popgen.errors import PopgenError, RunDirectoryError
+from popgen.evaluation.likelihood import bounds_by_size
+from popgen.training.records import evaluation_records
 from popgen.training.run_directory import RunDirectory
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -57,7 +59,7 @@ def curves_of(path: pathlib.Path) -> tuple[dict[int, dict[str, float]], float]:
 def collect(run_dir: pathlib.Path, name: str) -> pathlib.Path:
     """Copies what a run has to show into results/<name>/seed_<seed>, and returns that folder."""
     directory = RunDirectory(run_dir)
-    records = sorted(run_dir.glob("evaluation_step*.json"))
+    records = evaluation_records(run_dir)
     if not records:
         raise RunDirectoryError(f"{str(run_dir)!r} has no evaluation; python -m launch.evaluate --run_dir makes one")
     points, seconds = curves_of(run_dir)
@@ -106,7 +108,7 @@ def _chosen(row: dict[str, Any]) -> str:
 def _evidence(row: dict[str, Any]) -> list[str]:
     """Returns how many samples a bound had, how much it rose at the last growth of their number, and where k̂ is low."""
     size = f"{row['num_samples']:,} × {row['num_examples']:,}"
-    bounds = [row[name] for name in row if name.startswith("log_p_x_of_")]
+    bounds = list(bounds_by_size(row).values())
     rise = f"{bounds[-1] - bounds[-2]:.2f}" if len(bounds) > 1 else ""
     reliable = row.get("images_of_reliable_pareto_shape")
     return [size, rise, "" if reliable is None else f"{reliable / row['num_examples']:.0%}"]

@@ -50,7 +50,7 @@ def evaluate_together(shard: Shard, processes: Processes) -> None:
     num_samples = experiment.evaluator.default_num_samples if FLAGS.num_samples is None else FLAGS.num_samples
     num_examples = len(first_examples(data, FLAGS.num_examples))
     files = EvaluationFiles(directory.path, tensors["step"], FLAGS.weights, num_samples, num_examples)
-    table = ImageTable(files.images, shard, processes)
+    table = ImageTable(files.images_path, shard, processes)
     try:
         record = evaluate_model(
             experiment, model, data, num_samples, num_examples, tensors["step"], FLAGS.precision, table
@@ -68,7 +68,7 @@ def evaluate_together(shard: Shard, processes: Processes) -> None:
             model, images, num_samples, FLAGS.num_temperatures, FLAGS.num_chains, experiment.seed
         )
     else:
-        record |= files.check_on_file(record)
+        record |= files.annealing_on_file(record)
     if "annealed_log_p_x" in record:
         described += "\n" + describe_check(record)
     writer = Writer(directory.path)
@@ -76,7 +76,7 @@ def evaluate_together(shard: Shard, processes: Processes) -> None:
     writer.close()
     print(described)
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in data.facts().items())
-    print(f"step {record['step']}, {FLAGS.weights} weights, {facts}: {files.record}")
+    print(f"step {record['step']}, {FLAGS.weights} weights, {facts}: {files.record_path}")
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def finish(
         num_samples, step = experiment.final_num_samples, tensors["step"]
         num_examples = len(first_examples(data, experiment.final_num_examples))
         files = EvaluationFiles(directory.path, step, "raw", num_samples, num_examples)
-        table = ImageTable(files.images, processes=processes if in_parts else ALONE)
+        table = ImageTable(files.images_path, processes=processes if in_parts else ALONE)
         record = evaluate_model(experiment, best, data, num_samples, num_examples, step, table=table, stop=stop)
         recorder.write_evaluation(files, record)
 

@@ -16,12 +16,14 @@ from popgen.evaluation.image_table import ImageTable
 from popgen.evaluation.importance import RELIABLE_PARETO_SHAPE
 from popgen.evaluation.likelihood import (
     Progress,
+    bounds_by_size,
     count_active_units,
     estimate_log_likelihood,
     evaluate_elbo,
     importance_estimate,
     kl_of_dimensions,
     log_weight_function,
+    name_of_bound,
     standard_error,
 )
 from popgen.evaluation.pictures import Picture, all_pictures
@@ -263,7 +265,7 @@ class VAEEvaluator(ImageEvaluator):
             )
             return {
                 "log_p_x": found.log_p_x,
-                **{f"log_p_x_of_{size}_samples": bound for size, bound in found.bounds.items()},
+                **{name_of_bound(size): bound for size, bound in found.bounds.items()},
                 "monte_carlo_error": found.monte_carlo_error,
                 "effective_sample_size": found.effective_sample_size,
                 "pareto_shape": found.pareto_shape,
@@ -277,8 +279,7 @@ class VAEEvaluator(ImageEvaluator):
         `monte_carlo_error` is that of the mean over these images; k̂ is `pareto_shape`, and `worst_images` have the
         highest.
         """
-        bounds = {name: column for name, column in columns.items() if name.startswith("log_p_x_of_")}
-        results: Results = {name: bound.mean().item() for name, bound in bounds.items()}
+        results: Results = {name_of_bound(size): bound.mean().item() for size, bound in bounds_by_size(columns).items()}
         errors, shapes = columns["monte_carlo_error"], columns["pareto_shape"]
         results["monte_carlo_error"] = errors.square().sum().sqrt().item() / len(errors)
         results["effective_sample_size_median"] = columns["effective_sample_size"].median().item()
@@ -290,8 +291,7 @@ class VAEEvaluator(ImageEvaluator):
 
     def describe(self, record: Mapping[str, Any]) -> str:
         """Returns the lines of every image model, and what the importance weights say of the bound."""
-        sizes = [name.split("_")[4] for name in record if name.startswith("log_p_x_of_")]
-        curve = ", ".join(f"{record[f'log_p_x_of_{size}_samples']:.3f} ({int(size):,})" for size in sizes)
+        curve = ", ".join(f"{bound:.3f} ({size:,})" for size, bound in bounds_by_size(record).items())
         lines = [
             super().describe(record),
             f"bound by number of samples  {curve}",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from popgen.evaluation.importance import RELIABLE_PARETO_SHAPE
+from popgen.evaluation.likelihood import bounds_by_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +27,7 @@ def evaluation_figure(columns: Mapping[str, Tensor]) -> "Figure":
     """
     from matplotlib.figure import Figure  # slow to import, and training needs none
 
-    bounds = {int(name.split("_")[4]): column for name, column in columns.items() if name.startswith("log_p_x_of_")}
+    bounds = bounds_by_size(columns)
     shapes = columns.get("pareto_shape")
     shapes = None if shapes is None or not shapes.isfinite().any() else shapes
     figure = Figure(figsize=(12.0, 3.6), layout="constrained")

@@ -7,7 +7,9 @@ is cut up. The noise is drawn on the device of the images, and kinds of devices 
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Num
@@ -166,6 +168,27 @@ class LikelihoodEstimate:
             torch.cat([part.effective_sample_size for part in parts]),
             torch.cat([part.pareto_shape for part in parts]),
         )
+
+
+def name_of_bound(num_samples: int) -> str:
+    """Returns the name that a bound with so many samples has in records and tables.
+
+    Example:
+        >>> name_of_bound(100)
+        'log_p_x_of_100_samples'
+    """
+    return f"log_p_x_of_{num_samples}_samples"
+
+
+def bounds_by_size(values: Mapping[str, Any]) -> dict[int, Any]:
+    """Returns what is found under each `name_of_bound`, by the number of samples.
+
+    Example:
+        >>> bounds_by_size({"log_p_x": -8.0, "log_p_x_of_1_samples": -9.0, "log_p_x_of_50_samples": -8.0})
+        {1: -9.0, 50: -8.0}
+    """
+    matches = {name: re.fullmatch(r"log_p_x_of_(\d+)_samples", name) for name in values}
+    return {int(found[1]): values[name] for name, found in matches.items() if found}
 
 
 def estimate_log_likelihood(

@@ -19,6 +19,7 @@ from popgen.files import write_json
 from popgen.sweeps.points import Point, bindings, bound_name, point_name, setting_name
 from popgen.sweeps.processes import Job
 from popgen.training import checkpoints
+from popgen.training.records import evaluation_records
 from popgen.training.run_directory import RunDirectory
 
 LOG_NAME = "train.log"
@@ -59,8 +60,8 @@ class Run:
         numbers = self.numbers(sweep)
         if numbers.get("step", 0) < self.num_steps:
             return False
-        pattern = f"evaluation_step{numbers['best_step']:08d}_raw_{self.final_num_samples}x*.json"
-        return not self.final_num_samples or any((sweep / self.name).glob(pattern))
+        records = evaluation_records(sweep / self.name, numbers["best_step"], "raw", self.final_num_samples)
+        return not self.final_num_samples or bool(records)
 
 
 class SweepDirectory:

@@ -14,6 +14,7 @@ from popgen.errors import RunDirectoryError, check_choice
 from popgen.files import write_whole
 from popgen.sweeps.points import SEED
 from popgen.sweeps.sweep import Run, SweepDirectory
+from popgen.training.records import evaluation_records
 from popgen.training.run_directory import RunDirectory
 
 OWN_RESULTS = ("best_loss", "best_step")
@@ -80,7 +81,7 @@ def sorted_rows(rows: Sequence[Row], sort_by: str) -> list[Row]:
 
 
 def table(rows: Sequence[Row], sort_by: str) -> str:
-    """Returns the rows as text, and their means over seeds where those were swept.
+    """Returns the rows as text, in their order, and means of a result over seeds where those were swept.
 
     Example:
         >>> run = Run("Adam.lr=0.1", {"Adam.lr": "0.1"}, num_steps=9, final_num_samples=0, headline=["log_p_x"])
@@ -88,7 +89,6 @@ def table(rows: Sequence[Row], sort_by: str) -> str:
         Adam.lr  best_loss  best_step  steps  state
         0.1         98.765          3  3/9    running
     """
-    rows = sorted_rows(rows, sort_by)
     names = list(dict.fromkeys(name for row in rows for name in row.run.values))
     wanted = [*OWN_RESULTS, *(row.run.headline[0] for row in rows if row.run.headline), sort_by]
     results = [name for name in dict.fromkeys(wanted) if any(name in row.results for row in rows)]
@@ -169,7 +169,7 @@ def _record(path: pathlib.Path) -> dict[str, Any]:
 def _row(sweep: pathlib.Path, run: Run) -> Row:
     numbers = run.numbers(sweep)
     results = {name: numbers[name] for name in OWN_RESULTS if math.isfinite(numbers.get(name, math.nan))}
-    records = [_record(path) for path in (sweep / run.name).glob("evaluation_step*.json")]
+    records = [_record(path) for path in evaluation_records(sweep / run.name)]
     if records:
         best = numbers.get("best_step")
 

@@ -36,6 +36,9 @@ class Configuration:
             check_choice("hparam", name, tuple(self.settings))
 
 
+RECORD_NAME = "evaluation_step{step}_{weights}_{num_samples}x{num_examples}.json"
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluationFiles:
     """Where an evaluation of a checkpoint lies: a JSON record, and of a model of images a table and a figure beside it.
@@ -48,7 +51,7 @@ class EvaluationFiles:
         num_examples: of the evaluation.
 
     Example:
-        >>> EvaluationFiles(pathlib.Path("run"), 40, "raw", num_samples=5_000, num_examples=10_000).record.name
+        >>> EvaluationFiles(pathlib.Path("run"), 40, "raw", num_samples=5_000, num_examples=10_000).record_path.name
         'evaluation_step00000040_raw_5000x10000.json'
     """
 
@@ -59,20 +62,24 @@ class EvaluationFiles:
     num_examples: int
 
     @property
-    def record(self) -> pathlib.Path:
+    def record_path(self) -> pathlib.Path:
         """The record, strict JSON."""
-        size = f"{self.num_samples}x{self.num_examples}"
-        return self.directory / f"evaluation_step{self.step:08d}_{self.weights}_{size}.json"
+        return self.directory / RECORD_NAME.format(
+            step=f"{self.step:08d}",
+            weights=self.weights,
+            num_samples=self.num_samples,
+            num_examples=self.num_examples,
+        )
 
     @property
-    def images(self) -> pathlib.Path:
+    def images_path(self) -> pathlib.Path:
         """The table of all images, see `popgen.evaluation.image_table`."""
-        return self.record.with_name(f"{self.record.stem}_images.csv")
+        return self.record_path.with_name(f"{self.record_path.stem}_images.csv")
 
     @property
-    def figure(self) -> pathlib.Path:
+    def figure_path(self) -> pathlib.Path:
         """The figure of the table."""
-        return self.record.with_suffix(".png")
+        return self.record_path.with_suffix(".png")
 
     def write(self, writer: Writer, record: Mapping[str, Any], headline: Sequence[str]) -> None:
         """Writes the record, what the headline names as scalars too, and the figure of the table if there is one.
@@ -82,15 +89,15 @@ class EvaluationFiles:
         """
         results = {name: record[name] for name in headline}
         if not self._has_on_file(finite(results)):
-            if self.images.is_file():
-                figure = evaluation_figure(read_table(self.images).columns())
-                figure.savefig(self.figure)
+            if self.images_path.is_file():
+                figure = evaluation_figure(read_table(self.images_path).columns())
+                figure.savefig(self.figure_path)
                 writer.figure("evaluation", figure, self.step)
             writer.scalars("evaluation", results, self.step)
             writer.sync()
-        write_json(self.record, record)
+        write_json(self.record_path, record)
 
-    def check_on_file(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def annealing_on_file(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the check by annealing that the record on file holds, if it is of the same model and images."""
         found = self._on_file()
         if any(found.get(name) != record.get(name) for name in ("model_sha256", "images_sha256", "seed")):
@@ -103,7 +110,25 @@ class EvaluationFiles:
 
     def _on_file(self) -> dict[str, Any]:
         try:
-            found = json.loads(self.record.read_text())
+            found = json.loads(self.record_path.read_text())
         except (FileNotFoundError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
+
+
+def evaluation_records(
+    directory: pathlib.Path, step: int | None = None, weights: str = "*", num_samples: int | None = None
+) -> list[pathlib.Path]:
+    """Returns the records of evaluations in a run directory: all, or those of a step, weights or number of samples.
+
+    Example:
+        >>> evaluation_records(pathlib.Path("nowhere"), step=40, weights="raw")
+        []
+    """
+    pattern = RECORD_NAME.format(
+        step="*" if step is None else f"{step:08d}",
+        weights=weights,
+        num_samples="*" if num_samples is None else num_samples,
+        num_examples="*",
+    )
+    return sorted(directory.glob(pattern))

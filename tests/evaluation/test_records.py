@@ -78,7 +78,7 @@ def written(
     writer, files = Writer(path), EvaluationFiles(path, 40, "raw", 7, record["num_examples"])
     files.write(writer, record, experiment.evaluator.headline)
     writer.close()
-    return record, files.record
+    return record, files.record_path
 
 
 def test_values(experiment: Experiment) -> None:

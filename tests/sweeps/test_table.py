@@ -72,7 +72,7 @@ def test_the_best_is_first_and_what_has_no_result_last(sweep: SweepDirectory) ->
         return "".join(row.run.values["A.x"] for row in sorted_rows(rows_of(sweep), sort_by))
 
     assert order("best_loss") == "3421" and order("log_p_x") == "2413"
-    printed = table(rows_of(sweep), "best_loss").splitlines()
+    printed = table(sorted_rows(rows_of(sweep), "best_loss"), "best_loss").splitlines()
     assert printed[0].split() == ["A.x", "best_loss", "best_step", "log_p_x", "steps", "state"]
     assert printed[3].split() == ["2", "95.000", "10", "-90.000", "10/10", "finished"]
     assert printed[4].split() == ["1", "0/10", "waiting"]
