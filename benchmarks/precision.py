@@ -15,7 +15,8 @@ import torch
 from benchmarks.measure import synchronise, table
 from popgen import config
 from popgen.errors import ArgumentError
-from popgen.evaluation.likelihood import estimate_log_likelihood, standard_error
+from popgen.evaluation.likelihood import estimate_log_likelihood
+from popgen.evaluation.statistics import standard_error
 from popgen.execution import PRECISIONS, check_precision
 from popgen.experiment import prepare
 from popgen.training.run_directory import RunDirectory

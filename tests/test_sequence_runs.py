@@ -135,12 +135,12 @@ def test_a_cpc_is_scored_and_probed(trained: SequenceWorkspace) -> None:
 
 
 def test_a_probe_of_a_single_recording_is_strict_json(trained: SequenceWorkspace, tmp_path: pathlib.Path) -> None:
-    """Its standard error cannot be told: `null` in the file."""
+    """Its standard error cannot be told: `null` in the file, and left out of what is printed."""
     run = tmp_path / "run"
     shutil.copytree(trained.path / "cpc", run)
     config = run / "config.gin"
     config.write_text(config.read_text().replace("num_test = 12", "num_test = 1"))
-    trained.succeed("probe", f"--run_dir={run}", "--target=chord", "--stacked=2", "--frames_per_recording=5")
+    printed = trained.succeed("probe", f"--run_dir={run}", "--target=chord", "--stacked=2", "--frames_per_recording=5")
     (path,) = run.glob("probe_chord_*.json")
 
     def refuse(constant: str) -> None:
@@ -148,6 +148,7 @@ def test_a_probe_of_a_single_recording_is_strict_json(trained: SequenceWorkspace
 
     rows = json.loads(path.read_text(), parse_constant=refuse)["rows"]
     assert [row["standard_error"] for row in rows] == [None] * 6
+    assert "±" not in printed and f"{rows[0]['accuracy']:.3f}" in printed
 
 
 def test_mistakes_are_one_line(trained: SequenceWorkspace) -> None:

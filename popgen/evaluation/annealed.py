@@ -15,7 +15,8 @@ from torch import Tensor
 
 from popgen.datasets.images import as_values
 from popgen.errors import ArgumentError, check_integer
-from popgen.evaluation.likelihood import estimate_log_likelihood, standard_error
+from popgen.evaluation.likelihood import estimate_log_likelihood
+from popgen.evaluation.statistics import standard_error
 from popgen.losses import iwae
 from popgen.models.model import Model
 from popgen.models.vae import VAE

@@ -14,8 +14,9 @@ from torch import Tensor
 from popgen.datasets.sequences import SequenceData, Sequences
 from popgen.errors import check_integer
 from popgen.evaluation.evaluator import EvaluationSettings, Evaluator, Results
-from popgen.evaluation.likelihood import Progress, standard_error_of_ratio
+from popgen.evaluation.progress import Progress
 from popgen.evaluation.shown import Shown
+from popgen.evaluation.statistics import standard_error_of_ratio
 from popgen.execution import matrix_products
 from popgen.models.cpc import CPC, CPCTerms
 from popgen.streams import make_generator

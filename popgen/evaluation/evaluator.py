@@ -15,7 +15,6 @@ from popgen.errors import check_integer
 from popgen.evaluation.image_table import ImageTable
 from popgen.evaluation.importance import RELIABLE_PARETO_SHAPE
 from popgen.evaluation.likelihood import (
-    Progress,
     bounds_by_size,
     count_active_units,
     estimate_log_likelihood,
@@ -24,10 +23,11 @@ from popgen.evaluation.likelihood import (
     kl_of_dimensions,
     log_weight_function,
     name_of_bound,
-    standard_error,
 )
 from popgen.evaluation.pictures import Picture, all_pictures
+from popgen.evaluation.progress import Progress
 from popgen.evaluation.shown import Shown
+from popgen.evaluation.statistics import standard_error
 from popgen.models.image_model import ImageModel
 from popgen.models.vae import VAE
 

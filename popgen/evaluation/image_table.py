@@ -22,6 +22,7 @@ from torch import Tensor
 
 from popgen.distributed import ALONE, Processes
 from popgen.errors import ArgumentError, DataError, UnfinishedEvaluationError
+from popgen.evaluation.progress import Progress
 from popgen.files import write_whole
 
 IMAGES_IN_CHUNK = 100
@@ -97,7 +98,7 @@ class ImageTable:
         identity: Mapping[str, Any],
         count: int,
         compute: Callable[[range], Mapping[str, Tensor]],
-        progress: Callable[[Tensor], None] | None = None,
+        progress: Progress | None = None,
     ) -> Columns:
         """Returns the columns of all images, float64, shape `(count,)`; those on file are not computed again.
 

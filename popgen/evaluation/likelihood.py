@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float
 from torch import Tensor
 
 from popgen.datasets.images import as_values
@@ -26,6 +26,7 @@ from popgen.evaluation.importance import (
     nested_group_sizes,
     pareto_shape,
 )
+from popgen.evaluation.progress import Progress
 from popgen.execution import compile_or_fall_back, matrix_products
 from popgen.losses import elbo
 from popgen.models.image_model import ImageModel
@@ -38,8 +39,6 @@ NOISE_BLOCK = 1_000  # samples of one image, or single samples of so many images
 # (image, sample) pairs that pass through the decoder together: on a CPU they fill the cores and fit the cache, on a GPU
 # they make each launch worth its while.
 ROWS_IN_FLIGHT = {"cpu": 4_000, "cuda": 128_000}
-
-Progress = Callable[[Tensor], None]
 
 
 def image_noise(
@@ -328,36 +327,3 @@ def kl_of_dimensions(model: VAE, images: Tensor, batch_size: int = 1_000) -> Flo
         mean, log_var = posterior.mean.double(), posterior.log_var.double()
         total += 0.5 * (mean.square() + log_var.exp() - 1.0 - log_var).sum(0)
     return total / len(images)
-
-
-def standard_error(values: Tensor) -> float:
-    """Returns the standard error of a mean; not a number for a single value.
-
-    Example:
-        >>> standard_error(torch.tensor([1.0, 3.0]))
-        1.0
-    """
-    return values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def standard_error_of_ratio(totals: Num[Tensor, " count"], weights: Num[Tensor, " count"]) -> float:
-    """Returns the standard error of sum(totals) / sum(weights), to first order; not a number for a single example.
-
-    That is the error of a mean over all the parts of examples that have different numbers of them, such as the samples
-    of recordings, where the examples are what is drawn independently.
-
-    Args:
-        totals: the sum over the parts of each example.
-        weights: the number of parts of each example.
-
-    Example:
-        >>> values = torch.tensor([1.0, 3.0])
-        >>> standard_error_of_ratio(values, torch.ones(2)), standard_error_of_ratio(5 * values, torch.full((2,), 5.0))
-        (1.0, 1.0)
-    """
-    if len(totals) < 2:
-        return math.nan
-    totals, weights = totals.double(), weights.double()
-    residuals = totals - totals.sum() / weights.sum() * weights
-    count = len(residuals)
-    return math.sqrt(count / (count - 1) * residuals.square().sum().item()) / weights.sum().item()

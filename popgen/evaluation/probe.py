@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from popgen.errors import ArgumentError, DataError, PopgenError, check_integer, check_number
+from popgen.evaluation.statistics import standard_error
 from popgen.streams import stream_seed
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the penalty, that are tried
@@ -134,7 +135,7 @@ class ProbeResult:
     Attributes:
         frame_accuracy: the part of all frames that are classified rightly.
         mean_accuracy: the mean over recordings of the part of each one's frames.
-        standard_error: of that mean, over recordings.
+        standard_error: of that mean, over recordings; not a number for a single one.
         recording_accuracy: the part of recordings whose summed log-probabilities are highest for their class.
         num_frames: that were classified.
         num_recordings: that they come from.
@@ -250,8 +251,8 @@ def evaluate_probe(
 def mean_over_recordings(values: Float[Tensor, " count"], recordings: Int64[Tensor, " count"]) -> tuple[float, float]:
     """Returns the mean over recordings of the mean of each one's frames, and the standard error of it.
 
-    The error of a mean over frames would be far too small, since frames of one recording are alike. It is infinite
-    for a single recording.
+    The error of a mean over frames would be far too small, since frames of one recording are alike. It is not a
+    number for a single recording.
 
     Args:
         values: of frames.
@@ -272,8 +273,7 @@ def mean_over_recordings(values: Float[Tensor, " count"], recordings: Int64[Tens
     _, places, counts = recordings.unique(return_inverse=True, return_counts=True)
     means = torch.zeros(len(counts), dtype=torch.float64, device=values.device)
     means = means.index_add_(0, places, values.double()) / counts
-    error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else math.inf
-    return means.mean().item(), error
+    return means.mean().item(), standard_error(means)
 
 
 def _check_frames(features: Tensor, targets: Tensor, num_classes: int, recordings: Tensor) -> None:

@@ -7,8 +7,10 @@ from tqdm import tqdm
 
 from popgen.errors import StoppedError
 
+Progress = Callable[[Tensor], None]  # told of examples that have been finished since the last call, a number for each
 
-def show_mean(bar: tqdm, text: str, stop: Callable[[], bool]) -> Callable[[Tensor], None]:
+
+def show_mean(bar: tqdm, text: str, stop: Callable[[], bool]) -> Progress:
     """Returns a function that moves a bar on by some examples and shows the mean of all so far.
 
     Args:

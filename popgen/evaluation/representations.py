@@ -1,6 +1,7 @@
 """What of a trained CPC is probed, and beside what: plain features of its frames, and the same network untrained."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,7 +23,7 @@ class ProbeRow:
         representation: what the features are.
         dim: how many features a frame has.
         accuracy: on frames of test recordings of whose kind there are training recordings, the mean over recordings.
-        standard_error: of it, over recordings.
+        standard_error: of it, over recordings; not a number for a single one.
         recording_accuracy: of whole recordings, by the sum of their frames' log-probabilities.
         unseen_accuracy: like `accuracy`, on test recordings that have another label of which nothing was trained on,
             such as a speaker never heard; None if there are none.
@@ -190,16 +191,21 @@ def probe_rows(
 
 
 def describe_row(row: ProbeRow) -> str:
-    """Returns the line of a row in a table.
+    """Returns the line of a row in a table; an error that cannot be known is left out.
 
     Example:
         >>> describe_row(ProbeRow("context", 128, 0.9, 0.01, 1.0, 0.5, 0.02, 0.6, 1e-3, True, 100))
         'context                  128   0.900 ± 0.010    0.500 ± 0.020'
     """
-    line = f"{row.representation:<22}{row.dim:6d}   {row.accuracy:.3f} ± {row.standard_error:.3f}"
-    if row.unseen_accuracy is not None:
-        line += f"    {row.unseen_accuracy:.3f} ± {row.unseen_standard_error:.3f}"
-    return line + ("" if row.converged else "   (not converged)")
+    line = f"{row.representation:<22}{row.dim:6d}   {_with_error(row.accuracy, row.standard_error)}"
+    if row.unseen_accuracy is not None and row.unseen_standard_error is not None:
+        line += f"    {_with_error(row.unseen_accuracy, row.unseen_standard_error)}"
+    return line.rstrip() + ("" if row.converged else "   (not converged)")
+
+
+def _with_error(mean: float, error: float) -> str:
+    shown = f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
+    return f"{shown:<13}"
 
 
 def check_can_be_probed(model: object, data: object) -> tuple[CPC, SequenceData]:

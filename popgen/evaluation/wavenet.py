@@ -13,9 +13,10 @@ from popgen.distributions.mu_law import mu_law_decode, mu_law_encode
 from popgen.errors import ArgumentError, check_number
 from popgen.evaluation.context_model import choose_smoothing, context_model_log_density, count_contexts
 from popgen.evaluation.evaluator import EvaluationSettings, Evaluator, Results
-from popgen.evaluation.likelihood import Progress, standard_error_of_ratio
+from popgen.evaluation.progress import Progress
 from popgen.evaluation.shown import Shown, Sound
 from popgen.evaluation.spectrogram import spectrogram
+from popgen.evaluation.statistics import standard_error_of_ratio
 from popgen.execution import matrix_products
 from popgen.models.wavenet import WaveNet
 

@@ -12,7 +12,7 @@ from popgen.errors import ArgumentError, DataError
 from popgen.evaluation.cpc import CPCEvaluator, contrastive_terms
 from popgen.evaluation.evaluator import EvaluationSettings
 from popgen.evaluation.image_table import ImageTable, Shard
-from popgen.evaluation.likelihood import standard_error_of_ratio
+from popgen.evaluation.statistics import standard_error_of_ratio
 from popgen.experiment import Experiment, evaluate_model
 from popgen.models.cpc import CPC
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
