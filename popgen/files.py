@@ -1,14 +1,18 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and folders that one process holds."""
 
 import contextlib
 import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from popgen.errors import RunDirectoryError
+
+LOCK_NAME = ".lock"
 
 
 def write_whole(
@@ -82,6 +86,49 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def held(
+    folder: pathlib.Path,
+    in_use: str,
+    not_writable: Callable[[str], str],
+    timeout: float = 0.0,
+    subfolders: Sequence[str] = (),
+) -> Iterator[None]:
+    """Creates a folder and holds it for this process; the operating system frees it when the process dies.
+
+    Args:
+        folder: to hold.
+        in_use: the error where another process holds it.
+        not_writable: returns the error where it cannot be written, of the reason.
+        timeout: seconds to wait for another process.
+        subfolders: that are created in it.
+
+    Raises:
+        RunDirectoryError: if it cannot be written, or another process holds it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with held(pathlib.Path(folder) / "run", "it is in use", "it is not writable: {}".format):
+        ...         (pathlib.Path(folder) / "run" / LOCK_NAME).is_file()
+        True
+    """
+    lock = FileLock(folder / LOCK_NAME, timeout=timeout)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in subfolders:
+            (folder / name).mkdir(exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise RunDirectoryError(in_use) from None
+    except OSError as error:
+        raise RunDirectoryError(not_writable(error.strerror or str(error))) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _keep(path: pathlib.Path, keep: pathlib.Path) -> None:

@@ -5,17 +5,16 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from popgen import config
 from popgen.datasets.data import Data
 from popgen.errors import ArgumentError, CheckpointError, ConfigError, PopgenError, RunDirectoryError
 from popgen.experiment import check_amounts, check_data, load_data
-from popgen.files import write_json
+from popgen.files import held, write_json
 from popgen.sweeps.points import Point, bindings, bound_name, point_name, setting_name
 from popgen.sweeps.processes import Job
 from popgen.training import checkpoints
@@ -98,25 +97,17 @@ class SweepDirectory:
         listed = self.runs() | {run.name: run for run in runs}
         write_json(self.list_path, [dataclasses.asdict(run) for run in listed.values()])
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Creates the directory and holds it for this process.
 
         Raises:
             RunDirectoryError: if it cannot be written, or another process holds it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=0)
-            lock.acquire()
-        except Timeout:
-            raise RunDirectoryError(f"another process runs the sweep in {self.path}; --table_only shows it") from None
-        except OSError as error:
-            raise RunDirectoryError(f"the sweep directory {self.path} is not writable ({error.strerror})") from error
-        try:
-            yield
-        finally:
-            lock.release()
+        return held(
+            self.path,
+            in_use=f"another process runs the sweep in {self.path}; --table_only shows it",
+            not_writable=lambda reason: f"the sweep directory {self.path} is not writable ({reason})",
+        )
 
 
 def check_points(

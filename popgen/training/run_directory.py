@@ -1,19 +1,18 @@
 """A run directory: what lies where, and that only one process at a time trains in it."""
 
-import contextlib
 import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from popgen.errors import CheckpointError, RunDirectoryError
+from popgen.files import LOCK_NAME, held
 from popgen.training import checkpoints
 
-LOCK_NAME = ".lock"
 REPLICA = "replica_"  # and its number: the run directory of a replica, see `popgen.replicas`
 MAX_DIGITS = 19  # of a step
 NAMES = ("best", "latest", "previous")  # of checkpoints, beside those of steps
@@ -228,32 +227,20 @@ class RunDirectory:
         keep = self.checkpoint_path("previous") if name == "latest" else None
         checkpoints.save(self.checkpoint_path(name), contents, keep)
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Creates the directory and holds it for this process; the operating system frees it when the process dies.
 
         Raises:
             RunDirectoryError: if it cannot be written, or another process holds it.
         """
-        try:
-            self.checkpoints_path.mkdir(parents=True, exist_ok=True)
-            self.samples_path.mkdir(exist_ok=True)
-            lock = FileLock(self.path / LOCK_NAME)
-            lock.acquire(timeout=0.5)  # long enough for `is_in_use` of another process to let go
-        except Timeout:
-            raise RunDirectoryError(
-                f"the run directory {self.path} is in use by another process; wait for it, or name another with "
-                "--run_dir"
-            ) from None
-        except OSError as error:
-            raise RunDirectoryError(
-                f"the run directory {self.path} is not writable ({error.strerror or error}); name another with "
-                "--run_dir"
-            ) from error
-        try:
-            yield
-        finally:
-            lock.release()
+        where, advice = f"the run directory {self.path}", "name another with --run_dir"
+        return held(
+            self.path,
+            in_use=f"{where} is in use by another process; wait for it, or {advice}",
+            not_writable=lambda reason: f"{where} is not writable ({reason}); {advice}",
+            timeout=0.5,  # long enough for `is_in_use` of another process to let go
+            subfolders=(self.checkpoints_path.name, self.samples_path.name),
+        )
 
     def is_in_use(self) -> bool:
         """Whether some process trains in it."""
