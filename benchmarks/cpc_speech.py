@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from benchmarks.measure import table as markdown
+from benchmarks.measure import markdown_table
 
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 TRAINED = ("context", "encoding")  # the representations that depend on the negatives of a run
@@ -138,7 +138,7 @@ def text(rows: list[dict]) -> str:
         [row["features"], *(cell(row[name]) for name in ("speaker", "digit")), *map(cell, row["digit_of"].values())]
         for row in rows
     ]
-    return markdown(["features of a frame", "speaker", "digit, speaker never heard", *SPEAKERS], cells)
+    return markdown_table(["features of a frame", "speaker", "digit, speaker never heard", *SPEAKERS], cells)
 
 
 def cell(values: list[float]) -> str:

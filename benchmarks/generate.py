@@ -14,7 +14,7 @@ import statistics
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Work, interleaved, ratio, table
+from benchmarks.measure import Work, interleaved, markdown_table, ratio
 from popgen.models.wavenet import START, CategoricalOutput, WaveNet
 
 STEPS = 1_000  # that are compared early and late in a sequence
@@ -106,10 +106,10 @@ def main() -> None:
     unit = "samples / s"
     headings = ["cycle", "receptive field", f"{unit}, plain", f"{unit}, compiled", f"{unit}, recomputed"]
     headings += ["plain ÷ recomputed", "compiled ÷ recomputed"]
-    print(table(headings, [speed(cycle, arguments) for cycle in arguments.cycles]), "\n", flush=True)
+    print(markdown_table(headings, [speed(cycle, arguments) for cycle in arguments.cycles]), "\n", flush=True)
     torch.set_num_threads(1)
     headings = ["cycle", f"µs of the first {STEPS:,} steps", f"µs after {arguments.later:,}", "ratio"]
-    print(table(headings, [positions(cycle, arguments) for cycle in arguments.cycles[-1:]]))
+    print(markdown_table(headings, [positions(cycle, arguments) for cycle in arguments.cycles[-1:]]))
 
 
 if __name__ == "__main__":

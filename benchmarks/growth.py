@@ -17,7 +17,7 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import in_fresh_process, prepared, synchronise, table
+from benchmarks.measure import in_fresh_process, markdown_table, prepared, synchronise
 from benchmarks.speed import STEPS, loaded, project_evaluation, project_training
 
 MIXTURE = ("VAE.prior = @popgen.nn.priors.GaussianMixturePrior()", "GaussianMixturePrior.latent_dim = 40")
@@ -84,7 +84,7 @@ def main() -> None:
         config, changes, values = TABLES[name]
         unit = f"ms a step of {config}" if changes else f"ms an image of {config}"
         headings = [name, unit, "MiB", "million parameters", "GFLOP", "time ×", "parameters ×", "GFLOP ×"]
-        print(table(headings, rows(config, arguments.device, changes, values)), "\n", flush=True)
+        print(markdown_table(headings, rows(config, arguments.device, changes, values)), "\n", flush=True)
 
 
 if __name__ == "__main__":

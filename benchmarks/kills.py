@@ -27,7 +27,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from benchmarks.measure import table
+from benchmarks.measure import markdown_table
 from launch.command import STOPPED, guarded, stop_requests
 from popgen.datasets.images import ImageData, prepare_images
 from popgen.evaluation.vqvae import VQVAEEvaluator
@@ -261,7 +261,7 @@ def main() -> None:
         rows.append([kind, *(str(happened[name]) for name in (*WAYS, "cut", "finished"))])
         print(f"{kind}: {dict(happened)}", file=sys.stderr, flush=True)
     headings = ["run", "killed at a moment", "killed in a write", "asked to stop", "half-written files", "same ends"]
-    print(table(headings, rows))
+    print(markdown_table(headings, rows))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import popgen.products  # noqa: F401 (registers popgen::linear)
+from popgen.execution import record_cuda_graph
 
 PRODUCTS = {  # the operator, and which of its tensors are the factors
     torch.ops.aten.mm.default: slice(0, 2),
@@ -111,10 +112,7 @@ def bare_products(work: Work, device: torch.device, by_torch: bool = False) -> t
     if device.type != "cuda":
         return repeat, flops
     repeat()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        repeat()
-    return graph.replay, flops
+    return record_cuda_graph(repeat)[0], flops
 
 
 def in_fresh_process(function: Callable, *arguments: object):
@@ -153,7 +151,7 @@ def _resident(field: str) -> float:
     return int(status.split(f"{field}:")[1].split()[0]) / 2**10
 
 
-def table(headings: list[str], rows: list[list[str]]) -> str:
+def markdown_table(headings: list[str], rows: list[list[str]]) -> str:
     """Returns a Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from benchmarks.measure import synchronise, table
+from benchmarks.measure import markdown_table, synchronise
 from popgen import config
 from popgen.errors import ArgumentError
 from popgen.evaluation.likelihood import estimate_log_likelihood
@@ -58,7 +58,7 @@ def main() -> None:
         cells = [precision, f"{log_p_x.mean():.4f}", f"{moved.mean():+.1e} ± {standard_error(moved):.0e}"]
         rows.append([*cells, f"{moved.abs().max():.1e}", f"{seconds:.4f}"])
     headings = ["products", "log p(x), nats", "mean change", "largest change of an image", "s an image"]
-    print(table(headings, rows))
+    print(markdown_table(headings, rows))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import statistics
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Work, in_fresh_process, interleaved, peak_memory, ratio, table
+from benchmarks.measure import Work, in_fresh_process, interleaved, markdown_table, peak_memory, ratio
 from popgen.nn.codebook import PAIRS_IN_FLIGHT, nearest_codes
 
 
@@ -68,7 +68,7 @@ def main() -> None:
         f"{4 * sizes[0] * sizes[1] / 2**20:.0f}",
     ]
     headings = ["vectors", "dim", "codes", "s", "s of product and argmin", "ratio", "MiB", "MiB of the vectors"]
-    print(table(headings, [cells]))
+    print(markdown_table(headings, [cells]))
 
 
 if __name__ == "__main__":

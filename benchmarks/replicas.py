@@ -14,7 +14,7 @@ import statistics
 
 import torch
 
-from benchmarks.measure import Work, in_fresh_process, interleaved, peak_memory, ratio, table
+from benchmarks.measure import Work, in_fresh_process, interleaved, markdown_table, peak_memory, ratio
 from benchmarks.speed import CONFIGS, DIGITS, MAX_GRADIENT_NORM, STEPS
 from popgen import config
 from popgen.experiment import initial_state_of, prepare, training_functions
@@ -85,7 +85,7 @@ def main() -> None:
     for name in arguments.configs:
         found += rows(name, device, tuple(arguments.bindings), list(arguments.replicas), arguments.rounds)
     headings = ["config", "replicas", "ms a step", "ms for each", "R times one run / R replicas", "MiB"]
-    print(table(headings, found))
+    print(markdown_table(headings, found))
 
 
 if __name__ == "__main__":

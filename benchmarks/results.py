@@ -19,7 +19,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks import measure
+from benchmarks.measure import markdown_table
 from popgen.errors import PopgenError, RunDirectoryError
 from popgen.evaluation.likelihood import bounds_by_size
 from popgen.training.records import evaluation_records
@@ -154,7 +154,7 @@ def table(results: pathlib.Path = RESULTS) -> str:
             rows.append(
                 [f"`{first['config']}`", f"{len(group)} seeds", *made, mean, size, "", "", "", first["hardware"]]
             )
-    return measure.table(COLUMNS, rows)
+    return markdown_table(COLUMNS, rows)
 
 
 def _signed(number: str) -> str:

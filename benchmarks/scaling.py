@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.measure import table
+from benchmarks.measure import markdown_table
 from benchmarks.together import results_of
 from popgen.datasets.images import TrainBatches
 from popgen.distributed import ALONE, Processes
@@ -184,7 +184,7 @@ def main() -> None:
     print(f"{cores} cores; one thread a process; ms a step\n", flush=True)
     headings = ["model", "scaling", "processes", "batch", "step", "of it draw", "exchange alone", "step, no exchange"]
     rows = [row for name in arguments.models for row in measured(name, sizes, arguments.batch_size, arguments.seconds)]
-    print(table([*headings, "efficiency", "of the machine"], rows), flush=True)
+    print(markdown_table([*headings, "efficiency", "of the machine"], rows), flush=True)
     node = Network(arguments.node_bandwidth, arguments.node_latency)
     net = Network(arguments.network_bandwidth, arguments.network_latency)
     print(f"\nOn paper, not measured: {node} in a node of eight, {net} between nodes; ms a step\n")
@@ -193,7 +193,7 @@ def main() -> None:
         one = seconds_of_steps(name, arguments.batch_size, True, arguments.seconds, ALONE)
         rows += on_paper(name, one, arguments.batch_size, arguments.devices, arguments.speeds, node, net)
     headings = ["model", "speed", "devices", "batch", "step", "own work", "draw", "exchange", "examples a second"]
-    print(table([*headings, "efficiency"], rows))
+    print(markdown_table([*headings, "efficiency"], rows))
 
 
 if __name__ == "__main__":

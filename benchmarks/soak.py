@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from benchmarks.measure import table
+from benchmarks.measure import markdown_table
 from launch.command import STOPPED
 from popgen.summaries import EVENT_FILES
 
@@ -139,13 +139,13 @@ def main() -> None:
     print(f"{pictures} files in samples/, {len(event_files)} event files\n")
     tenth = max(len(looks) // 10, 1)
     rows = [[f"{one.seconds / 60:.1f}", f"{one.mebibytes:.1f}", str(one.open_files)] for one in looks[::tenth]]
-    print(table(["minute", "memory, MiB", "open files"], rows))
+    print(markdown_table(["minute", "memory, MiB", "open files"], rows))
     print(f"\ngrowth of memory over the second half: {slope(looks):+.2f} MiB an hour\n")
     rows = [
         [kind, str(names), f"{number:,}", f"{number / step:.4f}", f"{size / 1024:.1f}", f"{size / number:,.0f}"]
         for kind, (number, names, size) in kinds.items()
     ]
-    print(table(["in event files", "names", "number", "a step", "KiB", "bytes each"], rows))
+    print(markdown_table(["in event files", "names", "number", "a step", "KiB", "bytes each"], rows))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import statistics
 
 import torch
 
-from benchmarks.measure import Work, bare_products, in_fresh_process, interleaved, peak_memory, ratio, table
+from benchmarks.measure import Work, bare_products, in_fresh_process, interleaved, markdown_table, peak_memory, ratio
 from popgen import config
 from popgen.datasets.images import ImageData, as_values
 from popgen.evaluation.likelihood import estimate_log_likelihood
@@ -177,14 +177,16 @@ def main() -> None:
     if arguments.only != "evaluation":
         compare = functools.partial(compare_training, with_compile=not arguments.no_compile)
         rows = [compare(name, device, arguments.rounds) for name in arguments.configs]
-        print(f"ms a training step, batch 100\n\n{table(columns, rows)}\n", flush=True)
+        print(f"ms a training step, batch 100\n\n{markdown_table(columns, rows)}\n", flush=True)
     if arguments.only != "training":
         rounds = max(2, arguments.rounds // 3)
         rows = [
             compare_evaluation(name, device, rounds, not arguments.no_compile, arguments.num_samples)
             for name in arguments.configs
         ]
-        print(f"s an image, bound with {arguments.num_samples:,} samples\n\n{table(columns, rows)}\n", flush=True)
+        print(
+            f"s an image, bound with {arguments.num_samples:,} samples\n\n{markdown_table(columns, rows)}\n", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import replicas
-from benchmarks.measure import bare_products, in_fresh_process, interleaved, prepared, ratio, table
+from benchmarks.measure import bare_products, in_fresh_process, interleaved, markdown_table, prepared, ratio
 from benchmarks.speed import CONFIGS, one_step
 from popgen.training.loop import Hooks
 
@@ -84,7 +84,7 @@ def hold_and_pass() -> float:
 
 
 def test_table():
-    assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
 @pytest.mark.parametrize("name", ["speed", "growth", "profile", "precision", "kills", "soak", "replicas", "scaling"])
