@@ -48,11 +48,11 @@ class GaussianMixture:
         dtype, origin = z.dtype, self.mean.to(z.dtype).mean(0)
         mean, log_var = self.mean.double() - origin.double(), self.log_var.double()
         quadratic = -0.5 * torch.exp(-log_var).to(dtype).double()
-        linear = (-2.0 * quadratic * mean).to(dtype).double()
-        exact = -(quadratic * mean + linear) * mean
+        linear_term = (-2.0 * quadratic * mean).to(dtype).double()
+        exact = -(quadratic * mean + linear_term) * mean
         constant = exact.to(dtype)
         offset = (exact - constant - 0.5 * (log_var + LOG_TWO_PI)).sum(-1) + self._log_weights()
-        coefficients = torch.stack([quadratic.to(dtype), linear.to(dtype), constant], dim=-1).flatten(-2)
+        coefficients = torch.stack([quadratic.to(dtype), linear_term.to(dtype), constant], dim=-1).flatten(-2)
         points = z - origin
         features = torch.stack([points.square(), points, torch.ones_like(points)], dim=-1).flatten(-2)
         log_densities = _Product.apply(offset.to(dtype), features.reshape(-1, coefficients.shape[1]), coefficients)

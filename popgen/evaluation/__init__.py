@@ -1,1 +1,1 @@
-"""Evaluation: likelihood bounds over a data set, active units, and pictures of what a model has learned."""
+"""Evaluation: likelihood bounds over a data set, active units, probes, and pictures of what a model has learned."""

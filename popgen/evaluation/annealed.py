@@ -24,6 +24,7 @@ from popgen.streams import make_generator
 
 TARGET_ACCEPTANCE = 0.65  # of proposals, for which step sizes are tuned (Neal 2011)
 INITIAL_STEP_SIZE = 0.1
+TUNING_RATE = 0.2  # acceptance is within [0, 1], so a temperature changes a step size by exp(-0.13) to exp(0.07)
 SIGMOID_RANGE = 4.0
 
 LogDensity = Callable[[Tensor], Tensor]
@@ -115,7 +116,7 @@ def anneal(
         sizes[index] = tuned if step_sizes is None else step_sizes[index]
         z, accepted = _transition(target, z, beta, sizes[index], num_leapfrog_steps, generator)
         acceptance[index] = accepted.mean(0)
-        tuned = tuned * torch.exp(0.2 * (acceptance[index] - TARGET_ACCEPTANCE))
+        tuned = tuned * torch.exp(TUNING_RATE * (acceptance[index] - TARGET_ACCEPTANCE))
         if backward:
             log_w += increase * target.log_likelihood(z)
     return Chains(log_w, z, torch.stack(acceptance), torch.stack(sizes))

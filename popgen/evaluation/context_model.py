@@ -11,7 +11,7 @@ from popgen.distributions.mu_law import NUM_CODES
 from popgen.errors import ArgumentError, check_integer
 
 SMOOTHING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # that are tried
-MAX_COUNTS = 2**27
+MAX_COUNTS = 2**27  # a GiB of int64
 SILENCE = 128  # the mu-law code of 0
 
 

@@ -25,7 +25,7 @@ from popgen.errors import ArgumentError, DataError, UnfinishedEvaluationError
 from popgen.evaluation.progress import Progress
 from popgen.files import write_whole
 
-IMAGES_IN_CHUNK = 100
+IMAGES_IN_CHUNK = 100  # written at once, so that an interruption loses no more; what shards take in turn
 MAX_DIGITS = 20  # of a shard
 
 Columns = dict[str, Tensor]

@@ -1,1 +1,1 @@
-"""Modules that drop into other people's code: layers, priors, posterior flows."""
+"""Modules that drop into other people's code: layers, priors, posterior flows, quantisers, parts of CPC."""

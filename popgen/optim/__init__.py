@@ -1,1 +1,1 @@
-"""Pure state transitions that accompany an optimizer: annealing schedules and weight averages."""
+"""Pure state transitions that accompany an optimizer: annealing schedules, weight averages and GECO."""

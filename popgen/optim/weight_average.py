@@ -7,7 +7,9 @@ from torch import Tensor
 def effective_decay(decay: float, step: int) -> float:
     """Returns the decay used at `step`: min(decay, (1 + step) / (10 + step)).
 
-    The average starts at the first parameters; a smaller decay early on lets it forget them.
+    The average starts at the first parameters; a smaller decay early on lets it forget them. This is the warm-up that
+    TensorFlow's `ExponentialMovingAverage` documents for `num_updates`
+    (https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage).
 
     Example:
         >>> effective_decay(0.999, step=0), effective_decay(0.999, step=1_000_000)
