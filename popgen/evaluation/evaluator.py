@@ -13,7 +13,7 @@ from torch import Tensor
 from popgen.datasets.images import ImageData
 from popgen.errors import check_integer
 from popgen.evaluation.image_table import ImageTable
-from popgen.evaluation.importance import RELIABLE_PARETO_SHAPE
+from popgen.evaluation.importance import MIN_PARETO_SAMPLES, RELIABLE_PARETO_SHAPE
 from popgen.evaluation.likelihood import (
     bounds_by_size,
     count_active_units,
@@ -277,14 +277,15 @@ class VAEEvaluator(ImageEvaluator):
         """Returns the bound by number of samples, and how far it can be believed.
 
         `monte_carlo_error` is that of the mean over these images; k̂ is `pareto_shape`, and `worst_images` have the
-        highest.
+        highest. Where it is not a number an image counts among the worst, and not in the median.
         """
-        results: Results = {name_of_bound(size): bound.mean().item() for size, bound in bounds_by_size(columns).items()}
+        bounds = bounds_by_size(columns)
+        results: Results = {name_of_bound(size): bound.mean().item() for size, bound in bounds.items()}
         errors, shapes = columns["monte_carlo_error"], columns["pareto_shape"]
         results["monte_carlo_error"] = errors.square().sum().sqrt().item() / len(errors)
         results["effective_sample_size_median"] = columns["effective_sample_size"].median().item()
-        if not shapes.isnan().all():  # as they are for few samples
-            results["pareto_shape_median"] = shapes.median().item()
+        if max(bounds) >= MIN_PARETO_SAMPLES:
+            results["pareto_shape_median"] = shapes.nanmedian().item()
             results["images_of_reliable_pareto_shape"] = int((shapes < RELIABLE_PARETO_SHAPE).sum())
             results["worst_images"] = shapes.topk(min(WORST_IMAGES, len(shapes))).indices.tolist()
         return results

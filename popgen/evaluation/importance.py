@@ -15,7 +15,10 @@ from popgen.errors import ArgumentError, check_integer
 from popgen.losses import iwae
 
 MIN_PARETO_SAMPLES = 25  # of which a fifth are a tail to be fitted
-FLAT = 100.0  # spacings of numbers, over which a tail must stretch to have a shape and not that of its rounding
+# A tail that stretches over so many spacings of numbers or fewer may have the shape of its rounding: it is flat if its
+# weights are known to differ by less than EQUAL nats. One that stretches farther than that has a shape all the same, if
+# it stretches over more than COARSE spacings.
+FLAT, COARSE, EQUAL = 100.0, 30.0, 1.0
 RELIABLE_PARETO_SHAPE = 0.7  # below which means of weights behave (Vehtari et al.)
 
 
@@ -97,19 +100,22 @@ def pareto_shape(log_w: Float[Tensor, "samples count"]) -> Float[Tensor, " count
     Weights have 1/k finite moments. Below 0.5 the error of the estimate goes as 1/√K, below 0.7 the estimate is still
     to be believed, above that it would take far more samples (Vehtari et al., https://arxiv.org/abs/1507.02646, with
     the estimator of Zhang and Stephens 2009 and a weak prior). Minus infinity where the largest weights are equal, as
-    far as the precision of `log_w` can tell.
+    far as the precision of `log_w` can tell. Not a number where it cannot tell whether they are, where a weight is
+    infinite or not a number, and where all are zero.
 
     Args:
         log_w: logarithms of the weights, at least 25 of each example.
 
     Raises:
-        ArgumentError: if there are fewer.
+        ArgumentError: if there are fewer, or the shape is another.
 
     Example:
         >>> light = torch.rand(2_000, 1).log()
         >>> pareto_shape(light).item() < 0.0  # uniform weights have a largest one
         True
     """
+    if log_w.ndim != 2:
+        raise ArgumentError(f"log_w must have the shape (samples, count), got {tuple(log_w.shape)}")
     num_samples = len(log_w)
     if num_samples < MIN_PARETO_SAMPLES:
         raise ArgumentError(
@@ -120,8 +126,10 @@ def pareto_shape(log_w: Float[Tensor, "samples count"]) -> Float[Tensor, " count
     weights = (largest - largest[0]).exp()
     excesses = (weights[:-1] - weights[-1]).flip(0)
     shape = _generalised_pareto_shape(excesses)
-    resolved = FLAT * torch.finfo(log_w.dtype).eps * largest[0].abs()
-    return torch.where(largest[0] - largest[-1] > resolved, shape, -torch.inf).to(log_w.dtype)
+    spread, spacing = largest[0] - largest[-1], torch.finfo(log_w.dtype).eps * largest[0].abs()
+    shape = torch.where(spread > COARSE * spacing, shape, math.nan)
+    flat = (spread <= FLAT * spacing) & (spread + spacing < EQUAL)
+    return torch.where(flat, -math.inf, shape).to(log_w.dtype)
 
 
 def _generalised_pareto_shape(excesses: Float[Tensor, "tail count"]) -> Float[Tensor, " count"]:

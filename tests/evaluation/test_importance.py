@@ -125,11 +125,30 @@ def test_weights_that_differ_by_rounding_alone_have_no_shape(spread: float) -> N
     assert pareto_shape(resolved).abs().max() < 0.5
 
 
+def test_a_shape_that_weights_do_not_tell_is_not_a_number() -> None:
+    """Undefined, infinite and vanishing weights, and those whose rounding hides whether they are equal."""
+    log_w = torch.zeros(100, 5)
+    log_w[3, 0], log_w[3, 1], log_w[:, 2] = math.nan, math.inf, -math.inf
+    log_w[:, 3] = 1e9
+    assert pareto_shape(log_w).isnan().tolist() == [True, True, True, True, False]
+    assert pareto_shape(torch.full((5_000, 2), -6e5)).tolist() == [-math.inf, -math.inf]
+    assert pareto_shape(0.3 * torch.rand(5_000, 2, generator=generator(9)) - 6e5).tolist() == [-math.inf, -math.inf]
+
+
+def test_heavy_tails_are_found_among_large_numbers() -> None:
+    """Whose spacing is a sixteenth, or half."""
+    log_w = -1.15 * torch.rand(5_000, 50, generator=generator(10), dtype=torch.float64).log()
+    torch.testing.assert_close(pareto_shape((log_w - 6e5).float()).double(), pareto_shape(log_w), rtol=0.0, atol=0.2)
+    assert not (pareto_shape((log_w - 8e6).float()) < 0.7).any()
+
+
 @pytest.mark.usefixtures("as_a_user")
 def test_what_does_not_fit_is_one_line() -> None:
     with pytest.raises(ArgumentError, match=r"sizes must each divide the next and the 10 samples, got \(1, 3\)"):
         nested_bounds(torch.zeros(10, 1), (1, 3))
     with pytest.raises(ArgumentError, match="at least 25 samples for a fit to their tail, got 24"):
         pareto_shape(torch.zeros(24, 1))
+    with pytest.raises(ArgumentError, match=r"log_w must have the shape \(samples, count\), got \(100,\)"):
+        pareto_shape(torch.zeros(100))
     with pytest.raises(ArgumentError, match="num_samples must be an integer of at least 1, got 0"):
         nested_group_sizes(0)

@@ -125,6 +125,16 @@ def test_evidence_of_many_samples(experiment: Experiment) -> None:
     assert "k̂" not in VAEEvaluator().describe(evaluate_model(experiment, experiment.model, data, 7, None, step=1))
 
 
+@pytest.mark.parametrize("shapes", [[math.nan, 0.2, 0.4, 0.9], [math.nan] * 4])
+def test_an_image_whose_weights_have_no_known_shape_is_not_called_reliable(shapes: list[float]) -> None:
+    columns = dict.fromkeys(("log_p_x_of_50_samples", "monte_carlo_error", "effective_sample_size"), torch.ones(4))
+    found = VAEEvaluator().summary({**columns, "pareto_shape": torch.tensor(shapes)})
+    known = [shape for shape in shapes if not math.isnan(shape)]
+    assert found["images_of_reliable_pareto_shape"] == sum(shape < 0.7 for shape in known)
+    assert math.isnan(shapes[found["worst_images"][0]])
+    assert found["pareto_shape_median"] == pytest.approx(sorted(known)[1] if known else math.nan, nan_ok=True)
+
+
 def test_a_record_can_be_repeated(experiment: Experiment) -> None:
     """The same but for the time it took; the whole test set is the default."""
     torch.manual_seed(1)
