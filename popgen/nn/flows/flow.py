@@ -56,7 +56,7 @@ def solve_residual_tanh(target: Tensor, outer: Tensor, inner: Tensor, shift: Ten
 
     With outer · inner > -1 the left side rises in u, and since |tanh| < 1 its root lies within |outer| of the
     target. Bisection finds it to the rounding of numbers as large as target and outer, whatever the slope; there is no
-    step size to fail.
+    step size to fail. The gradient is that of the solution, by the implicit function theorem.
 
     Example:
         >>> one = torch.ones(1, dtype=torch.float64)
@@ -64,10 +64,21 @@ def solve_residual_tanh(target: Tensor, outer: Tensor, inner: Tensor, shift: Ten
         >>> (u + 0.5 * torch.tanh(u)).item()
         1.0
     """
+    u, slope = _bisected(target, outer, inner, shift)
+    if not torch.is_grad_enabled():
+        return u
+    residual = u + outer * torch.tanh(inner * u + shift) - target
+    return u - (residual - residual.detach()) / slope
+
+
+@torch.no_grad()
+def _bisected(target: Tensor, outer: Tensor, inner: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the solution, and the slope of the left side there."""
     lower, upper = target - outer.abs(), target + outer.abs()
     halvings = 2 - int(torch.log2(torch.tensor(torch.finfo(target.dtype).eps)).item())
     for _ in range(halvings):
         middle = 0.5 * (lower + upper)
         above = middle + outer * torch.tanh(inner * middle + shift) > target
         lower, upper = torch.where(above, lower, middle), torch.where(above, middle, upper)
-    return 0.5 * (lower + upper)
+    u = 0.5 * (lower + upper)
+    return u, 1.0 + outer * inner * (1.0 - torch.tanh(inner * u + shift).square())

@@ -67,13 +67,13 @@ class HouseholderSylvesterBijection(Bijection):
         with full_precision(z.device):
             for v, w, upper, lower, r, r_tilde, bias in reversed(self._transformations()):
                 target = points - (points @ v.mT) @ w
-                rotated, hidden = torch.zeros_like(target), torch.zeros_like(target)
+                rotated = hidden = target[..., :0]  # of the coordinates from the i-th on
                 for i in reversed(range(target.shape[-1])):
-                    shift = (rotated * lower[..., None, :, i]).sum(-1) + bias[..., i]
-                    offset = (hidden * upper[..., None, i, :]).sum(-1)
+                    shift = (rotated * lower[..., None, i + 1 :, i]).sum(-1) + bias[..., i]
+                    offset = (hidden * upper[..., None, i, i + 1 :]).sum(-1)
                     u = solve_residual_tanh(target[..., i] - offset, r[..., i], r_tilde[..., i], shift)
-                    rotated[..., i] = u
-                    hidden[..., i] = torch.tanh(r_tilde[..., i] * u + shift)
+                    rotated = torch.cat([u[..., None], rotated], dim=-1)
+                    hidden = torch.cat([torch.tanh(r_tilde[..., i] * u + shift)[..., None], hidden], dim=-1)
                 points = rotated - (rotated @ w.mT) @ v  # Q u
         return points.transpose(0, 1)
 

@@ -135,6 +135,24 @@ def test_log_det_gets_the_right_gradient(make_flow: Factory) -> None:
     torch.autograd.gradcheck(lambda c, point: flow(c).forward_and_log_det(point), (context, z))
 
 
+@pytest.mark.parametrize(
+    "make_flow",
+    [
+        pytest.param(lambda: sylvester(2, 3, latent_dim=3), id="sylvester"),
+        pytest.param(lambda: sylvester(2, 1, latent_dim=1), id="sylvester-L1"),
+        pytest.param(lambda: planar(2, latent_dim=3), id="planar"),
+    ],
+)
+def test_inverse_gets_the_right_gradient(make_flow: Factory) -> None:
+    """With respect to points and context, though the solution comes from a search; values are those without one."""
+    flow, context = make_flow(), make_context(2).requires_grad_()
+    z = make_points(2, 2)[..., : flow.latent_dim].requires_grad_()
+    torch.autograd.gradcheck(lambda c, point: flow(c).inverse(point), (context, z))
+    found = flow(context).inverse(z)
+    with torch.no_grad():
+        assert torch.equal(flow(context).inverse(z), found)
+
+
 @every_size
 def test_score_is_pushed_by_the_transposed_inverse_of_the_jacobian(make_flow: Factory) -> None:
     """J⁻ᵀ (score - ∇ log det), with the full Jacobian and the gradient from automatic differentiation."""
