@@ -41,7 +41,7 @@ class PlanarBijection(Bijection):
 
     def inverse(self, z: Float[Tensor, "samples batch latent"]) -> Float[Tensor, "samples batch latent"]:
         """Returns the points that are mapped to `z`: wᵀ z solves a rising scalar equation, and the rest follows."""
-        for direction, normal, bias, slope in reversed(list(self._transformations())):
+        for direction, normal, bias, slope in reversed(self._transformations()):
             along = solve_residual_tanh((z * normal).sum(-1), slope, torch.ones_like(slope), bias)
             z = z - direction * torch.tanh(along + bias)[..., None]
         return z
@@ -61,10 +61,10 @@ class PlanarBijection(Bijection):
         return score
 
     def _transformations(self):
-        """Yields u, w, b and wᵀ u of one transformation after another."""
+        """Returns u, w, b and wᵀ u of one transformation after another."""
         # Where |u| |w| is large, the rounded sum alone can fall below the bound that the flow guarantees.
         slope = (self.normal * self.direction).sum(-1).clamp_min(-1.0 + MIN_SLOPE)
-        yield from zip(self.direction, self.normal, self.bias, slope, strict=True)
+        return list(zip(self.direction, self.normal, self.bias, slope, strict=True))
 
 
 class PlanarFlow(PosteriorFlow):

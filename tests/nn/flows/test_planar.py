@@ -1,6 +1,8 @@
 """The planar flow against the formulas of its paper."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -87,6 +89,21 @@ def test_no_normal_moves_nothing_out_of_its_plane(dtype: torch.dtype) -> None:
     assert torch.equal(log_det, torch.zeros_like(log_det))
     (moved.sum() + log_det.sum()).backward()
     assert all(parameter.grad.isfinite().all() for parameter in flow.parameters())
+
+
+# Run in a process of its own, where nothing checks shapes at runtime.
+COMPILED = """
+import torch
+from popgen.nn.flows import PlanarFlow
+bijection, z = PlanarFlow(5, 8, 2)(torch.randn(3, 8)), torch.randn(2, 3, 5)
+compiled = torch.compile(bijection.forward_and_log_det, backend="eager", fullgraph=True)
+torch.testing.assert_close(compiled(z), bijection.forward_and_log_det(z))
+"""
+
+
+def test_the_compiler_takes_the_flow() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("argument", ["latent_dim", "context_dim", "num_flows"])
