@@ -278,13 +278,18 @@ def check_steps(experiment: Experiment, data: Data, model: Model) -> None:
     """Checks that a step is a function of state and batch alone, on the batch of the first step.
 
     Raises:
-        ArgumentError: as `popgen.training.step.check_repeats`.
+        ArgumentError: as `popgen.training.step.check_repeats`, and if the optimizer keeps what no checkpoint may hold.
 
     Example: `run` calls it.
     """
     device = next(model.parameters()).device
     batch = data.batches(experiment.batch_size, experiment.seed).draw(0, make_generator(device, 0, "trial"))
-    check_repeats(plain_step(experiment, model), initial_state_of(experiment, model), batch)
+    state = initial_state_of(experiment, model)
+    check_repeats(plain_step(experiment, model), state, batch)
+    for parameter in state.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    check_plain(f"what {type(state.optimizer).__name__} keeps", state.optimizer.state_dict())
 
 
 def initial_state_of(experiment: Experiment, model: Model) -> TrainState:

@@ -12,7 +12,9 @@ import math
 import pathlib
 import struct
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ def save(path: pathlib.Path, contents: dict[str, Any], keep: pathlib.Path | None
         keep: where the checkpoint that was there goes, once the new one is complete on the disk.
 
     Raises:
+        CheckpointError: if `load` would refuse it; the old file is as it was.
         RunDirectoryError: if it cannot be written.
 
     Example:
@@ -46,16 +49,31 @@ def save(path: pathlib.Path, contents: dict[str, Any], keep: pathlib.Path | None
         {'weight': tensor([1., 1.])}
     """
     buffer = io.BytesIO()
-    torch.save(tree_map_only(torch.Tensor, _by_itself, contents), buffer)
+    _check_loads(path, contents, math.inf)
+    contents = tree_map_only(torch.Tensor, _by_itself, contents)
+    torch.save(contents, buffer)
     archive = buffer.getbuffer()
+    _check_loads(path, contents, len(archive))
     header = {"format": FORMAT, "version": VERSION, "sha256": hashlib.sha256(archive).hexdigest()}
     comment = json.dumps(header).encode()
     write_whole(path, archive[:-2], struct.pack("<H", len(comment)) + comment, keep=keep, what="the checkpoint ")
 
 
+def _check_loads(path: pathlib.Path, contents: dict[str, Any], size: int | float) -> None:
+    found = _more_than_plain(contents, size, anywhere=True)
+    if found is not None:
+        raise CheckpointError(
+            f"cannot write the checkpoint {path}, which could not be loaded: {found}, and it may hold tensors, numbers "
+            "and strings, in lists and dictionaries"
+        )
+
+
 def _by_itself(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor that is alone in its memory, all of which is saved: a slice would take the whole along."""
-    alone = tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
+    """Returns a tensor that is alone in its memory, all of which is saved.
+
+    A slice would take the whole along, and one that is expanded is larger than its memory, which `load` refuses.
+    """
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -83,7 +101,7 @@ def load(path: pathlib.Path) -> dict[str, Any]:
         contents = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle can make torch's reader raise what it likes
         raise CheckpointError(refused) from error
-    if not isinstance(contents, dict) or not _is_plain(contents, len(archive)):
+    if not isinstance(contents, dict) or _more_than_plain(contents, len(archive)) is not None:
         raise CheckpointError(refused)
     return contents
 
@@ -169,46 +187,63 @@ def check_plain(what: str, contents: dict) -> None:
         Traceback (most recent call last):
             ...
         popgen.errors.ArgumentError: the optimizer's options must be tensors, numbers and strings, or no checkpoint of
-        them could be loaded; got {'lr': 0.001, 'dtype': torch.float32}
+        them could be loaded; dtype is a torch.dtype
     """
-    on_cpu = tree_map_only(torch.Tensor, torch.Tensor.cpu, contents)
-    if not _is_plain(on_cpu, math.inf):
+    found = _more_than_plain(contents, math.inf, anywhere=True)
+    if found is not None:
         raise ArgumentError(
-            f"{what} must be tensors, numbers and strings, or no checkpoint of them could be loaded; got {contents!r}"
+            f"{what} must be tensors, numbers and strings, or no checkpoint of them could be loaded; {found}"
         )
 
 
-def _is_plain(contents: dict, size: int | float) -> bool:
-    """Whether contents are dictionaries and lists of tensors, numbers and strings, the tensors at most `size` bytes.
+def _more_than_plain(contents: dict, size: int | float, anywhere: bool = False) -> str | None:
+    """Returns what in contents is more than dictionaries and lists of tensors, numbers and strings; None if nothing is.
 
-    A pickle can hold itself, hold one thing many times over, and give a tensor any shape by strides of zero.
+    A pickle can hold itself, hold one thing many times over, and give a tensor any shape by strides of zero. Types must
+    be just these: torch's reader knows no others, not even numpy's float64, which is a float.
+
+    Args:
+        contents: to look through.
+        size: how many bytes the tensors may be together.
+        anywhere: whether tensors may be on any device.
     """
-    left, seen, num_bytes = [(contents, 0)], {id(contents)}, 0
+    left: list[tuple[Any, str, int]] = [(contents, "", 0)]
+    seen, num_bytes = {id(contents)}, 0
     while left:
-        value, depth = left.pop()
-        parts: list[Any] = []
-        if type(value) is torch.Tensor:
+        value, name, depth = left.pop()
+        kind = type(value)
+        parts: list[tuple[Any, str]] = []
+        if kind is torch.Tensor:
             num_bytes += value.numel() * value.element_size()
-            if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu" or num_bytes > size:
-                return False
-        elif isinstance(value, dict):
-            if not all(isinstance(key, str | int) for key in value):
-                return False
-            parts = [*value.keys(), *value.values()]
-        elif isinstance(value, list | tuple):
-            parts = list(value)
-        elif isinstance(value, int):
-            if abs(value) >= 2**64:
-                return False
-        elif not isinstance(value, float | str | None):
-            return False
+            on_device = not value.is_meta if anywhere else value.device.type == "cpu"
+            if value.layout != torch.strided or value.is_quantized or not on_device:
+                return f"{name} is a tensor that is sparse, quantised or on another device"
+            if num_bytes > size:
+                return f"{name} is a tensor that shares its memory with others"
+        elif kind in (dict, OrderedDict, Counter):
+            for key, item in value.items():
+                inner = f"{name}.{key}" if name else str(key)
+                if type(key) not in (str, int, bool):
+                    return f"{inner} has a key of type {_type_name(key)}"
+                parts += [(key, inner), (item, inner)]
+        elif kind in (list, tuple, torch.Size):
+            parts = [(item, f"{name}.{number}") for number, item in enumerate(value)]
+        elif kind is int and abs(value) >= 2**64:
+            return f"{name} is an integer of more than 64 bits"
+        elif kind not in (int, bool, float, str, NoneType):
+            return f"{name} is a {_type_name(value)}"
         if parts and depth >= MAX_DEPTH:
-            return False
-        for part in parts:
+            return f"{name} is nested more than {MAX_DEPTH} deep"
+        for part, inner in parts:
             if id(part) not in seen:
                 seen.add(id(part))
-                left.append((part, depth + 1))
-    return True
+                left.append((part, inner, depth + 1))
+    return None
+
+
+def _type_name(value: Any) -> str:
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def load_numbers(path: pathlib.Path) -> dict[str, int | float | str]:

@@ -66,7 +66,7 @@ class Recorder:
         model = model_with_weights(self.model, state.parameters, state.buffers)
         examples = self.data.split(self.selection_split)
         results = self.evaluator.validate(model, examples, self.seed)
-        loss = results["loss"]
+        loss = float(results["loss"])  # the state is kept in checkpoints, which hold no numbers of numpy
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the {self.selection_split} loss is {loss} at step {state.step}; the last checkpoints are left as "

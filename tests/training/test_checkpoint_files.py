@@ -1,10 +1,12 @@
 """Checkpoint files, exhaustively: every flipped bit, every length, and every way in which a write can fail."""
 
+import collections
 import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,6 +109,41 @@ def test_tensors_come_back_with_their_types(path: pathlib.Path) -> None:
         assert found["types"][name].dtype == tensor.dtype and torch.equal(found["types"][name], tensor)
     assert found["special"].view(torch.int32).tolist() == contents["special"].view(torch.int32).tolist()
     assert found["empty"].shape == (0, 4)
+
+
+class Shares(dict):
+    pass
+
+
+WEIGHT = torch.ones(1_000)
+
+
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [
+        (np.float64(1.0), "optimizer.state.0.history is a numpy.float64"),
+        ({1, 2}, "optimizer.state.0.history is a set"),
+        (collections.deque([1.0]), "optimizer.state.0.history is a collections.deque"),
+        (torch.float32, "optimizer.state.0.history is a torch.dtype"),
+        ({(0, 1): 1.0}, r"optimizer.state.0.history.\(0, 1\) has a key of type tuple"),
+        (2**64, "optimizer.state.0.history is an integer of more than 64 bits"),
+        ([1, Shares()], "optimizer.state.0.history.1 is a .*Shares"),
+        (torch.eye(2).to_sparse(), "optimizer.state.0.history is a tensor that is sparse"),
+        (torch.nn.Parameter(torch.ones(1)), "optimizer.state.0.history is a .*Parameter"),
+        ([WEIGHT.view(-1), WEIGHT.view(10, 100)], "optimizer.state.0.history.[01] is a tensor that shares its memory"),
+        (lambda: None, "optimizer.state.0.history is a function"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_written(path: pathlib.Path, kept: Any, reason: str) -> None:
+    contents = {**CONTENTS, "optimizer": {"state": {0: {"history": kept}}}}
+    with pytest.raises(CheckpointError, match=rf"tiny.ckpt, which could not be loaded: {reason}"):
+        checkpoints.save(path, contents, keep=path.with_name("kept"))
+    assert is_whole(checkpoints.load(path)) and not path.with_name("kept").exists()
+
+
+def test_an_expanded_tensor_is_written_whole(path: pathlib.Path) -> None:
+    checkpoints.save(path, {"expanded": torch.ones(1).expand(10_000), "ordered": collections.OrderedDict(a=1)})
+    assert torch.equal(checkpoints.load(path)["expanded"], torch.ones(10_000))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

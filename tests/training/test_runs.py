@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from popgen.datasets.images import ImageData, binarise_once, prepare_images
 from popgen.errors import ArgumentError, CheckpointError, DivergedError, StoppedError, TrainingError
+from popgen.evaluation.evaluator import VAEEvaluator
 from popgen.evaluation.likelihood import evaluate_elbo
 from popgen.experiment import Configuration, Experiment, initial_state_of, plain_step, prepare, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
@@ -529,9 +531,32 @@ def test_a_diverged_run_keeps_what_was_good(tmp_path: pathlib.Path) -> None:
     assert max(step for step, _ in curves(tmp_path)["train/loss"]) == 6
 
 
+class Remembers(torch.optim.SGD):
+    """An optimizer that keeps the steps it took as a set."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["history"] = {1, 2}
+
+
+class OfNumpy(VAEEvaluator):
+    """An evaluator that forms its loss with NumPy."""
+
+    def validate(self, model: Any, examples: Any, seed: int) -> dict[str, float]:
+        results = super().validate(model, examples, seed)
+        return {**results, "loss": np.float64(results["loss"])}
+
+
+def test_a_loss_of_numpy_is_a_number_in_the_checkpoint(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    run_in(tmp_path, evaluator=OfNumpy())
+    assert_same_checkpoint(whole, tmp_path, "latest")
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"optimizer": Remembers}, r"what Remembers keeps must be tensors, .*; state\.\d+\.history is a set"),
         (
             {"final_num_samples": 5, "final_num_examples": 13},
             "num_examples must be at most the 12 test examples, got 13",
