@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import random
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -225,9 +229,53 @@ def with_layer(layer: torch.nn.Module) -> VAE:
     return vae
 
 
+class Returning(NegativeELBO):
+    """An objective that makes something else of the loss, metrics and observations of a batch."""
+
+    def __init__(self, change: Callable[..., Any]) -> None:
+        super().__init__()
+        object.__setattr__(self, "change", change)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.change(*super().__call__(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda loss, metrics, seen: (loss, metrics), r"three things, \(loss, metrics, observed\), got 2 things"),
+        (lambda loss, metrics, seen: loss, r"three things, .*, got a tensor of shape \(\) and type torch.float32"),
+        (lambda loss, metrics, seen: (loss, metrics, None), "what it has observed as a dictionary, .*NoneType"),
+        (lambda loss, metrics, seen: (loss, [], seen), "metrics as a dictionary, which may be empty, .* list"),
+        (lambda loss, metrics, seen: (loss.expand(4), metrics, seen), r"as its loss a scalar tensor .* shape \(4,\)"),
+        (lambda loss, metrics, seen: (loss.item(), metrics, seen), "as its loss a scalar tensor .* type float"),
+        (lambda loss, metrics, seen: (loss.detach(), metrics, seen), "a loss that depends on the parameters"),
+        (lambda loss, metrics, seen: (loss, {"kl": 0.5}, seen), "as the metric 'kl' a scalar tensor .* type float"),
+        (lambda loss, metrics, seen: (loss, {"kl": loss.detach().int()}, seen), "the metric 'kl' .* torch.int32"),
+        (lambda loss, metrics, seen: (loss, {"kl": torch.zeros(3)}, seen), r"the metric 'kl' .* shape \(3,\)"),
+    ],
+)
+def test_what_an_objective_returns_is_checked_before_anything_starts(change, message, tmp_path):
+    with pytest.raises(ArgumentError, match=f"^Returning must return .*{message}"):
+        run_in(tmp_path / "run", objective=Returning(change))
+    assert not list((tmp_path / "run").glob("config.gin"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"objective": Returning(lambda loss, metrics, seen: (loss * (1 + random.random()), metrics, seen))},
+            "VAE with Returning draws random numbers that belong to no",
+        ),
+        (
+            {
+                "objective": Returning(
+                    lambda loss, metrics, seen: (loss, {"kl": loss.detach() * np.random.rand()}, seen)
+                )
+            },
+            "VAE with Returning draws random numbers that belong to no",
+        ),
         ({"model": with_layer(torch.nn.Dropout(0.5))}, "VAE with NegativeELBO draws random numbers that belong to no"),
         (
             {"model": with_layer(torch.nn.BatchNorm1d(16))},
