@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from popgen.errors import ArgumentError, check_integer, check_number
 
@@ -13,6 +13,20 @@ class Schedule(Protocol):
 
     def __call__(self, step: int) -> float:
         """Returns the value at `step`."""
+
+
+def check_schedule(name: str, value: Any) -> None:
+    """Raises ArgumentError if a value is not a schedule, or is the class of one.
+
+    Example:
+        >>> check_schedule("WarmUp.schedule", Constant)
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: WarmUp.schedule must be a schedule (a function of the step), such as @Constant(),
+        got <class 'popgen.optim.schedules.Constant'>
+    """
+    if not callable(value) or isinstance(value, type):
+        raise ArgumentError(f"{name} must be a schedule (a function of the step), such as @Constant(), got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +156,7 @@ class WarmUp:
     num_steps: int = 200
 
     def __post_init__(self) -> None:
-        if not callable(self.schedule):
-            raise ArgumentError(f"WarmUp.schedule must be a schedule (a function of the step), got {self.schedule!r}")
+        check_schedule("WarmUp.schedule", self.schedule)
         check_integer("WarmUp.num_steps", self.num_steps, minimum=1)
 
     def __call__(self, step: int) -> float:

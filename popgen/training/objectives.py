@@ -26,7 +26,7 @@ from popgen.models.image_model import LogDensities
 from popgen.models.vqvae import VQVAE, VQVAETerms
 from popgen.nn.vqvae import within
 from popgen.optim.geco import GECO, GECOState
-from popgen.optim.schedules import Constant, Schedule
+from popgen.optim.schedules import Constant, Schedule, check_schedule
 
 CONSTRAINTS = ("reconstruction", "kl")
 
@@ -168,8 +168,7 @@ class AnnealedObjective(ELBOObjective):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if not callable(self.beta):
-            raise ArgumentError(f"{name}.beta must be a schedule (a function of the step), got {self.beta!r}")
+        check_schedule(f"{name}.beta", self.beta)
         check_integer(f"{name}.num_samples", self.num_samples, minimum=1)
 
     def settings(self, step: int) -> dict[str, float]:

@@ -141,5 +141,6 @@ def test_warm_up_multiplies_a_schedule() -> None:
     assert WarmUp(schedule, num_steps=1)(0) == 2.0
     with pytest.raises(ArgumentError, match="WarmUp.num_steps must be an integer of at least 1, got 0"):
         WarmUp(schedule, num_steps=0)
-    with pytest.raises(ArgumentError, match="WarmUp.schedule must be a schedule"):
-        WarmUp(0.1)
+    for wrong in (0.1, CosineAnnealing):
+        with pytest.raises(ArgumentError, match=r"WarmUp.schedule must be a schedule .*, such as @Constant\(\)"):
+            WarmUp(wrong)

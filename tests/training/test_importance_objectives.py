@@ -165,8 +165,9 @@ def test_mistakes_are_named(objective: type[AnnealedObjective], as_a_user) -> No
     name = objective.__name__
     with pytest.raises(ArgumentError, match=rf"{name}\.num_samples must be an integer of at least 1, got 0"):
         objective(num_samples=0)
-    with pytest.raises(ArgumentError, match=rf"{name}\.beta must be a schedule .*, got 0\.5"):
-        objective(beta=0.5)
+    for wrong, shown in ((0.5, r"0\.5"), (Constant, "<class .*Constant'>")):
+        with pytest.raises(ArgumentError, match=rf"{name}\.beta must be a schedule .*, got {shown}"):
+            objective(beta=wrong)
     with pytest.raises(ArgumentError, match=f"{name} trains a VAE, and the model is a Linear"):
         objective(Constant(1.0)).check_model(nn.Linear(2, 2))
 
