@@ -30,6 +30,7 @@ from popgen.streams import make_generator
 from popgen.summaries import Writer
 from popgen.training.captured_step import CapturedStep
 from popgen.training.checkpoints import check_plain
+from popgen.training.checks import check_can_be_saved, check_can_skip, check_repeats, check_takes_plain_steps
 from popgen.training.diagnosis import with_replay
 from popgen.training.loop import DrawBatch, Hooks, MeanMetrics, Step, mean_metrics, train
 from popgen.training.recorder import Follower, Recorder, fit_files
@@ -43,9 +44,6 @@ from popgen.training.state import (
 )
 from popgen.training.step import (
     TrainStep,
-    check_can_skip,
-    check_repeats,
-    check_takes_plain_steps,
     make_train_step,
 )
 from popgen.training.weights import initialise, model_of_checkpoint
@@ -278,7 +276,7 @@ def check_steps(experiment: Experiment, data: Data, model: Model) -> None:
     """Checks that a step is a function of state and batch alone, on the batch of the first step.
 
     Raises:
-        ArgumentError: as `popgen.training.step.check_repeats`, and if the optimizer keeps what no checkpoint may hold.
+        ArgumentError: as `popgen.training.checks.check_repeats` and `check_can_be_saved`.
 
     Example: `run` calls it.
     """
@@ -286,10 +284,7 @@ def check_steps(experiment: Experiment, data: Data, model: Model) -> None:
     batch = data.batches(experiment.batch_size, experiment.seed).draw(0, make_generator(device, 0, "trial"))
     state = initial_state_of(experiment, model)
     check_repeats(plain_step(experiment, model), state, batch)
-    for parameter in state.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    state.optimizer.step()
-    check_plain(f"what {type(state.optimizer).__name__} keeps", state.optimizer.state_dict())
+    check_can_be_saved(state)
 
 
 def initial_state_of(experiment: Experiment, model: Model) -> TrainState:

@@ -88,12 +88,15 @@ def initial_state(
     if shared:
         raise ArgumentError(f"the state of the objective must not have names of the model's buffers: {shared}")
     device = next(iter(parameters.values())).device
+    optimizer = optimizer_factory(parameters.values())
+    for group in optimizer.param_groups:
+        group["as_built"] = {key: value for key, value in group.items() if key != "params"}
     return TrainState(
         step=0,
         parameters=parameters,
         buffers=buffers,
         auxiliary=auxiliary,
-        optimizer=optimizer_factory(parameters.values()),
+        optimizer=optimizer,
         weight_average={name: p.detach().clone() for name, p in parameters.items()} if average_weights else None,
         generators={name: make_generator(device, seed, name) for name in STREAMS},
         skipped={name: torch.zeros((), dtype=torch.int64, device=device) for name in ("total", "in a row")},
@@ -136,7 +139,6 @@ def state_to_tensors(state: TrainState) -> dict[str, Any]:
         "auxiliary": state.auxiliary,
         "optimizer": state.optimizer.state_dict(),
         "optimizer_name": type(state.optimizer).__name__,
-        "optimizer_defaults": state.optimizer.defaults,
         "weight_average": state.weight_average,
         "generators": {name: generator.get_state() for name, generator in state.generators.items()},
         "skipped": state.skipped,
@@ -209,16 +211,17 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Any]) -
     found = tensors.get("optimizer_name", name)
     if found != name:
         raise CheckpointError(f"the checkpoint is of another optimizer: {found}, where the experiment has {name}")
-    options = [dict(group) for group in optimizer.param_groups]
-    own_defaults = dict(optimizer.defaults)  # loading adds to them
+    built = [group["as_built"] for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(tensors["optimizer"])
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"the checkpoint is of another optimizer: {error}") from error
-    defaults = tensors.get("optimizer_defaults", own_defaults)
-    changed = [key for key, value in own_defaults.items() if key not in defaults or defaults[key] != value]
-    for group, wanted in zip(optimizer.param_groups, options, strict=True):
-        group.update({key: wanted[key] for key in changed})
+    for group, options in zip(optimizer.param_groups, built, strict=True):
+        before = group.get(
+            "as_built", tensors.get("optimizer_defaults", options)
+        )  # earlier checkpoints have the latter
+        changed = {key: value for key, value in options.items() if key not in before or before[key] != value}
+        group.update(changed, as_built=options)
 
 
 def check_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], of: str = "model") -> None:

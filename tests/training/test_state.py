@@ -128,6 +128,23 @@ def test_options_that_were_changed_since_count_and_others_are_kept(tmp_path: pat
     assert advance(restored, 1)[1] == pytest.approx([0.02])
 
 
+def test_options_of_one_group_that_were_changed_since_count(tmp_path: pathlib.Path) -> None:
+    """They stand in no default of the optimizer."""
+
+    def factory(parameters: list[Tensor], decay: float, rate: float) -> torch.optim.Optimizer:
+        first, *others = parameters
+        return torch.optim.AdamW([{"params": [first], "weight_decay": decay}, {"params": others, "lr": rate}])
+
+    state, _ = advance(initial_state(WithBuffer(), functools.partial(factory, decay=0.5, rate=0.1), 0), 2)
+    state.optimizer.param_groups[1]["eps"] = 0.125
+    changed = initial_state(WithBuffer(), functools.partial(factory, decay=0.0, rate=0.2), 0)
+    restored = state_from_tensors(through_a_file(state, tmp_path), changed)
+    first, others = restored.optimizer.param_groups
+    assert (first["weight_decay"], others["lr"], others["eps"]) == (0.0, 0.2, 0.125)
+    again = state_from_tensors(through_a_file(restored, tmp_path), changed)
+    assert again.optimizer.param_groups[0]["weight_decay"] == 0.0
+
+
 def test_another_model_is_refused_by_the_names_of_its_tensors() -> None:
     class Renamed(WithBuffer):
         def __init__(self) -> None:

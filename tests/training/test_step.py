@@ -18,10 +18,11 @@ from popgen.nn.priors import GaussianMixturePrior, StandardNormalPrior
 from popgen.nn.vamp_prior import VampPrior
 from popgen.optim.schedules import Constant, CosineAnnealing, SigmoidAnnealing, WarmUp
 from popgen.training import checkpoints
+from popgen.training.checks import check_can_skip
 from popgen.training.loop import Hooks, train
 from popgen.training.objectives import NegativeELBO, Objective
 from popgen.training.state import initial_state, model_with_weights, state_from_tensors, state_to_tensors
-from popgen.training.step import check_can_skip, make_train_step
+from popgen.training.step import make_train_step
 
 FLOWS = {
     "none": lambda: None,

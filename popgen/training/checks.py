@@ -1,0 +1,187 @@
+"""What is checked before a run takes its first step: that steps can be repeated, skipped, saved and continued."""
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from popgen.errors import ArgumentError, reason_of
+from popgen.execution import matrix_products
+from popgen.streams import make_generator
+from popgen.training.checkpoints import check_plain
+from popgen.training.objectives import Result
+from popgen.training.state import TrainState
+from popgen.training.step import TrainStep, can_be_told, device_of
+
+
+def check_can_skip(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Raises ArgumentError if steps on a device cannot be skipped without waiting for it.
+
+    Example:
+        >>> check_can_skip(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), torch.device("cuda"))
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: SGD cannot be told on a GPU to skip a step whose gradient is not finite: bind
+        fused = True if it has that, or Experiment.max_skipped_steps = 0, which stops at the first
+    """
+    if device.type != "cpu" and not can_be_told(optimizer):
+        raise ArgumentError(
+            f"{type(optimizer).__name__} cannot be told on a GPU to skip a step whose gradient is not finite: bind "
+            "fused = True if it has that, or Experiment.max_skipped_steps = 0, which stops at the first"
+        )
+
+
+def check_takes_plain_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ArgumentError if an optimizer wants more for a step than gradients.
+
+    Example:
+        >>> check_takes_plain_steps(torch.optim.LBFGS([torch.nn.Parameter(torch.zeros(1))]))
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: LBFGS cannot be used: its step must be given a closure that forms the loss again
+    """
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ArgumentError(
+            f"{type(optimizer).__name__} cannot be used: its step must be given a closure that forms the loss again"
+        )
+
+
+def check_repeats(step: TrainStep, state: TrainState, batch: Any) -> None:
+    """Forms the loss of a batch twice, and checks that it is the same again; the state stays as it is.
+
+    Raises:
+        ArgumentError: if the objective does not return what an `Objective` does, the model or the objective draws
+            random numbers that are not those of the run, or the model changes its buffers as it is called.
+
+    Example:
+        >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+        >>> from popgen.nn.priors import StandardNormalPrior
+        >>> from popgen.training.objectives import NegativeELBO
+        >>> from popgen.training.state import initial_state
+        >>> from popgen.training.step import make_train_step
+        >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
+        >>> _ = vae.decoder.hidden.append(torch.nn.Dropout(0.1))
+        >>> state = initial_state(vae, torch.optim.Adam, seed=0)
+        >>> check_repeats(make_train_step(vae, NegativeELBO()), state, torch.zeros(5, 16))
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: VAE with NegativeELBO draws random numbers that belong to no seed of the run, as
+        dropout does: it could be neither repeated nor continued. Randomness comes from the objective's draw_noise
+    """
+    device = device_of(state)
+    names = f"{type(step.model).__name__} with {type(step.objective).__name__}"
+    buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
+    before = _random_states(device)
+    noise = step.objective.draw_noise(step.model, batch, make_generator(device, 0, "trial"))
+    settings = step.settings_on_device(state)
+
+    def form() -> Any:
+        with matrix_products(step.precision, device):
+            return step.loss_function(state.parameters, buffers, batch, noise, settings, state.auxiliary)
+
+    first = form()
+    check_result(type(step.objective).__name__, first)
+    draws = any(not torch.equal(one, other) for one, other in zip(before, _random_states(device), strict=True))
+    changed = [name for name, buffer in buffers.items() if not torch.equal(buffer, state.buffers[name])]
+    if draws or (not changed and not _are_close(first, form())):
+        raise ArgumentError(
+            f"{names} draws random numbers that belong to no seed of the run, as dropout does: it could be neither "
+            "repeated nor continued. Randomness comes from the objective's draw_noise"
+        )
+    if changed:
+        raise ArgumentError(
+            f"{names} changes {', '.join(changed)} as it is called, as batch normalisation does: a step that is "
+            "skipped could not be undone. New values of buffers come from the objective's transition; other "
+            "normalisations need none"
+        )
+
+
+def check_result(name: str, result: Any) -> None:
+    """Checks the form of what an objective returns when it is called.
+
+    Args:
+        name: of the objective, for the error.
+        result: what it returned.
+
+    Raises:
+        ArgumentError: if it is not a loss with metrics and what was observed, see `Objective.__call__`.
+
+    Example:
+        >>> check_result("Mine", (torch.ones(5, requires_grad=True), {}, {}))
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: Mine must return as its loss a scalar tensor of floating point, got a tensor of
+        shape (5,) and type torch.float32
+    """
+    if not isinstance(result, tuple | list) or len(result) != 3:
+        got = f"{len(result)} things" if isinstance(result, tuple | list) else _described(result)
+        raise ArgumentError(
+            f"{name} must return three things, (loss, metrics, observed), got {got}; metrics and observed are "
+            "dictionaries, which may be empty"
+        )
+    loss, metrics, observed = result
+    for what, value in (("metrics", metrics), ("what it has observed", observed)):
+        if not isinstance(value, dict):
+            raise ArgumentError(
+                f"{name} must return {what} as a dictionary, which may be empty, got {_described(value)}"
+            )
+    for what, value in (("its loss", loss), *((f"the metric {key!r}", metric) for key, metric in metrics.items())):
+        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+            raise ArgumentError(
+                f"{name} must return as {what} a scalar tensor of floating point, got {_described(value)}"
+            )
+    if not loss.requires_grad:
+        raise ArgumentError(
+            f"{name} must return a loss that depends on the parameters, got one without a gradient: is it detached?"
+        )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}"
+    return f"a thing of type {type(value).__name__}"
+
+
+def _are_close(first: Result, second: Result) -> bool:
+    """Returns whether loss and metrics are the same, up to the order in which a GPU sums."""
+    if first[1].keys() != second[1].keys():
+        return False
+    one, other = (
+        [float(value.detach()) for value in (loss, *metrics.values())] for loss, metrics, _ in (first, second)
+    )
+    rounding = 1e-4 * abs(one[0]) + 1e-6 if math.isfinite(one[0]) else 0.0  # a small KL is what large terms leave
+    return all(
+        math.isclose(a, b, rel_tol=1e-4, abs_tol=rounding) or (math.isnan(a) and math.isnan(b))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def check_can_be_saved(state: TrainState) -> None:
+    """Has the optimizer take a step along zeros, and checks what it keeps; the state is consumed.
+
+    Raises:
+        ArgumentError: if the optimizer fails, or keeps what no checkpoint may hold.
+
+    Example:
+        >>> from popgen.training.state import initial_state
+        >>> check_can_be_saved(initial_state(torch.nn.Linear(2, 1), torch.optim.SparseAdam, seed=0))
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: SparseAdam cannot take a step: SparseAdam does not support dense gradients, please
+        consider Adam instead
+    """
+    name = type(state.optimizer).__name__
+    for parameter in state.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        state.optimizer.step()
+    except Exception as error:  # an optimizer of the user's own can raise what it likes
+        raise ArgumentError(f"{name} cannot take a step: {reason_of(error)}") from error
+    check_plain(f"what {name} keeps", state.optimizer.state_dict())
