@@ -61,7 +61,6 @@ def evaluate_together(shard: Shard, processes: Processes) -> None:
     if not processes.first:
         return
     record |= {"checkpoint": FLAGS.checkpoint, "weights": FLAGS.weights, "command": command.as_typed()}
-    described = experiment.evaluator.describe(record)
     if FLAGS.annealed_images:
         images = data.test[: min(FLAGS.annealed_images, record["num_examples"])]
         record |= check_by_annealing(
@@ -69,12 +68,12 @@ def evaluate_together(shard: Shard, processes: Processes) -> None:
         )
     else:
         record |= files.annealing_on_file(record)
-    if "annealed_log_p_x" in record:
-        described += "\n" + describe_check(record)
     writer = Writer(directory.path)
-    files.write(writer, record, experiment.evaluator.headline)
+    files.write(writer, record, experiment.evaluator)
     writer.close()
-    print(described)
+    print(experiment.evaluator.describe(record))
+    if "annealed_log_p_x" in record:
+        print(describe_check(record))
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in data.facts().items())
     print(f"step {record['step']}, {FLAGS.weights} weights, {facts}: {files.record_path}")
 

@@ -77,15 +77,29 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def finite(value: Any) -> Any:
     """Returns a value of JSON with None, its `null`, wherever a number is infinite or none.
 
+    Tensors, and the numbers and arrays of NumPy, become numbers and lists.
+
     Example:
         >>> finite({"loss": 1.5, "errors": [0.5, math.inf]})
         {'loss': 1.5, 'errors': [0.5, None]}
     """
+    value = plain(value)
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plain(value: Any) -> Any:
+    """Returns a tensor, or a number or an array of NumPy, as a number or lists of them, and all else as it is.
+
+    Example:
+        >>> import torch
+        >>> plain(torch.tensor(1.5)), plain("text")
+        (1.5, 'text')
+    """
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 @contextlib.contextmanager

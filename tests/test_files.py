@@ -5,7 +5,9 @@ import math
 import os
 import pathlib
 
+import numpy as np
 import pytest
+import torch
 
 from popgen.errors import RunDirectoryError
 from popgen.files import write_json
@@ -21,6 +23,14 @@ def test_what_is_no_finite_number_is_null_at_any_depth(tmp_path: pathlib.Path) -
     found = json.loads(path.read_text(), parse_constant=refuse)
     assert found == {"a": None, "rows": [{"b": None, "c": 1.5}, [2, None]], "d": "nan", "e": True}
     assert path.read_text().startswith('{\n  "a": null,\n') and path.read_text().endswith("}\n")
+
+
+def test_tensors_and_numbers_of_numpy_are_numbers_and_lists(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "record.json"
+    write_json(
+        path, {"a": torch.tensor(1.5), "rows": [np.float32("nan"), np.int64(2)], "b": torch.tensor([1.0, -math.inf])}
+    )
+    assert json.loads(path.read_text(), parse_constant=refuse) == {"a": 1.5, "rows": [None, 2], "b": [1.0, None]}
 
 
 @pytest.mark.parametrize("value", [{"a": object()}, {"a": 1}])

@@ -110,7 +110,7 @@ class Recorder:
 
     def write_evaluation(self, files: EvaluationFiles, record: Mapping[str, Any]) -> None:
         """Writes the record of its evaluation."""
-        files.write(self.writer, {**record, "checkpoint": "best", "weights": "raw"}, self.evaluator.headline)
+        files.write(self.writer, {**record, "checkpoint": "best", "weights": "raw"}, self.evaluator)
 
     def close(self) -> None:
         """Closes the files."""

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from popgen.errors import check_choice
+from popgen.errors import ArgumentError, check_choice
+from popgen.evaluation.evaluator import Evaluator
 from popgen.evaluation.figures import evaluation_figure
 from popgen.evaluation.image_table import read_table
-from popgen.files import finite, write_json
+from popgen.files import finite, plain, write_json
 from popgen.summaries import Writer
 
 
@@ -81,13 +82,16 @@ class EvaluationFiles:
         """The figure of the table."""
         return self.record_path.with_suffix(".png")
 
-    def write(self, writer: Writer, record: Mapping[str, Any], headline: Sequence[str]) -> None:
+    def write(self, writer: Writer, record: Mapping[str, Any], evaluator: Evaluator) -> None:
         """Writes the record, what the headline names as scalars too, and the figure of the table if there is one.
 
         What is not a finite number, such as the standard error of a single image, is `null` in the file. The file comes
         last: where it has these results already, so does the event file, and they are not shown twice.
+
+        Raises:
+            ArgumentError: if the headline of the evaluator names what the record lacks; all else is written.
         """
-        results = {name: record[name] for name in headline}
+        results = {name: plain(record[name]) for name in evaluator.headline if name in record}
         if not self._has_on_file(finite(results)):
             if self.images_path.is_file():
                 figure = evaluation_figure(read_table(self.images_path).columns())
@@ -96,6 +100,12 @@ class EvaluationFiles:
             writer.scalars("evaluation", results, self.step)
             writer.sync()
         write_json(self.record_path, record)
+        missing = [name for name in evaluator.headline if name not in record]
+        if missing:
+            raise ArgumentError(
+                f"{type(evaluator).__name__}.headline names {', '.join(missing)}, which its evaluate does not return; "
+                f"the other results are in {self.record_path}"
+            )
 
     def annealing_on_file(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the check by annealing that the record on file holds, if it is of the same model and images."""

@@ -76,7 +76,7 @@ def written(
     record = evaluate_model(experiment, experiment.model, Noise().load(), 7, num_examples, step=40)
     record.update(checkpoint="best", weights="raw")
     writer, files = Writer(path), EvaluationFiles(path, 40, "raw", 7, record["num_examples"])
-    files.write(writer, record, experiment.evaluator.headline)
+    files.write(writer, record, experiment.evaluator)
     writer.close()
     return record, files.record_path
 
@@ -166,6 +166,21 @@ def test_bounds_are_also_curves(experiment: Experiment, tmp_path: pathlib.Path) 
     for name in ("log_p_x", "log_p_x_standard_error", "elbo", "reconstruction", "kl"):
         (event,) = events.Scalars(f"evaluation/{name}")
         assert event.step == 40 and event.value == pytest.approx(record[name], rel=1e-6)
+
+
+class Promises(VAEEvaluator):
+    """An evaluator whose headline names what it does not return."""
+
+    headline = ("log_p_x", "perplexity")
+
+
+def test_a_headline_that_is_not_returned_loses_no_record(experiment: Experiment, tmp_path: pathlib.Path) -> None:
+    files, record = EvaluationFiles(tmp_path, 40, "raw", 7, 4), {"log_p_x": np.float32(-1.5), "rows": torch.ones(2)}
+    writer = Writer(tmp_path)
+    with pytest.raises(ArgumentError, match=r"^Promises\.headline names perplexity, which .* in .*_raw_7x4\.json$"):
+        files.write(writer, record, Promises())
+    writer.close()
+    assert json.loads(files.record_path.read_text()) == {"log_p_x": -1.5, "rows": [1.0, 1.0]}
 
 
 @pytest.mark.parametrize(
