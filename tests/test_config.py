@@ -327,6 +327,26 @@ def test_a_short_name_that_two_parts_share_is_reported_as_such(gin_file, tmp_pat
         config.load([own], ["StandardNormalPrior.size = 3"])
 
 
+def test_a_module_whose_own_import_fails_is_named_with_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "broken_dependency.py").write_text("import not_installed_anywhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="^cannot import broken_dependency: .*No module named 'not_installed_any"):
+        config.load(["configs/vae.gin"], ["Experiment.learning_rate = @broken_dependency.rate"])
+
+
+def test_an_error_without_a_text_is_named(gin_file, tmp_path, monkeypatch):
+    (tmp_path / "asserting_parts.py").write_text(
+        "class Asserting:\n    def __init__(self, size):\n        assert size == 4\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = gin_file(
+        'import asserting_parts\ninclude "configs/vae.gin"\nvae.VAE.flow = @asserting_parts.Asserting()\n'
+        "asserting_parts.Asserting.size = 3\n"
+    )
+    with pytest.raises(ConfigError, match=r"the experiment: AssertionError \(in Asserting, bound: size = 3"):
+        config.load([own])
+
+
 def test_an_error_in_ones_own_class_is_reported_with_its_values(gin_file, tmp_path, monkeypatch):
     (tmp_path / "failing_parts.py").write_text(
         "class Failing:\n    def __init__(self, size):\n        raise KeyError('no such size')\n"

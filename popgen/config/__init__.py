@@ -301,10 +301,13 @@ def _import_statements() -> Iterator[config_parser.ImportStatement]:
 
 
 def _is_importable(module: str) -> bool:
+    """Returns whether there is such a module; one that is there and fails is an error."""
     try:
         return bool(module) and importlib.import_module(module) is not None
-    except ImportError:
-        return False
+    except Exception as error:  # the module may be anyone's
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            return False
+        raise ConfigError(f"cannot import {module}: {type(error).__name__}: {error}".splitlines()[0]) from error
 
 
 def _check_macro(name: str, binding: str) -> None:

@@ -48,10 +48,11 @@ def _one_line(error: BaseException, original: BaseException) -> str:
         text = f"{error.msg}{where}, line {error.lineno}: {(error.text or '').strip()}"
     else:
         problem = str(original).partition(" in config string:")[0]  # gin appends the whole configuration
+        problem = problem or type(original).__name__
         text = problem if error is original else problem + str(error).removeprefix(str(original))
     text = re.sub(r"\n\s*In call to configurable '(\w+)' \(.*?\)(?=\n|$)", _bound_values, _shortened(text))
     lines = [line.strip() for line in text.splitlines() if line.strip().strip("^")]
-    return " ".join(lines) or type(original).__name__
+    return " ".join(lines)
 
 
 def _shortened(text: str) -> str:
