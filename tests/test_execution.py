@@ -1,5 +1,6 @@
 """Precision of matrix products, and compilation with its fall-back."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from popgen import execution
-from popgen.distributions import Bernoulli, DiagonalNormal, GaussianMixture
+from popgen.distributions import Bernoulli, DiagonalNormal, GaussianMixture, StandardNormal
 from popgen.errors import ArgumentError
 from popgen.execution import check_precision, compile_or_fall_back, full_precision, matrix_products
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow
+from popgen.nn.flows.hsnf import HouseholderSylvesterBijection
 from popgen.nn.vamp_prior import VampPrior
 from popgen.training.importance_objectives import DoublyReparameterisedIWAE
 from popgen.training.objectives import NegativeELBO
@@ -23,6 +25,7 @@ from popgen.training.state import initial_state
 from popgen.training.step import make_train_step
 
 CPU = torch.device("cpu")
+INTEGERS = (torch.uint8, torch.int64, torch.bool)
 COARSE = 1.0 + 2.0**-10  # needs ten bits after the point: bfloat16 has seven
 
 
@@ -111,6 +114,32 @@ def test_densities_of_rounded_parameters_are_exact():
                 for one, other in zip(*map(tree_leaves, (found, expected)), strict=True):
                     assert one.dtype == torch.float32
                     torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_densities_of_rounded_points_are_exact(dtype: torch.dtype):
+    """Whatever the type of the points, and of binary images; what is exact in float64 stays so."""
+    parameters = torch.promote_types(dtype, torch.float32)
+    mean, log_var = (torch.randn(6, 8, dtype=parameters) for _ in range(2))
+    z, score = (torch.randn(3, 6, 8).to(dtype) for _ in range(2))
+    normal, mixture = (kind(mean, log_var) for kind in (DiagonalNormal, GaussianMixture))
+    exact_normal, exact_mixture = (kind(mean.double(), log_var.double()) for kind in (DiagonalNormal, GaussianMixture))
+    flow = HouseholderSylvesterFlow(8, 12, 2, 3).to(parameters)(torch.randn(6, 12, dtype=parameters))
+    exact_flow = HouseholderSylvesterBijection(*(getattr(flow, f.name).double() for f in dataclasses.fields(flow)))
+    pairs = [
+        (StandardNormal().log_density(z), StandardNormal().log_density(z.double())),
+        (mixture.log_density(z), exact_mixture.log_density(z.double())),
+        (normal.sample_and_log_density(z)[1], exact_normal.sample_and_log_density(z.double())[1]),
+        (flow.inverse(z), exact_flow.inverse(z.double())),
+        (flow.push_score(z, score), exact_flow.push_score(z.double(), score.double())),
+        (flow.forward_and_log_det(z)[1], exact_flow.forward_and_log_det(z.double())[1]),
+    ]
+    logits, images = 4.0 * torch.randn(6, 784, dtype=parameters), torch.rand(6, 784).round()
+    exact = Bernoulli(logits.double()).log_density(images.double())
+    pairs += [(Bernoulli(logits).log_density(images.to(of)), exact) for of in (dtype, *INTEGERS)]
+    for found, expected in pairs:
+        assert found.dtype == parameters
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
 
 
 def test_a_step_along_the_path_in_bf16():

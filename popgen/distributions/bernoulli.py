@@ -3,10 +3,11 @@
 import dataclasses
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from popgen.errors import DataError
+from popgen.execution import can_be_read
 
 HALVINGS = 4  # of the factors of a logarithm: up to sixteen in one
 
@@ -16,6 +17,8 @@ class Bernoulli:
     """Independent Bernoulli variables given by their logits.
 
         log p(x) = Σ_i [x_i · logit_i - softplus(logit_i)]
+
+    Whatever the types of logits and images, values are formed in float32 at least.
 
     Attributes:
         logits: shape `(*sample, batch, event)`.
@@ -28,13 +31,19 @@ class Bernoulli:
 
     logits: Float[Tensor, "*sample batch event"]
 
-    def log_density(self, x: Float[Tensor, "batch event"]) -> Float[Tensor, "*sample batch"]:
+    def log_density(self, x: Shaped[Tensor, "batch event"]) -> Float[Tensor, "*sample batch"]:
         """Returns log p(x), nats, summed over the event axis, one value per sample and example.
 
         Args:
-            x: values in [0, 1], shape `(batch, event)`, shared by all samples.
+            x: values in [0, 1], shape `(batch, event)`, shared by all samples; integers and booleans are 0 or 1.
+
+        Raises:
+            DataError: if an integer is neither, as far as that is known without waiting for a GPU.
         """
-        return _LogDensity.apply(self.logits.to(x.dtype), x)
+        if not x.is_floating_point() and can_be_read(x) and not bool(((x == 0) | (x == 1)).all()):
+            raise DataError("integers in x must be 0 or 1: divide grey levels by 255")
+        dtype = torch.promote_types(torch.promote_types(self.logits.dtype, x.dtype), torch.float32)
+        return _LogDensity.apply(self.logits.to(dtype), x.to(dtype))
 
     @property
     def mean(self) -> Float[Tensor, "*sample batch event"]:

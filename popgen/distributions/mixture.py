@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from popgen.distributions.normal import LOG_TWO_PI, DiagonalNormal
-from popgen.execution import full_precision
+from popgen.execution import at_least_float32, full_precision
 from popgen.products import linear
 
 
@@ -45,6 +45,7 @@ class GaussianMixture:
 
     def component_log_densities(self, z: Float[Tensor, "*sample latent"]) -> Float[Tensor, "*sample components"]:
         """Returns log w_k + log N(z; mean_k, σ_k²) for every point and component, nats."""
+        z = at_least_float32(z)
         dtype, origin = z.dtype, self.mean.to(z.dtype).mean(0)
         mean, log_var = self.mean.double() - origin.double(), self.log_var.double()
         quadratic = -0.5 * torch.exp(-log_var).to(dtype).double()

@@ -48,7 +48,7 @@ class DiagonalNormal:
         self, noise: Float[Tensor, "*sample latent"]
     ) -> tuple[Float[Tensor, "*sample latent"], Float[Tensor, "*sample"]]:
         """Returns a sample and its log density, which the noise gives without undoing the sampling."""
-        log_density = -0.5 * (noise.square() + at_least_float32(self.log_var) + LOG_TWO_PI).sum(-1)
+        log_density = -0.5 * (at_least_float32(noise).square() + at_least_float32(self.log_var) + LOG_TWO_PI).sum(-1)
         return self.sample(noise), log_density
 
 
@@ -64,7 +64,7 @@ class StandardNormal:
 
     def log_density(self, z: Float[Tensor, "*sample latent"]) -> Float[Tensor, "*sample"]:
         """Returns log N(z; 0, I), nats, summed over the last axis."""
-        return -0.5 * (z.square() + LOG_TWO_PI).sum(-1)
+        return -0.5 * (at_least_float32(z).square() + LOG_TWO_PI).sum(-1)
 
     def sample(
         self, noise: Float[Tensor, "*sample latent"], uniform: Float[Tensor, "*sample"]

@@ -55,6 +55,11 @@ def test_float32_is_accurate_at_every_size_of_logit() -> None:
     assert ((found - exact).abs() <= 1e-6 * exact.abs() + 1e-6).all()
 
 
+def test_grey_levels_are_not_taken_for_ones() -> None:
+    with pytest.raises(DataError, match="integers in x must be 0 or 1: divide grey levels by 255"):
+        Bernoulli(torch.zeros(2, 6)).log_density(torch.full((2, 6), 255, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize("logit", [80.0, -80.0])
 def test_extreme_logits_stay_finite(logit: float) -> None:
     """A pixel that is missed costs |logit| nats, one that is hit costs none, and gradients are 0 or ±1."""

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from popgen.errors import check_integer
-from popgen.execution import full_precision
+from popgen.execution import at_least_float32, full_precision
 from popgen.nn.flows.flow import Bijection, PosteriorFlow, solve_residual_tanh
 from popgen.nn.linear import Linear
 
@@ -47,7 +47,7 @@ class HouseholderSylvesterBijection(Bijection):
         self, z: Float[Tensor, "samples batch latent"]
     ) -> tuple[Float[Tensor, "samples batch latent"], Float[Tensor, "samples batch"]]:
         """Returns the transformed points and Σ_k Σ_i log(1 + tanh'(·)_i r_ii r̃_ii) (eq. 10 of the paper)."""
-        points = z.transpose(0, 1)  # rows of one example side by side: (batch, samples, latent)
+        points = at_least_float32(z).transpose(0, 1)  # rows of one example side by side: (batch, samples, latent)
         log_det = torch.zeros_like(points[..., 0])
         with full_precision(z.device):
             for transformation in self._transformations():
@@ -63,7 +63,7 @@ class HouseholderSylvesterBijection(Bijection):
         rising scalar equation. The inverse is as exact as the dtype and the slope (at least 2e-4) allow; use float64
         where it matters.
         """
-        points = z.transpose(0, 1)
+        points = at_least_float32(z).transpose(0, 1)
         with full_precision(z.device):
             for v, w, upper, lower, r, r_tilde, bias in reversed(self._transformations()):
                 target = points - (points @ v.mT) @ w
@@ -86,7 +86,7 @@ class HouseholderSylvesterBijection(Bijection):
         With u = Qᵀ z and h = tanh(·), the Jacobian is Q (I + R diag(h') R̃) Qᵀ, whose middle is upper triangular, and
         its log-determinant falls by 2 h_i h_i' r_ii r̃_ii / (1 + h_i' r_ii r̃_ii) along row i of R̃ Qᵀ.
         """
-        points, scores = z.transpose(0, 1), score.transpose(0, 1)
+        points, scores = (at_least_float32(tensor).transpose(0, 1) for tensor in (z, score))
         with full_precision(z.device):
             for transformation in self._transformations():
                 v, w, upper, lower, r, r_tilde, _ = transformation
