@@ -51,6 +51,15 @@ def reach(function: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(rows).flatten(2).ne(0.0).any(-1) if x.ndim == 3 else torch.stack(rows).ne(0.0)
 
 
+def test_layers_of_the_convolutional_context_add_to_what_they_are_given() -> None:
+    """Without outputs of theirs, the context of a frame is the first map of that frame alone."""
+    context, frames = CausalConvContext(6, 8, num_layers=3).double(), torch.randn(2, 9, 6, dtype=torch.float64)
+    for output in context.outputs:
+        output.weight.data.zero_()
+        output.bias.data.zero_()
+    assert torch.equal(context(frames), context.first(frames))
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_frame_sees_its_own_stretch_and_no_more(name: str) -> None:
     """From i · hop, for receptive_field steps, by the gradient: nothing passes through a normalisation."""

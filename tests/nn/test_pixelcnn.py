@@ -132,6 +132,16 @@ def test_layers_compute_what_the_figure_draws() -> None:
     torch.testing.assert_close(model(indices)[0], expected)
 
 
+def test_both_stacks_of_a_layer_add_to_what_they_are_given() -> None:
+    """Without a kernel a gate is nought, and both pass on what came: deep stacks are trained through these sums."""
+    layer = make_model(num_layers=1, map_shape=(3, 4)).layers[0]
+    for parameter in layer.parameters():
+        parameter.data.zero_()
+    vertical, horizontal = torch.randn(2, 5, 6, 3, 4, dtype=torch.float64)
+    above, left = layer(vertical, horizontal)
+    assert torch.equal(above, vertical) and torch.equal(left, horizontal)
+
+
 @pytest.mark.parametrize("num_codes, map_shape", [(3, (2, 2)), (2, (2, 3)), (2, (3, 2))])
 def test_samples_have_the_enumerated_probabilities(num_codes: int, map_shape: tuple[int, int]) -> None:
     """Counts of 4000 draws against exp(log p) of every map: chi-square within five standard deviations."""
