@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from popgen.distributions.mu_law import NUM_CODES
-from popgen.errors import check_integer
+from popgen.errors import ArgumentError, check_integer
 from popgen.execution import at_least_float32
 
 WIDTH = 2.0 / NUM_CODES  # of the interval of a code in [-1, 1]
@@ -44,7 +44,15 @@ class CategoricalCodes:
 
         Args:
             codes: from 0 to 255.
+
+        Raises:
+            ArgumentError: if the shape is not that of the logits without their last axis.
         """
+        if codes.shape != self.logits.shape[:-1]:
+            raise ArgumentError(
+                f"codes must have the shape of the logits without their last axis, got {tuple(codes.shape)} for "
+                f"{tuple(self.logits.shape)}"
+            )
         return at_least_float32(self.logits).log_softmax(-1).gather(-1, codes[..., None]).squeeze(-1)
 
     def sample(self, uniform: Float[Tensor, "*batch"]) -> Int64[Tensor, "*batch"]:

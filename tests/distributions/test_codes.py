@@ -215,6 +215,11 @@ def test_outputs_start_nearly_uniform(output: CategoricalOutput | LogisticMixtur
     assert log_densities[..., 1:-1].min() > math.log(0.2 / 256)
 
 
+def test_codes_have_the_shape_of_their_logits(as_a_user) -> None:
+    with pytest.raises(ArgumentError, match=r"codes must have the shape .*got \(2, 3\) for \(2, 5, 256\)"):
+        CategoricalCodes(torch.zeros(2, 5, 256)).log_density(torch.zeros(2, 3).long())
+
+
 def test_a_mixture_has_components(as_a_user) -> None:
     with pytest.raises(ArgumentError, match="LogisticMixtureOutput.num_components must be an integer of at least 1, g"):
         LogisticMixtureOutput(0)
