@@ -278,7 +278,8 @@ def mean_over_recordings(values: Float[Tensor, " count"], recordings: Int64[Tens
 
 def _check_frames(features: Tensor, targets: Tensor, num_classes: int, recordings: Tensor) -> None:
     check_integer("num_classes", num_classes, minimum=2)
-    if features.ndim != 2 or len(features) == 0 or not len(features) == len(targets) == len(recordings):
+    count = features.shape[:1]
+    if features.ndim != 2 or len(features) == 0 or not count == targets.shape == recordings.shape:
         raise ArgumentError(
             "features, targets and recordings must have shapes (count, dim), (count,) and (count,) with a count of at "
             f"least 1, got {tuple(features.shape)}, {tuple(targets.shape)} and {tuple(recordings.shape)}"

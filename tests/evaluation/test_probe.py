@@ -244,6 +244,7 @@ def test_fits_that_do_not_converge_are_said(monkeypatch) -> None:
     "arguments, error, message",
     [
         ({"targets": torch.zeros(599).long()}, ArgumentError, r"must have shapes .*, got \(600, 5\), \(599,\) and"),
+        ({"targets": torch.zeros(600, 1).long()}, ArgumentError, r"must have .*, got \(600, 5\), \(600, 1\) and"),
         ({"features": torch.zeros(600)}, ArgumentError, r"must have shapes .*, got \(600,\), \(600,\) and"),
         ({"num_classes": 1}, ArgumentError, "num_classes must be an integer of at least 2, got 1"),
         ({"num_classes": 2}, ArgumentError, "targets must be from 0 to 1, got 0 to 2"),
