@@ -72,7 +72,7 @@ class VampPrior(Prior):
             generator: chooses the images; on the device of `images`.
 
         Raises:
-            ArgumentError: if the images are too few or have another size.
+            ArgumentError: if the images are too few or have another size, or values outside [0, 1].
         """
         if self.initialisation != "data":
             return
@@ -81,6 +81,12 @@ class VampPrior(Prior):
             raise ArgumentError(
                 f"images must be at least {num_components} of {input_dim} values to initialise as many "
                 f"pseudo-inputs, got shape {tuple(images.shape)}"
+            )
+        lowest, highest = images.min().item(), images.max().item()
+        if not (images.is_floating_point() and lowest >= 0.0 and highest <= 1.0):
+            raise ArgumentError(
+                f"images must be floating-point grey levels in [0, 1], got {images.dtype} from {lowest:.4g} to "
+                f"{highest:.4g}"
             )
         chosen = torch.randperm(len(images), generator=generator, device=images.device)[:num_components]
         grey = images[chosen].clamp(DATA_MARGIN, 1.0 - DATA_MARGIN)

@@ -155,3 +155,17 @@ def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
     """The message names the argument and its value."""
     with pytest.raises(ArgumentError, match=message):
         VampPrior(**{"input_dim": 4, **arguments})
+
+
+@pytest.mark.parametrize("images", [torch.full((9, INPUT_DIM), value) for value in (255.0, -0.1, float("nan"))])
+def test_images_that_are_no_grey_levels_are_refused(images: Tensor) -> None:
+    prior = VampPrior(INPUT_DIM, num_components=5, initialisation="data")
+    with pytest.raises(ArgumentError, match=r"images must be .* grey levels in \[0, 1\], got torch.float32 from"):
+        prior.initialise_from_data(images, torch.Generator())
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_integer_images_are_refused() -> None:
+    prior = VampPrior(INPUT_DIM, num_components=5, initialisation="data")
+    with pytest.raises(ArgumentError, match="got torch.uint8 from 1 to 1"):
+        prior.initialise_from_data(torch.ones(9, INPUT_DIM, dtype=torch.uint8), torch.Generator())
