@@ -35,6 +35,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.ndim > 1
         and x.numel() > 0
+        and x.shape[-1:] == weight.shape[1:]  # else PyTorch names both shapes
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -22,6 +22,12 @@ def arguments(shape: tuple[int, ...], output_dim: int, bias: bool = True) -> lis
     return [x.requires_grad_(), weight.requires_grad_(), torch.randn(output_dim).requires_grad_() if bias else None]
 
 
+@pytest.mark.usefixtures("library", "as_a_user")
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied .*3x4 and 5x2"):
+        linear(torch.randn(3, 4), torch.randn(2, 5))
+
+
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape, output_dim", SHAPES)
