@@ -58,12 +58,16 @@ def matrix_products(precision: str, device: torch.device) -> Iterator[None]:
         precision: one of `PRECISIONS`.
         device: where the products are formed.
 
+    Raises:
+        ArgumentError: if the precision is unknown.
+
     Example:
         >>> x = torch.full((1, 1), 1.001)
         >>> with matrix_products("bf16", x.device):
         ...     print((x @ x).item())
         1.0
     """
+    check_choice("precision", precision, PRECISIONS)
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     _allow_tf32("high" if precision == "tf32" else "highest", precision == "tf32")
     try:

@@ -170,6 +170,11 @@ def test_a_precision_that_is_not_there_is_named():
         check_precision("Experiment.precision", "tf32", CPU)
     with pytest.raises(ArgumentError, match="precision must be one of fp32, tf32, bf16, got 'half'"):
         check_precision("precision", "half", CPU)
+    with (
+        pytest.raises(ArgumentError, match="precision must be one of fp32, tf32, bf16, got 'bfloat16'"),
+        matrix_products("bfloat16", CPU),
+    ):
+        pass
     assert check_precision("precision", "tf32", torch.device("cuda")) == "tf32"
 
 

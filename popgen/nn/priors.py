@@ -5,7 +5,7 @@ encoder's answers to inputs of their own; they name those inputs, and whoever ow
 batch with its data, and hands the result back:
 
     inputs = prior.pseudo_inputs()                                    # None where there are none
-    density = prior(None if inputs is None else encoder(inputs))
+    density = prior(None if inputs is None else encoder(inputs)[0])   # a `GaussianEncoder` also returns its context
     density.log_density(z); density.sample(noise, uniform)
 """
 
