@@ -17,6 +17,7 @@ from popgen.description import Experiment
 from popgen.distributed import ALONE, Processes, check_divided
 from popgen.errors import (
     ArgumentError,
+    DataError,
     DivergedError,
     StoppedError,
 )
@@ -245,7 +246,13 @@ def load_data(experiment: Experiment, device: torch.device) -> Data:
 
     Example: `prepare` calls it.
     """
-    return experiment.dataset.load().to(device, next(experiment.model.parameters()).dtype)
+    data = experiment.dataset.load()
+    if not isinstance(data, Data):
+        raise DataError(
+            f"{type(experiment.dataset).__name__}.load must return a Data (see popgen.datasets.data), such as an "
+            f"ImageData, got a thing of type {type(data).__name__}"
+        )
+    return data.to(device, next(experiment.model.parameters()).dtype)
 
 
 def check_data(experiment: Experiment, data: Data) -> None:

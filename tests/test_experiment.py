@@ -229,6 +229,22 @@ def with_layer(layer: torch.nn.Module) -> VAE:
     return vae
 
 
+@dataclasses.dataclass(frozen=True)
+class Loads:
+    """A dataset that loads what it is given."""
+
+    loaded: Any
+
+    def load(self) -> Any:
+        return self.loaded
+
+
+@pytest.mark.parametrize("loaded", [None, (torch.ones(2, 16), torch.ones(2, 16)), torch.ones(2, 16)])
+def test_what_a_dataset_loads_is_checked(loaded, tmp_path):
+    with pytest.raises(DataError, match=f"Loads.load must return a Data .* type {type(loaded).__name__}"):
+        run_in(tmp_path / "run", dataset=Loads(loaded))
+
+
 class Returning(NegativeELBO):
     """An objective that makes something else of the loss, metrics and observations of a batch."""
 
