@@ -62,7 +62,16 @@ class Objective(Protocol):
         return {}
 
     def blank_batch(self, model: Any, batch_size: int) -> Any:
-        """Returns a batch of the right shapes that is nought throughout: images, unless a subclass says otherwise."""
+        """Returns a batch of the right shapes that is nought throughout: images, unless a subclass says otherwise.
+
+        Raises:
+            ArgumentError: if the model is not one of images.
+        """
+        if not hasattr(model, "input_dim"):
+            raise ArgumentError(
+                f"{type(self).__name__} must define blank_batch(model, batch_size): {type(model).__name__} has no "
+                "input_dim, as models of images do, so the shape of its batches is not known"
+            )
         return torch.zeros(batch_size, model.input_dim)
 
     def draw_noise(self, model: Any, batch: Any, generator: torch.Generator) -> Any:

@@ -72,3 +72,8 @@ def test_models_without_an_elbo_are_refused_in_one_line(objective: ELBOObjective
     model = WaveNet(CategoricalOutput(), 4, 4, num_layers=2, dilation_cycle=2)
     with pytest.raises(ArgumentError, match="trains models with a noise_dim and an ELBO, such as a VAE, .* a WaveNet"):
         objective.check_model(model)
+
+
+def test_a_model_of_no_images_needs_a_blank_batch_of_its_own() -> None:
+    with pytest.raises(ArgumentError, match=r"^NegativeELBO must define blank_batch\(.*: Linear has no input_dim"):
+        NegativeELBO().blank_batch(torch.nn.Linear(2, 2), batch_size=3)
