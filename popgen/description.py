@@ -38,7 +38,8 @@ class Experiment:
         pretrained: parts of the model whose weights come from the best checkpoint of another run when training starts:
             name of the part to the run's directory, or its name under `$EXPERIMENT_DIR`.
         optimizer: called with the parameters, for example `torch.optim.Adam` with its arguments bound.
-        learning_rate: as a function of the steps taken, see `popgen.optim.schedules`; None for that of the optimizer.
+        learning_rate: of all parameters, as a function of the steps taken, see `popgen.optim.schedules`; None for that
+            of the optimizer, which may have another for each of its parameter groups.
         num_steps: steps in all.
         batch_size: examples in a step.
         seed: of the model's first weights, the order of the data and all noise.
