@@ -57,7 +57,7 @@ def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
     """Parses the flags and calls `main` as `guarded` does."""
 
     def checked(arguments: list[str]) -> None:
-        missing = [f"--{name}" for name in required if not flags.FLAGS[name].value]
+        missing = [f"--{name}" for name in required if flags.FLAGS[name].value in (None, "", [])]
         if missing:
             raise PopgenError(f"{' and '.join(missing)} must be given; --help lists the options")
         if len(arguments) > 1:

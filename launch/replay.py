@@ -3,7 +3,7 @@
 from absl import flags
 
 from launch import command
-from popgen.errors import check_integer
+from popgen.errors import ArgumentError, check_integer
 from popgen.replay import replay
 
 FLAGS = flags.FLAGS
@@ -18,6 +18,8 @@ def main() -> None:
     """Recomputes state and batch from the last good checkpoint before the step, and prints what goes wrong in it."""
     check_integer("step", FLAGS.step, minimum=1)
     directory, experiment, _ = command.existing_run(FLAGS.run_dir, None, FLAGS.trust_config)
+    if FLAGS.step > experiment.num_steps:
+        raise ArgumentError(f"step must be at most the {experiment.num_steps:,} of the run, got {FLAGS.step}")
     diagnosis = replay(experiment, directory, FLAGS.step)
     print(f"step {FLAGS.step}: loss {diagnosis.loss:.6g}, gradient norm {diagnosis.gradient_norm:.6g}")
     if not diagnosis.not_finite:

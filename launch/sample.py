@@ -23,13 +23,16 @@ def main() -> None:
     if FLAGS.num_samples is not None:
         check_integer("num_samples", FLAGS.num_samples, minimum=2)
     out = pathlib.Path(FLAGS.out)
+    if out.is_dir():
+        raise RunDirectoryError(f"out must be a file to write, got the folder {str(out)!r}")
+    check_integer("seed", FLAGS.seed, minimum=0)
     if not out.parent.is_dir():
         raise RunDirectoryError(f"there is no folder {str(out.parent)!r} to write {out.name} in")
     _, experiment, tensors = command.existing_run(FLAGS.run_dir, FLAGS.checkpoint, FLAGS.trust_config)
     device = experiment.torch_device()
     data, model = prepare(experiment, device)
     model = model_of_checkpoint(model, tensors, FLAGS.weights)
-    generator = torch.Generator(device).manual_seed(FLAGS.seed)
+    generator = torch.Generator(device).manual_seed(FLAGS.seed % 2**64)
     evaluator = experiment.evaluator
     num_samples = evaluator.num_shown if FLAGS.num_samples is None else FLAGS.num_samples
     shown = evaluator.show(model, data, num_samples, generator)

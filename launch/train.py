@@ -67,7 +67,10 @@ def train_together(processes: Processes) -> None:
             if loaded.experiment.num_replicas == 1:
                 results = [(directory, run(loaded.experiment, directory, configuration, stop, processes))]
             else:
-                states = run_replicas(configured_replicas(loaded.experiment), directory, configuration, stop)
+                replicas = configured_replicas(loaded.experiment)
+                for index, replica in enumerate(replicas):
+                    check_as_it_was(directory.replica(index), replica.configuration.given)
+                states = run_replicas(replicas, directory, configuration, stop)
                 results = list(zip(directory.replicas(), states, strict=True))
     for own, state in results:
         report(own, state)
@@ -118,6 +121,11 @@ def settle_earlier_run(directory: RunDirectory, given: str, num_replicas: int) -
     if FLAGS.overwrite:
         directory.clear()
     directory.check_num_replicas(num_replicas)
+    check_as_it_was(directory, given)
+
+
+def check_as_it_was(directory: RunDirectory, given: str) -> None:
+    """Raises RunDirectoryError if the configuration of a run has changed and no flag says what is meant."""
     changed = config.changes_since(directory, given)
     if changed and not FLAGS.reconfigure:
         raise RunDirectoryError(

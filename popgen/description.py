@@ -49,7 +49,7 @@ class Experiment:
         log_every: steps between points of the training curves.
         checkpoint_every: steps between checkpoints that are kept for good.
         selection_split: "test" or "validation": the split whose loss chooses the `best` checkpoint; for a model with
-            latent variables it is -ELBO at β = 1.
+            latent variables it is -ELBO at β = 1, unless its evaluator says otherwise.
         weight_average_decay: of the exponential moving average of the weights; None for no average.
         max_gradient_norm: gradients with a larger norm are scaled down to it; None for no limit.
         skip_gradient_norm: steps whose gradient has a larger norm are skipped, as are those whose loss or gradient is
@@ -61,7 +61,6 @@ class Experiment:
         device: "auto" (the GPU if there is one), or a device of torch.
         precision: of the networks' matrix products in training: "fp32", "tf32" (GPU) or "bf16"; densities stay exact.
         compile: whether torch.compile fuses the loss, its gradient and the evaluation; it starts half a minute later.
-            Not with several replicas.
         cuda_graph: on a GPU, whether a step is recorded and replayed; a model that waits for the device needs False.
 
     Raises:

@@ -146,7 +146,7 @@ class RunDirectory:
         """
         path = self.checkpoint_path(name)
         if not path.is_file():
-            found = sorted(file.stem for file in self.checkpoints_path.glob("*.ckpt"))
+            found = self.checkpoint_names()
             there = f"there are: {', '.join(found)}" if found else "it has no checkpoints yet"
             raise CheckpointError(f"{self.path} has no checkpoint {name!r}; {there}")
         try:

@@ -107,7 +107,7 @@ def test_names_of_checkpoints(tmp_path):
         directory.save_checkpoint("20", CONTENTS)
         assert same(checkpoints.load(directory.checkpoint_path("20")), CONTENTS)
         assert directory.has_checkpoint()
-        with pytest.raises(CheckpointError, match="no checkpoint 'best'; there are: step_00000020"):
+        with pytest.raises(CheckpointError, match="no checkpoint 'best'; there are: 20"):
             directory.load_checkpoint("best")
         for name in ("../../etc/passwd", "newest", ""):
             with pytest.raises(CheckpointError, match="must be best, latest, previous or a step"):
