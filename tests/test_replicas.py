@@ -312,7 +312,7 @@ def test_the_other_commands_take_a_replica_for_the_run_that_it_is(tmp_path: path
     workspace.succeed("train", *alone, "--gin_bindings=Experiment.num_steps = 6")
     continued = RunDirectory(tmp_path / "runs" / "replica_1")
     assert continued.load_checkpoint("latest")["step"] == 6
-    assert "replica_1 holds a run with another configuration (Experiment.num_steps" in workspace.fail(*train)
+    assert "replica_1 holds a run with another configuration (experiment.Experiment.num_steps" in workspace.fail(*train)
     assert continued.load_checkpoint("latest")["step"] == 6, "it was not taken back"
     workspace.succeed(*train, "--overwrite", "--gin_bindings=Experiment.num_replicas = 3")
     assert RunDirectory(tmp_path / "runs" / "replica_2").load_checkpoint("latest")["step"] == 4
