@@ -124,6 +124,7 @@ class DiscretisedLogisticMixture:
         rights = WIDTH * torch.arange(1, NUM_CODES + 1, dtype=means.dtype, device=means.device) - 1.0
         rights[-1] = math.inf
         below = torch.sigmoid((rights[:, None] - means) * torch.exp(-log_scales))
+        below = torch.where(rights[:, None].isinf(), 1.0, below)  # infinity times a scale that is rounded to none
         return invert_cumulative((logits.softmax(-1) * below).sum(-1), uniform)
 
     def _parameters(self) -> tuple[Tensor, Tensor, Tensor]:

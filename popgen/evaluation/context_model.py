@@ -74,11 +74,14 @@ def choose_smoothing(
 ) -> float:
     """Returns the one of `SMOOTHING` that scores every tenth sequence best when the others are counted.
 
+    One sequence alone is both counted and scored.
+
     Example:
         >>> choose_smoothing([torch.arange(100) % 2] * 20, order=1, num_codes=2, start=0)
         0.003
     """
-    counts = count_contexts([sequence for i, sequence in enumerate(codes) if i % 10], order, num_codes, start)
+    others = [sequence for i, sequence in enumerate(codes) if i % 10] or codes
+    counts = count_contexts(others, order, num_codes, start)
     held_out = torch.cat(list(codes[::10]))  # one sequence: what stands at the seams hardly matters
 
     def score(smoothing: float) -> float:

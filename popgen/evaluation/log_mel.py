@@ -76,7 +76,7 @@ class LogMel(nn.Module):
 
     def __init__(self, sample_rate: int, window: int, hop: int, num_mels: int = 40) -> None:
         super().__init__()
-        self.receptive_field = check_integer("LogMel.window", window, minimum=2)
+        self.receptive_field = check_integer("LogMel.window", window, minimum=3)
         self.hop = check_integer("LogMel.hop", hop, minimum=1)
         self.num_mels = check_integer("LogMel.num_mels", num_mels, minimum=1)
         self.transform_size = 1 << (window - 1).bit_length()
@@ -102,7 +102,7 @@ class LogMel(nn.Module):
         """
         if waveforms.ndim != 2:
             raise ArgumentError(f"waveforms must have shape (batch, time), got {tuple(waveforms.shape)}")
-        waveforms = F.pad(waveforms, (0, max(0, self.receptive_field - waveforms.shape[1])))
+        waveforms = F.pad(waveforms.to(self.hann.dtype), (0, max(0, self.receptive_field - waveforms.shape[1])))
         stretches = waveforms.unfold(1, self.receptive_field, self.hop) * self.hann
         if not len(waveforms):  # MKL's transform refuses nothing at all
             return stretches.new_empty(0, stretches.shape[1], self.filters.shape[1])

@@ -314,9 +314,11 @@ def _fit(features: Tensor, targets: Tensor, num_classes: int, strength: float, s
     mean, std = features.mean(0), features.std(0, correction=0)
     std = torch.where(std > 1e-6 * (1.0 + mean.abs()), std, torch.ones_like(std))
     inputs = ((features - mean) / std).float().numpy()
-    # scikit-learn's C multiplies the sum of losses over frames.
+    # scikit-learn's C multiplies the sum of losses over frames. Of two classes it finds one score, whose weight w is
+    # the difference of theirs: |w|²/2 is what theirs come to together.
+    penalty = strength / 2.0 if len(seen) == 2 else strength
     regression = LogisticRegression(
-        C=1.0 / (strength * len(targets)), tol=TOLERANCE, max_iter=MAX_ITERATIONS, warm_start=True
+        C=1.0 / (penalty * len(targets)), tol=TOLERANCE, max_iter=MAX_ITERATIONS, warm_start=True
     )
     if start is not None and len(seen) > 2 and bool(start.bias[seen].isfinite().all()):
         regression.coef_ = start.weight[:, seen].T.contiguous().numpy()

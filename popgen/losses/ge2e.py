@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from popgen.errors import ArgumentError, check_choice, check_number
+from popgen.execution import at_least_float32, full_precision
 
 FORMS = ("softmax", "contrast")
 
@@ -42,10 +43,11 @@ def ge2e_similarities(
     if not isinstance(scale, Tensor):
         check_number("scale", scale, above=0.0)
     speakers, utterances, _ = embeddings.shape
-    vectors = F.normalize(embeddings, dim=-1)
+    vectors = F.normalize(at_least_float32(embeddings), dim=-1)
     totals = vectors.sum(1)
     others = (totals[:, None] - vectors) / (utterances - 1)
-    to_all = torch.einsum("jid,kd->jik", vectors, F.normalize(totals / utterances, dim=-1))
+    with full_precision(vectors.device):
+        to_all = torch.einsum("jid,kd->jik", vectors, F.normalize(totals / utterances, dim=-1))
     to_own = (vectors * F.normalize(others, dim=-1)).sum(-1)
     own = torch.eye(speakers, dtype=torch.bool, device=vectors.device)[:, None]
     return scale * torch.where(own, to_own[..., None], to_all) + offset

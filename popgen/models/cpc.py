@@ -5,6 +5,7 @@
 The loss asks, from the context after each frame, which of several encodings is the one k frames ahead.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -236,6 +237,8 @@ class CPC(Model):
     def mutual_information(self, terms: CPCTerms) -> Float[Tensor, " steps"]:
         """Returns log N - L_k for each step k, nats: a lower bound on I(x_{t+k}; c_t), at most log N.
 
+        It is not a number for a step so far ahead that no sequence has a pair of frames for it.
+
         The information is that in the batch, whose frames are the negatives: they are the more like draws from the
         distribution of the data the more sequences there are.
 
@@ -247,7 +250,8 @@ class CPC(Model):
                 f"CPC.negatives must be 'batch' for a bound on mutual information, got {self.negatives!r}: others do "
                 "not have the distribution of the positives"
             )
-        return mutual_information_bound(terms.loss_of_steps, self.num_candidates)
+        bounds = mutual_information_bound(terms.loss_of_steps, self.num_candidates)
+        return bounds.masked_fill(terms.step_weights.sum(0) == 0, math.nan)
 
     def check_examples(self, examples: Any) -> None:
         """Checks that the sequences of a split fit the encoder and have what the loss needs.

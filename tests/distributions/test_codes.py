@@ -223,3 +223,10 @@ def test_codes_have_the_shape_of_their_logits(as_a_user) -> None:
 def test_a_mixture_has_components(as_a_user) -> None:
     with pytest.raises(ArgumentError, match="LogisticMixtureOutput.num_components must be an integer of at least 1, g"):
         LogisticMixtureOutput(0)
+
+
+@pytest.mark.parametrize("log_scale", [50.0, 103.0, 104.5, 120.0])
+def test_the_widest_mixtures_are_drawn_at_both_ends(log_scale: float) -> None:
+    """All mass lies beyond the outermost codes, half of it on either side."""
+    mixture = DiscretisedLogisticMixture(torch.zeros(2, 1), torch.zeros(2, 1), torch.full((2, 1), log_scale))
+    assert mixture.sample(torch.tensor([0.25, 0.75])).tolist() == [0, 255]

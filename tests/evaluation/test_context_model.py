@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from popgen.errors import ArgumentError
-from popgen.evaluation.context_model import choose_smoothing, context_model_log_density, count_contexts
+from popgen.evaluation.context_model import SMOOTHING, choose_smoothing, context_model_log_density, count_contexts
 
 
 def random_codes(num_codes: int, *lengths: int) -> list[torch.Tensor]:
@@ -54,3 +54,8 @@ def test_arguments() -> None:
         count_contexts([torch.zeros(3, dtype=torch.int64)], order=3)
     with pytest.raises(ArgumentError, match="order must be an integer of at least 0, got -1"):
         count_contexts([torch.zeros(3, dtype=torch.int64)], order=-1)
+
+
+def test_one_sequence_is_counted_and_scored() -> None:
+    """There is no other to hold out."""
+    assert choose_smoothing([torch.arange(100) % 2], order=1, num_codes=2, start=0) in SMOOTHING

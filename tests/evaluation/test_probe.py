@@ -54,10 +54,11 @@ def test_finds_the_classifier_of_equal_gaussians() -> None:
     assert (result.num_frames, result.num_recordings) == (6_000, 600)
 
 
-def test_is_at_the_minimum_of_the_penalised_loss() -> None:
+@pytest.mark.parametrize("classes", [2, 3])
+def test_is_at_the_minimum_of_the_penalised_loss(classes: int) -> None:
     """The gradient of mean cross entropy + strength / 2 |weight|² vanishes, biases unpenalised."""
-    frames, strength = make_frames(), 0.03
-    probe = fit_probe(frames.features, frames.labels["class"], 3, frames.recordings, strengths=(strength,))
+    frames, strength = make_frames(classes=classes), 0.03
+    probe = fit_probe(frames.features, frames.labels["class"], classes, frames.recordings, strengths=(strength,))
     inputs = ((frames.features - probe.mean) / probe.std).double()
     weight, bias = (value.double().requires_grad_() for value in (probe.weight, probe.bias))
     loss = torch.nn.functional.cross_entropy(inputs @ weight + bias, frames.labels["class"])

@@ -28,6 +28,18 @@ def similarity(embeddings: Tensor, speaker: int, utterance: int, other: int, sca
 
 
 @pytest.mark.parametrize("form", ["softmax", "contrast"])
+def test_is_formed_in_float32_whatever_the_precision(form: str) -> None:
+    """Of the same rounded embeddings, as bfloat16 and under autocast."""
+    embeddings = make_embeddings().bfloat16()
+    exact = ge2e_loss(embeddings.double(), 10.0, -5.0, form)
+    for values, autocast in ((embeddings, False), (embeddings.float(), True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = ge2e_loss(values, 10.0, -5.0, form)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["softmax", "contrast"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_what_the_paper_says(shape: tuple[int, int, int], form: str) -> None:
     """Eq. 6 or eq. 7, one utterance after another."""

@@ -185,6 +185,8 @@ def test_steps_beyond_the_window_have_no_weight() -> None:
     terms = model(values, lengths, uniform)
     assert terms.step_weights[0].tolist() == [max(0, 18 - k) for k in range(1, 26)]
     assert (terms.step_losses[:, 17:] == 0.0).all() and terms.means()["loss"].isfinite()
+    bounds = model.mutual_information(terms)
+    assert bounds[:17].isfinite().all() and bounds[17:].isnan().all(), "no data, no information"
 
 
 @pytest.mark.parametrize("negatives", KINDS)
