@@ -1,4 +1,4 @@
-"""An experiment: everything that defines a run, and the functions that train, evaluate and sample it.
+"""The functions that check, train and evaluate an experiment; what one is made of stands in `popgen.description`.
 
 Plain Python: Gin builds an `Experiment` once and is not seen again.
 """

@@ -216,10 +216,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Any]) -
         optimizer.load_state_dict(tensors["optimizer"])
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"the checkpoint is of another optimizer: {error}") from error
+    defaults = tensors.get("optimizer_defaults")  # all that earlier checkpoints say of how an optimizer was built
     for group, options in zip(optimizer.param_groups, built, strict=True):
-        before = group.get(
-            "as_built", tensors.get("optimizer_defaults", options)
-        )  # earlier checkpoints have the latter
+        before = group.get("as_built", options if defaults is None else defaults)
         changed = {key: value for key, value in options.items() if key not in before or before[key] != value}
         group.update(changed, as_built=options)
 
