@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 import popgen
 from popgen.errors import ArgumentError, check_choice, reason_of
@@ -115,6 +115,7 @@ def compile_or_fall_back(
     function: Callable[..., Any],
     checked_with: Callable[[tuple], tuple] = lambda arguments: arguments,
     traced: bool = False,
+    in_place: bool = False,
 ) -> Callable[..., Any]:
     """Returns `function` compiled by torch.compile, or as it is where that fails.
 
@@ -127,19 +128,26 @@ def compile_or_fall_back(
         traced: whether the compiler is given the operations that the function carries out, in one piece, those of the
             gradients that it forms included. Its results then have no gradients of their own. Anything in it that looks
             at the values of a tensor cannot be traced.
+        in_place: whether it changes its arguments; the comparison is then made on copies of them, and of them too.
 
     Example:
         >>> fast = compile_or_fall_back(torch.square)  # compiled at the first call
     """
-    return _Compiled(function, checked_with, _Traced(function) if traced else torch.compile(function, dynamic=False))
+    compiled = _Traced(function) if traced else torch.compile(function, dynamic=False)
+    return _Compiled(function, checked_with, compiled, in_place)
 
 
 class _Compiled:
     def __init__(
-        self, function: Callable[..., Any], checked_with: Callable[[tuple], tuple], compiled: Callable[..., Any]
+        self,
+        function: Callable[..., Any],
+        checked_with: Callable[[tuple], tuple],
+        compiled: Callable[..., Any],
+        in_place: bool,
     ) -> None:
         torch.compiler.assume_constant_result(_float32_is_full)  # here, since it imports the compiler
         self.plain, self.checked_with, self.chosen, self.checked = function, checked_with, compiled, False
+        self.in_place = in_place
 
     def __call__(self, *arguments: Any) -> Any:
         if not self.checked:
@@ -152,17 +160,24 @@ class _Compiled:
 
     def _reason_against(self, arguments: tuple) -> str | None:
         """Returns why the compiled function cannot be used, or None."""
-        if not _float32_is_full():
+        if not (_float32_is_full() or isinstance(self.chosen, _Traced)):
             return "it cannot keep densities exact under precision 'tf32', whose switch holds for the whole function"
-        expected = _tensors_in(self.plain(*arguments))
+
+        def tensors_after(function: Callable[..., Any]) -> list[Tensor]:
+            if not self.in_place:
+                return _tensors_in(function(*arguments))
+            copies = tree_map_only(Tensor, torch.clone, arguments)
+            return _tensors_in((function(*copies), copies))
+
+        expected = tensors_after(self.plain)
         try:
             with warnings.catch_warnings():  # the compiler's own deprecations
                 warnings.simplefilter("ignore")
-                found = _tensors_in(self.chosen(*arguments))
+                found = tensors_after(self.chosen)
         except Exception as error:  # the plain function has just done the same: whatever it is comes from the compiler
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
-        full = not torch.is_autocast_enabled(found[0].device.type)
+        full = _float32_is_full() and not torch.is_autocast_enabled(found[0].device.type)
         tolerance = COMPILED_TOLERANCE if full else REDUCED_TOLERANCE
         metrics = [other.double() for other in expected if other.shape == expected[0].shape]  # the loss comes first
         largest = torch.nan_to_num(torch.stack(metrics), nan=0.0, posinf=0.0, neginf=0.0).abs().max().item()
@@ -188,7 +203,7 @@ class _Traced:
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         device = tensors[0].device.type
         kinds = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        key = kinds, torch.is_autocast_enabled(device)
+        key = kinds, torch.is_autocast_enabled(device), _float32_is_full()
         if key not in self.compiled:
             self.compiled[key] = self._compile(leaves, tensors, structure)
         compiled, results = self.compiled[key]
@@ -209,8 +224,70 @@ class _Traced:
             found.append(result_structure)
             return tuple(result.detach() if isinstance(result, Tensor) else result for result in results)
 
-        graph = make_fx(of_tensors, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+        rules = rules_for_tracing(launches_cost(tensors[0]), _float32_is_full())
+        graph = make_fx(of_tensors, rules, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+        for node in reversed(graph.graph.nodes):  # what an optimizer tells a profiler
+            if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "profiler":
+                graph.graph.erase_node(node)
+        graph.recompile()
         return torch.compile(graph, dynamic=False), found[-1]
+
+
+def rules_for_tracing(launches_are_dear: bool, float32_is_full: bool) -> dict[Any, Callable[..., Any]]:
+    """Returns what a trace records in place of some operators.
+
+    Args:
+        launches_are_dear: many small products, each of a row or a column, are then recorded as sums of products, which
+            a compiler fuses with what comes before and after; a library's product is a launch of its own.
+        float32_is_full: where it is not, the switch of the whole function lowers the precision of float32 products.
+            Those that are formed in `full_precision` are then recorded as an operator that sets the switch back.
+
+    Example:
+        >>> rules_for_tracing(False, True)
+        {}
+    """
+    aten = torch.ops.aten
+    full_product = torch.ops.popgen.full_product.default
+
+    def thin(a: Tensor, b: Tensor) -> Tensor:
+        if 1 in (a.shape[1], a.shape[2], b.shape[2]) and a.dtype.itemsize >= 4:
+            return (a[:, :, :, None] * b[:, None]).sum(2)
+        return NotImplemented
+
+    def full(a: Tensor, b: Tensor) -> Tensor:
+        return full_product(a, b) if _float32_is_full() and a.dtype == torch.float32 else NotImplemented
+
+    def full_with_bias(bias: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+        product = full(a, b)
+        return product if product is NotImplemented else beta * bias + alpha * product
+
+    def of_many(a: Tensor, b: Tensor) -> Tensor:
+        product = thin(a, b) if launches_are_dear else NotImplemented
+        return full(a, b) if product is NotImplemented and not float32_is_full else product
+
+    rules: dict[Any, Callable[..., Any]] = {}
+    if launches_are_dear or not float32_is_full:
+        rules[aten.bmm.default] = of_many
+    if not float32_is_full:
+        rules |= {aten.mm.default: full, aten.addmm.default: full_with_bias}
+    return rules
+
+
+_library = torch.library.Library("popgen", "FRAGMENT")
+_library.define("full_product(Tensor a, Tensor b) -> Tensor")
+
+
+def _full_product(a: Tensor, b: Tensor) -> Tensor:
+    with matrix_products("fp32", a.device):
+        return torch.matmul(a, b)
+
+
+_library.impl("full_product", _full_product, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("popgen::full_product")
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[-1])
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
@@ -228,6 +305,16 @@ def can_be_read(tensor: Tensor) -> bool:
     """
     without_values = torch.compiler.is_compiling() or hasattr(tensor, "fake_mode")
     return not (tensor.is_cuda or without_values or torch._C._functorch.is_batchedtensor(tensor))
+
+
+def launches_cost(tensor: Tensor) -> bool:
+    """Returns whether small operations on a tensor cost their launch, as on a GPU, and not what they compute.
+
+    Example:
+        >>> launches_cost(torch.zeros(3))
+        False
+    """
+    return tensor.is_cuda
 
 
 def hardware(device: torch.device) -> str:

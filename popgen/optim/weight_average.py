@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from popgen.execution import can_be_read
+
 
 def effective_decay(decay: float, step: int) -> float:
     """Returns the decay used at `step`: min(decay, (1 + step) / (10 + step)).
@@ -37,7 +39,7 @@ def update_weight_average(
     """
     averages, targets = list(average.values()), [parameters[name] for name in average]
     with torch.no_grad():
-        if isinstance(weight, Tensor) and not weight.is_cpu:  # no fused kernel takes this weight from the device
+        if isinstance(weight, Tensor) and not can_be_read(weight):  # no fused kernel takes it from the device
             differences = torch._foreach_sub(targets, averages)
             torch._foreach_mul_(differences, weight)
             torch._foreach_add_(averages, differences)

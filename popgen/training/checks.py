@@ -13,7 +13,8 @@ from popgen.streams import make_generator
 from popgen.training.checkpoints import check_plain
 from popgen.training.objectives import Result
 from popgen.training.state import TrainState
-from popgen.training.step import TrainStep, can_be_told, device_of
+from popgen.training.step import TrainStep, device_of
+from popgen.training.update import can_be_told
 
 
 def check_can_skip(optimizer: torch.optim.Optimizer, device: torch.device) -> None:

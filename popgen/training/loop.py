@@ -29,7 +29,7 @@ def mean_metrics(recent: Sequence[Metrics], step: int, max_skipped_steps: int) -
         {'loss': 3.0, 'skipped_steps': 0.0}
     """
     names = list(recent[0])
-    table = torch.stack([torch.stack([metrics[name] for name in names]) for metrics in recent]).double().cpu()
+    table = torch.stack([metrics[name] for metrics in recent for name in names]).double().cpu().view(len(recent), -1)
     columns = dict(zip(names, table.unbind(1), strict=True))
     in_a_row = columns.pop("skipped_in_a_row")
     for row in (in_a_row > max_skipped_steps).nonzero().flatten().tolist()[:1]:

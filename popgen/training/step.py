@@ -1,8 +1,7 @@
 """One training step: noise, gradients, update, average."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +12,12 @@ from popgen.distributed import ALONE, Processes
 from popgen.errors import ArgumentError
 from popgen.execution import compile_or_fall_back, matrix_products
 from popgen.optim.schedules import Schedule
-from popgen.optim.weight_average import effective_decay, update_weight_average
+from popgen.optim.weight_average import effective_decay
 from popgen.training.objectives import Metrics, Objective, Result, Settings, Tensors
 from popgen.training.state import TrainState
+from popgen.training.update import Gradients, Update, traced_update
 
 LossFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], Result]
-Gradients = tuple[Tensor | None, ...]
 GradientFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], tuple[Result, Gradients]]
 
 
@@ -32,8 +31,7 @@ class TrainStep:
         loss_function: the objective as a pure function of parameters, buffers, batch, noise, settings and its state.
         gradient_function: the same with the gradients of the parameters, compiled or not.
         weight_average_decay: decay of the weight average.
-        max_gradient_norm: gradients with a larger norm are scaled down to it.
-        skip_gradient_norm: steps whose gradient has a larger norm are skipped.
+        parameter_update: what changes parameters, optimizer and weight average along the gradients, compiled or not.
         precision: of the matrix products.
         learning_rate: as a function of the steps taken; None for that of the optimizer.
         processes: among which every batch is shared out.
@@ -45,11 +43,10 @@ class TrainStep:
     objective: Objective
     loss_function: LossFunction
     gradient_function: GradientFunction
+    parameter_update: Update
     weight_average_decay: float
-    max_gradient_norm: float | None
     precision: str
     learning_rate: Schedule | None = None
-    skip_gradient_norm: float | None = None
     processes: Processes = ALONE
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -102,22 +99,14 @@ class TrainStep:
         tensors = {**state.buffers, **state.auxiliary}
         changes, metrics = self.objective.transition(self.model, tensors, metrics, observed)
         changing = [(_changeable(state, name, value), value.detach()) for name, value in changes.items()]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([g for g in gradients if g is not None])))
-        taken = torch.isfinite(loss.detach()) & torch.isfinite(norm)
-        if self.skip_gradient_norm is not None:
-            taken &= norm <= self.skip_gradient_norm
-        with _learning_rate(state.optimizer, None if self.learning_rate is None else settings["learning_rate"]):
-            self._apply(gradients, norm, taken, state)
-        if state.weight_average is not None:
-            update_weight_average(state.weight_average, state.parameters, settings["average_weight"] * taken)
+        outcome = self.parameter_update(state, loss, gradients, settings)
         for tensor, value in changing:
-            tensor.copy_(torch.where(taken, value, tensor))
-        total, in_a_row = state.skipped["total"].add_(~taken), state.skipped["in a row"].add_(1).mul_(~taken)
+            tensor.copy_(torch.where(outcome.taken, value, tensor))
         return metrics | {
-            "gradient_norm": norm,
+            "gradient_norm": outcome.norm,
             "learning_rate": settings["learning_rate"],
-            "skipped_steps": total.to(norm.dtype),
-            "skipped_in_a_row": in_a_row.to(norm.dtype),
+            "skipped_steps": outcome.skipped_steps,
+            "skipped_in_a_row": outcome.skipped_in_a_row,
         }
 
     def _combine(self, result: Result, gradients: Gradients, weight: Any) -> tuple[Result, Gradients]:
@@ -133,58 +122,6 @@ class TrainStep:
         values, found = means[1 : 1 + len(metrics)], iter(means[1 + len(metrics) :])
         whole = means[0], dict(zip(metrics, values, strict=True)), dict(zip(observed, sums, strict=True))
         return whole, tuple(None if gradient is None else next(found) for gradient in gradients)
-
-    def _apply(self, gradients: Gradients, norm: Tensor, taken: Tensor, state: TrainState) -> None:
-        """Lets the optimizer take its step along the clipped gradients, unless it is skipped."""
-        leaves: list[Tensor] = list(state.parameters.values())
-        optimizer: Any = state.optimizer  # fused ones take attributes that the base class does not know
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None and gradient.stride() != leaf.stride():  # fused kernels go by memory alone
-                gradient = torch.empty_like(leaf).copy_(gradient)
-            leaf.grad = gradient
-        if can_be_told(optimizer):  # fused kernels divide by `grad_scale` in passing, and do nothing at `found_inf`
-            limit = self.max_gradient_norm
-            optimizer.grad_scale = None if limit is None else (norm / limit).clamp_min(1.0).float()
-            optimizer.found_inf = (~taken).float()
-            known = sum(map(len, optimizer.state.values()))
-            optimizer.step()
-            if sum(map(len, optimizer.state.values())) > known:  # made just now, and left unset if the step was skipped
-                for value in (value for kept in optimizer.state.values() for value in kept.values()):
-                    value.copy_(torch.where(taken, value, torch.zeros_like(value)))
-            optimizer.grad_scale = optimizer.found_inf = None
-        elif norm.is_cuda or taken:  # on a CPU, asking costs nothing
-            if self.max_gradient_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(leaves, self.max_gradient_norm, norm)
-            optimizer.step()
-        for leaf in leaves:
-            leaf.grad = None
-
-
-def can_be_told(optimizer: torch.optim.Optimizer) -> bool:
-    """Returns whether an optimizer can be told on the device to leave a step out; fused ones can.
-
-    Example:
-        >>> parameters = [nn.Parameter(torch.zeros(1))]
-        >>> [can_be_told(torch.optim.Adam(parameters, fused=fused)) for fused in (True, False)]
-        [True, False]
-    """
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-@contextlib.contextmanager
-def _learning_rate(optimizer: torch.optim.Optimizer, rate: Tensor | None) -> Iterator[None]:
-    """Lends an optimizer a learning rate; on a GPU as a tensor there, from which a recorded step reads it anew."""
-    if rate is None:
-        yield
-        return
-    own_rates = [group["lr"] for group in optimizer.param_groups]
-    try:
-        for group in optimizer.param_groups:
-            group["lr"] = rate if rate.is_cuda else rate.item()
-        yield
-    finally:
-        for group, own_rate in zip(optimizer.param_groups, own_rates, strict=True):
-            group["lr"] = own_rate
 
 
 def device_of(state: TrainState) -> torch.device:
@@ -238,7 +175,7 @@ def make_train_step(
         objective: what is minimised.
         weight_average_decay: decay of the weight average, where the state has one.
         max_gradient_norm: gradients with a larger norm are scaled down to it; None for no limit.
-        compiled: whether torch.compile fuses the loss and its gradient; see `popgen.execution`.
+        compiled: whether torch.compile fuses the loss and its gradient, and on a GPU the update; see `popgen.execution`.
         precision: of the matrix products; see `popgen.execution`.
         learning_rate: as a function of the steps taken; None for that of the optimizer.
         skip_gradient_norm: steps whose gradient has a larger norm are skipped, as are those whose loss or gradient is
@@ -275,16 +212,20 @@ def make_train_step(
             f"{type(objective).__name__} cannot be shared by {processes.size} processes: it does not say which part of "
             "its noise belongs to which part of a batch (part_of_noise)"
         )
+    update = Update(
+        max_gradient_norm=max_gradient_norm,
+        skip_gradient_norm=skip_gradient_norm,
+        has_schedule=learning_rate is not None,
+    )
     return TrainStep(
         model=model,
         objective=objective,
         loss_function=loss_function,
         gradient_function=gradient_function(loss_function, compiled),
+        parameter_update=traced_update(update) if compiled else update,
         weight_average_decay=weight_average_decay,
-        max_gradient_norm=max_gradient_norm,
         precision=precision,
         learning_rate=learning_rate,
-        skip_gradient_norm=skip_gradient_norm,
         processes=processes,
     )
 

@@ -1,6 +1,7 @@
 """Householder Sylvester normalizing flows (van den Berg et al. 2018, https://arxiv.org/abs/1803.05649)."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from popgen.errors import check_integer
-from popgen.execution import at_least_float32, full_precision
+from popgen.execution import at_least_float32, full_precision, launches_cost
 from popgen.nn.flows.flow import Bijection, PosteriorFlow, solve_residual_tanh
 from popgen.nn.linear import Linear
 
 # Both diagonals stay within ±MAX_DIAGONAL, so that r_ii · r̃_ii ≥ -MAX_DIAGONAL² ≥ -1 + 1e-4 even where tanh rounds to
 # ±1, and with tanh' ≤ 1 the determinant cannot vanish (theorem 2 of the paper asks for r_ii · r̃_ii > -1).
 MAX_DIAGONAL = 0.9999
+
+RowMap = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +53,9 @@ class HouseholderSylvesterBijection(Bijection):
         points = at_least_float32(z).transpose(0, 1)  # rows of one example side by side: (batch, samples, latent)
         log_det = torch.zeros_like(points[..., 0])
         with full_precision(z.device):
-            for transformation in self._transformations():
-                _, _, _, _, r, r_tilde, _ = transformation
-                points, hidden = _transformed(points, *transformation)
+            for (inward, outward), (_, _, _, _, r, r_tilde, bias) in self._maps_and_parameters():
+                hidden = torch.tanh(inward(points) + bias)
+                points = points + outward(hidden)
                 log_det = log_det + torch.log1p((1.0 - hidden.square()) * (r * r_tilde)).sum(-1)
         return points.transpose(0, 1), log_det.T
 
@@ -65,7 +68,7 @@ class HouseholderSylvesterBijection(Bijection):
         """
         points = at_least_float32(z).transpose(0, 1)
         with full_precision(z.device):
-            for v, w, upper, lower, r, r_tilde, bias in reversed(self._transformations()):
+            for v, w, upper, lower, r, r_tilde, bias in reversed(self._parameters()):
                 target = points - (points @ v.mT) @ w
                 rotated = hidden = target[..., :0]  # of the coordinates from the i-th on
                 for i in reversed(range(target.shape[-1])):
@@ -88,9 +91,9 @@ class HouseholderSylvesterBijection(Bijection):
         """
         points, scores = (at_least_float32(tensor).transpose(0, 1) for tensor in (z, score))
         with full_precision(z.device):
-            for transformation in self._transformations():
-                v, w, upper, lower, r, r_tilde, _ = transformation
-                points, hidden = _transformed(points, *transformation)
+            for (inward, outward), (v, w, upper, lower, r, r_tilde, bias) in self._maps_and_parameters():
+                hidden = torch.tanh(inward(points) + bias)
+                points = points + outward(hidden)
                 slope = 1.0 - hidden.square()
                 per_row = -2.0 * hidden * slope * (r * r_tilde) / (1.0 + slope * (r * r_tilde))
                 grown = scores - (scores @ v.mT) @ w - (per_row @ lower.mT + per_row * r_tilde)  # in the frame of u
@@ -101,20 +104,44 @@ class HouseholderSylvesterBijection(Bijection):
                 scores = solved - (solved @ w.mT) @ v
         return scores.transpose(0, 1)
 
-    def _transformations(self):
+    def _maps_and_parameters(self) -> list[tuple[tuple[RowMap, RowMap], tuple[Tensor, ...]]]:
+        """Returns R̃ Qᵀ and Q R of each transformation, as functions of rows, with its parameters.
+
+        On a CPU operations cost, and each is two thin products beside that with the triangle. On a GPU launches cost,
+        and each is a product with one matrix; those of all transformations are formed together.
+        """
+        maps = self._matrices() if launches_cost(self.upper) else self._thin_products()
+        return list(zip(maps, self._parameters(), strict=True))
+
+    def _thin_products(self) -> list[tuple[RowMap, RowMap]]:
+        def maps(v: Tensor, w: Tensor, upper: Tensor, lower: Tensor, r: Tensor, r_tilde: Tensor, _: Tensor):
+            def inward(points: Tensor) -> Tensor:
+                rotated = points - (points @ v.mT) @ w
+                return rotated @ lower + rotated * r_tilde
+
+            def outward(hidden: Tensor) -> Tensor:
+                residual = hidden @ upper.mT + hidden * r
+                return residual - (residual @ w.mT) @ v
+
+            return inward, outward
+
+        return [maps(*parameters) for parameters in self._parameters()]
+
+    def _matrices(self) -> list[tuple[RowMap, RowMap]]:
+        inward = self.lower + torch.diag_embed(self.lower_diagonal)
+        inward = inward - self.reflectors.mT @ (self.solved_reflectors @ inward)
+        outward = self.upper + torch.diag_embed(self.upper_diagonal)
+        outward = outward.mT - (self.solved_reflectors @ outward).mT @ self.reflectors
+
+        def product_with(matrix: Tensor) -> RowMap:
+            return lambda rows: rows @ matrix
+
+        return [(product_with(one), product_with(other)) for one, other in zip(inward, outward, strict=True)]
+
+    def _parameters(self) -> list[tuple[Tensor, ...]]:
         """Returns the parameters of one transformation after another; vectors as rows, `(batch, 1, latent)`."""
         rows = (self.upper_diagonal[:, :, None], self.lower_diagonal[:, :, None], self.bias[:, :, None])
         return list(zip(self.reflectors, self.solved_reflectors, self.upper, self.lower, *rows, strict=True))
-
-
-def _transformed(
-    points: Tensor, v: Tensor, w: Tensor, upper: Tensor, lower: Tensor, r: Tensor, r_tilde: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns z + Q R h and h = tanh(R̃ Qᵀ z + b), for points z of shape `(batch, samples, latent)`."""
-    rotated = points - (points @ v.mT) @ w  # Qᵀ z
-    hidden = torch.tanh(rotated @ lower + rotated * r_tilde + bias)
-    residual = hidden @ upper.mT + hidden * r  # R h
-    return points + residual - (residual @ w.mT) @ v, hidden
 
 
 class HouseholderSylvesterFlow(PosteriorFlow):

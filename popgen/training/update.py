@@ -1,0 +1,276 @@
+"""The update at the end of a training step: clipping, the optimizer, the weight average, and whether it is taken."""
+
+import collections
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from popgen.execution import compile_or_fall_back, launches_cost
+from popgen.optim.weight_average import update_weight_average
+from popgen.training.objectives import Settings
+from popgen.training.state import TrainState
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class Outcome(NamedTuple):
+    """What an update found.
+
+    Attributes:
+        norm: of the gradient, before clipping.
+        taken: whether the step was taken.
+        skipped_steps: how many were not, until now, in the dtype of the norm.
+        skipped_in_a_row: how many were not, just before and now.
+    """
+
+    norm: Tensor
+    taken: Tensor
+    skipped_steps: Tensor
+    skipped_in_a_row: Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Update:
+    """An update of the tensors of a state in place, `update(state, loss, gradients, settings) -> Outcome`.
+
+    Where the loss or the gradient is not finite, or the gradient too large, parameters, optimizer and average stay as
+    they were. Nothing waits for the device.
+
+    Attributes:
+        max_gradient_norm: gradients with a larger norm are scaled down to it.
+        skip_gradient_norm: a step whose gradient has a larger norm is not taken.
+        has_schedule: whether the setting `learning_rate` takes the place of the optimizer's own.
+        on_tensors: the whole of it as one compiled function, for optimizers that can be traced; see `traced_update`.
+
+    Example: `popgen.training.step.make_train_step` makes one.
+    """
+
+    max_gradient_norm: float | None = None
+    skip_gradient_norm: float | None = None
+    has_schedule: bool = False
+    on_tensors: Callable[..., Outcome] | None = None
+
+    def __call__(self, state: TrainState, loss: Tensor, gradients: Gradients, settings: Settings) -> Outcome:
+        """Updates parameters, optimizer and weight average, and returns what it found."""
+        if self.on_tensors is not None and can_be_traced(state.optimizer, gradients):
+            return self.on_tensors(*_tensors_of(state, gradients), loss, settings, state.optimizer)
+        norm = gradient_norm(gradients)
+        taken = self.is_taken(loss, norm)
+        with _learning_rate(state.optimizer, settings["learning_rate"] if self.has_schedule else None):
+            self._apply(gradients, norm, taken, state)
+        if state.weight_average is not None:
+            update_weight_average(state.weight_average, state.parameters, settings["average_weight"] * taken)
+        return Outcome(norm, taken, *count_skipped(state.skipped, taken, norm.dtype))
+
+    def is_taken(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Returns whether a step with this loss and gradient norm is taken."""
+        taken = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+        return taken if self.skip_gradient_norm is None else taken & (norm <= self.skip_gradient_norm)
+
+    def divisor(self, norm: Tensor) -> Tensor | None:
+        """Returns what clipping divides gradients of this norm by; None where there is no limit."""
+        return None if self.max_gradient_norm is None else (norm / self.max_gradient_norm).clamp_min(1.0)
+
+    def _apply(self, gradients: Gradients, norm: Tensor, taken: Tensor, state: TrainState) -> None:
+        """Lets the optimizer take its step along the clipped gradients, unless it is skipped."""
+        leaves: list[Tensor] = list(state.parameters.values())
+        optimizer: Any = state.optimizer  # fused ones take attributes that the base class does not know
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = None if gradient is None else laid_out_as(leaf, gradient)
+        if can_be_told(optimizer):  # fused kernels divide by `grad_scale` in passing, and do nothing at `found_inf`
+            divisor = self.divisor(norm)
+            optimizer.grad_scale = None if divisor is None else divisor.float()
+            optimizer.found_inf = (~taken).float()
+            known = sum(map(len, optimizer.state.values()))
+            optimizer.step()
+            if sum(map(len, optimizer.state.values())) > known:  # made just now, and left unset if the step was skipped
+                for value in (value for kept in optimizer.state.values() for value in kept.values()):
+                    value.copy_(torch.where(taken, value, torch.zeros_like(value)))
+            optimizer.grad_scale = optimizer.found_inf = None
+        elif norm.is_cuda or taken:  # on a CPU, asking costs nothing
+            if self.max_gradient_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(leaves, self.max_gradient_norm, norm)
+            optimizer.step()
+        for leaf in leaves:
+            leaf.grad = None
+
+
+def traced_update(update: Update) -> Update:
+    """Returns the same update, compiled in one piece with the optimizer's step where the optimizer can be traced.
+
+    On a GPU each of PyTorch's fused kernels passes over all tensors with few threads, and clipping, moments and average
+    take one after another. Here all that happens to a parameter happens in one pass.
+
+    Example: `popgen.training.step.make_train_step` calls it.
+    """
+
+    @torch.no_grad()
+    def on_tensors(
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        kept: list[dict[str, Tensor]],
+        average: list[Tensor] | None,
+        skipped: dict[str, Tensor],
+        loss: Tensor,
+        settings: Settings,
+        optimizer: torch.optim.Optimizer,
+    ) -> Outcome:
+        norm = sum(norm.square() for norm in torch._foreach_norm(gradients)).sqrt()  # fused, unlike what `stack` does
+        taken, divisor = update.is_taken(loss, norm), update.divisor(norm)
+        if divisor is not None:
+            gradients = list(torch._foreach_div(gradients, divisor))
+        changing = [*parameters, *(value for values in kept for value in values.values())]
+        before = [tensor.clone() for tensor in changing]
+        rate = settings["learning_rate"] if update.has_schedule else None
+        optimizer_of(optimizer, parameters, gradients, kept, rate).step()
+        for tensor, value in zip(changing, before, strict=True):
+            tensor.copy_(torch.where(taken, tensor, value))
+        if average is not None:
+            names = list(map(str, range(len(average))))
+            averages, targets = (dict(zip(names, tensors, strict=True)) for tensors in (average, parameters))
+            update_weight_average(averages, targets, settings["average_weight"] * taken)
+        return Outcome(norm, taken, *count_skipped(skipped, taken, norm.dtype))
+
+    compiled = compile_or_fall_back(on_tensors, traced=True, in_place=True)
+    return dataclasses.replace(update, on_tensors=compiled)
+
+
+def can_be_traced(optimizer: torch.optim.Optimizer, gradients: Gradients) -> bool:
+    """Returns whether a step of an optimizer depends on tensors beside the parameters alone, and pays to be traced.
+
+    It is one of PyTorch's, can count on the device, has taken its first step, and every parameter has a gradient.
+    """
+    leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+    return (
+        launches_cost(leaves[0])
+        and type(optimizer).__module__.startswith("torch.optim.")
+        and all("capturable" in group for group in optimizer.param_groups)
+        and all(gradient is not None for gradient in gradients)
+        and all(optimizer.state.get(leaf) for leaf in leaves)
+        and all(
+            isinstance(value, Tensor) and value.device == leaf.device
+            for leaf in leaves
+            for value in optimizer.state[leaf].values()
+        )
+    )
+
+
+def optimizer_of(
+    like: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    kept: Sequence[dict[str, Tensor]],
+    rate: Tensor | None,
+) -> torch.optim.Optimizer:
+    """Returns an optimizer of the same kind and options of other tensors, in the order of its groups.
+
+    Args:
+        like: the optimizer.
+        parameters: given their gradients.
+        gradients: of them.
+        kept: what it keeps of each.
+        rate: the learning rate; None for that of each group.
+
+    Example: `traced_update` traces a step of it.
+    """
+    optimizer, given = copy.copy(like), iter(parameters)
+    optimizer.param_groups = [
+        {
+            **group,
+            "params": [next(given).detach() for _ in group["params"]],
+            "lr": group["lr"] if rate is None else rate,
+            "fused": False,
+            "foreach": True,
+            "capturable": True,
+        }
+        for group in like.param_groups
+    ]
+    leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        leaf.grad = gradient
+    optimizer.state = collections.defaultdict(dict, zip(leaves, map(dict, kept), strict=True))
+    return optimizer
+
+
+def _tensors_of(
+    state: TrainState, gradients: Gradients
+) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]], list[Tensor] | None, dict[str, Tensor]]:
+    """Returns parameters, gradients, what the optimizer keeps of each, their average, and the counts of a state.
+
+    They come in the order of the optimizer's groups.
+    """
+    names = {leaf: name for name, leaf in state.parameters.items()}
+    of_name = dict(zip(state.parameters, gradients, strict=True))
+    leaves = [leaf for group in state.optimizer.param_groups for leaf in group["params"]]
+    average = state.weight_average
+    return (
+        leaves,
+        [laid_out_as(leaf, of_name[names[leaf]]) for leaf in leaves],
+        [dict(state.optimizer.state[leaf]) for leaf in leaves],
+        None if average is None else [average[names[leaf]] for leaf in leaves],
+        state.skipped,
+    )
+
+
+def gradient_norm(gradients: Sequence[Tensor | None]) -> Tensor:
+    """Returns the norm of all gradients together.
+
+    Example:
+        >>> gradient_norm([torch.tensor([3.0]), None, torch.tensor([4.0])])
+        tensor(5.)
+    """
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([g for g in gradients if g is not None])))
+
+
+def count_skipped(skipped: dict[str, Tensor], taken: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Counts a step that was not taken, in place, and returns how many there were in all and in a row, as numbers.
+
+    Example:
+        >>> counts = {"total": torch.tensor(4), "in a row": torch.tensor(2)}
+        >>> count_skipped(counts, torch.tensor(False), torch.float32)
+        (tensor(5.), tensor(3.))
+    """
+    total, in_a_row = skipped["total"].add_(~taken), skipped["in a row"].add_(1).mul_(~taken)
+    return total.to(dtype), in_a_row.to(dtype)
+
+
+def laid_out_as(leaf: Tensor, gradient: Tensor) -> Tensor:
+    """Returns a gradient that lies in memory as its parameter does: fused kernels go by memory alone.
+
+    Example:
+        >>> laid_out_as(torch.zeros(2, 3), torch.zeros(3, 2).T).stride()
+        (3, 1)
+    """
+    return gradient if gradient.stride() == leaf.stride() else torch.empty_like(leaf).copy_(gradient)
+
+
+def can_be_told(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether an optimizer can be told on the device to leave a step out; fused ones can.
+
+    Example:
+        >>> parameters = [nn.Parameter(torch.zeros(1))]
+        >>> [can_be_told(torch.optim.Adam(parameters, fused=fused)) for fused in (True, False)]
+        [True, False]
+    """
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+@contextlib.contextmanager
+def _learning_rate(optimizer: torch.optim.Optimizer, rate: Tensor | None) -> Iterator[None]:
+    """Lends an optimizer a learning rate; on a GPU as a tensor there, from which a recorded step reads it anew."""
+    if rate is None:
+        yield
+        return
+    own_rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            group["lr"] = rate if rate.is_cuda else rate.item()
+        yield
+    finally:
+        for group, own_rate in zip(optimizer.param_groups, own_rates, strict=True):
+            group["lr"] = own_rate
