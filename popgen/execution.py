@@ -246,22 +246,22 @@ def rules_for_tracing(launches_are_dear: bool, float32_is_full: bool) -> dict[An
         >>> rules_for_tracing(False, True)
         {}
     """
-    aten = torch.ops.aten
+    aten = torch.ops.aten  # a rule that returns NotImplemented leaves its operator as it is
     full_product = torch.ops.popgen.full_product.default
 
-    def thin(a: Tensor, b: Tensor) -> Tensor:
+    def thin(a: Tensor, b: Tensor) -> Any:
         if 1 in (a.shape[1], a.shape[2], b.shape[2]) and a.dtype.itemsize >= 4:
             return (a[:, :, :, None] * b[:, None]).sum(2)
         return NotImplemented
 
-    def full(a: Tensor, b: Tensor) -> Tensor:
+    def full(a: Tensor, b: Tensor) -> Any:
         return full_product(a, b) if _float32_is_full() and a.dtype == torch.float32 else NotImplemented
 
-    def full_with_bias(bias: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+    def full_with_bias(bias: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Any:
         product = full(a, b)
         return product if product is NotImplemented else beta * bias + alpha * product
 
-    def of_many(a: Tensor, b: Tensor) -> Tensor:
+    def of_many(a: Tensor, b: Tensor) -> Any:
         product = thin(a, b) if launches_are_dear else NotImplemented
         return full(a, b) if product is NotImplemented and not float32_is_full else product
 

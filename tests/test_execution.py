@@ -9,12 +9,19 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from popgen import execution
 from popgen.distributions import Bernoulli, DiagonalNormal, GaussianMixture, StandardNormal
 from popgen.errors import ArgumentError
-from popgen.execution import check_precision, compile_or_fall_back, full_precision, matrix_products
+from popgen.execution import (
+    check_precision,
+    compile_or_fall_back,
+    full_precision,
+    matrix_products,
+    rules_for_tracing,
+)
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow
 from popgen.nn.flows.hsnf import HouseholderSylvesterBijection
@@ -332,7 +339,67 @@ def test_buffers_and_modules_are_left_alone():
     assert torch.isfinite(value) and torch.equal(linear.weight, before) and linear.weight.grad is None
 
 
-def test_tf32_is_never_compiled_since_densities_would_not_stay_exact(capsys):
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize("wrong", [False, True])
+def test_what_changes_its_arguments_is_compared_on_copies(wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys):
+    """The first call counts once; and a wrong change is found though what is returned is right."""
+
+    def count(total: torch.Tensor) -> torch.Tensor:
+        return total.add_(1.0).square()
+
+    def counts_twice(total: torch.Tensor) -> torch.Tensor:
+        return total.add_(2.0 if wrong else 1.0).sub(1.0 if wrong else 0.0).square()
+
+    monkeypatch.setattr(execution.torch, "compile", lambda function, **_: counts_twice)
+    compiled, total = compile_or_fall_back(count, in_place=True), torch.zeros(3)
+    for calls in (1.0, 2.0):
+        assert compiled(total).tolist() == [calls**2] * 3 and total.tolist() == [calls] * 3
+    assert ("its result differs" in capsys.readouterr().err) == wrong
+
+
+def test_thin_products_are_recorded_as_sums_where_launches_are_dear():
+    """Rows, columns and outer products, with their gradients; products of matrices stay with the library."""
+    rules = rules_for_tracing(True, True)
+
+    def gradients(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+        product = a @ b
+        return product.detach(), *torch.autograd.grad(product.sin().sum(), [a, b])
+
+    for rows, columns, thin in ((1, 5, True), (5, 1, True), (4, 5, False)):
+        factors = torch.randn(6, rows, 3), torch.randn(6, 3, columns)
+        graph = make_fx(gradients, rules, tracing_mode="fake")(*factors)
+        assert ("bmm" in graph.code) != thin
+        for one, other in zip(graph(*factors), gradients(*factors), strict=True):
+            torch.testing.assert_close(one, other)
+    assert rules_for_tracing(False, True) == {}
+
+
+def test_densities_stay_exact_in_what_is_traced_under_another_setting(monkeypatch: pytest.MonkeyPatch):
+    """With the switch of tf32 on, the products of the network are recorded as they are, those of densities apart."""
+    graphs = []
+    fake_compile(monkeypatch, lambda graph: graphs.append(graph) or graph)
+    monkeypatch.setattr("popgen.products.USES_ONEDNN", False)
+    network, mixture = nn.Linear(4, 4), GaussianMixture(torch.randn(5, 4), torch.zeros(5, 4))
+
+    def loss(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = weight.detach().requires_grad_()
+        value = mixture.log_density(x @ weight).sum()
+        return value.detach(), torch.autograd.grad(value, weight)[0]
+
+    x, expected = torch.randn(7, 4), loss
+    with matrix_products("tf32", CPU):
+        found = compile_or_fall_back(loss, traced=True)(x, network.weight)
+    targets = [str(node.target) for node in graphs[0].graph.nodes]
+    assert targets.count("popgen.full_product.default") == 3, "of the density: its value, and two gradients"
+    assert targets.count("aten.mm.default") == 2, "of the network: its value, and the gradient of the weight"
+    for one, other in zip(found, expected(x, network.weight), strict=True):
+        torch.testing.assert_close(one, other)
+    full = torch.ops.popgen.full_product(x[None], network.weight.detach()[None])
+    torch.testing.assert_close(full[0], x @ network.weight.detach())
+
+
+def test_tf32_is_not_compiled_where_densities_would_not_stay_exact(capsys):
     calls = []
     with matrix_products("tf32", CPU):
         square = compile_or_fall_back(lambda weight: calls.append("plain") or weight.square().sum())

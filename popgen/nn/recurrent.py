@@ -23,7 +23,9 @@ def gru(frames: Float[Tensor, "batch frames input"], weights: list[Tensor]) -> F
     if any(map(torch._C._functorch.is_batchedtensor, (frames, *weights))):
         return _OneAfterAnother.apply(frames, *weights)
     state = frames.new_zeros(1, len(frames), weights[1].shape[1])
-    return torch.gru(frames, state, weights, True, 1, 0.0, False, False, True)[0]
+    # In training mode, without which cuDNN forms no gradients; there is no dropout that it would switch on.
+    biases, layers, dropout, train, bidirectional, batch_first = True, 1, 0.0, True, False, True
+    return torch.gru(frames, state, weights, biases, layers, dropout, train, bidirectional, batch_first)[0]
 
 
 class _OneAfterAnother(torch.autograd.Function):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import operator
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -85,7 +86,9 @@ class CapturedStep:
         with torch.cuda.device(indices.device) if indices.is_cuda else contextlib.nullcontext():
             if self._warmed_up < WARM_UP_STEPS:
                 self._warmed_up += 1
-                metrics = self._work()
+                with warnings.catch_warnings():  # PyTorch's, that this optimizer is made for a recording
+                    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+                    metrics = self._work()
             else:
                 if self._replay is None:
                     for one in replicas_of(state):

@@ -175,7 +175,8 @@ def make_train_step(
         objective: what is minimised.
         weight_average_decay: decay of the weight average, where the state has one.
         max_gradient_norm: gradients with a larger norm are scaled down to it; None for no limit.
-        compiled: whether torch.compile fuses the loss and its gradient, and on a GPU the update; see `popgen.execution`.
+        compiled: whether torch.compile fuses the loss and its gradient, and on a GPU the update; see
+            `popgen.execution` and `popgen.training.update.traced_update`.
         precision: of the matrix products; see `popgen.execution`.
         learning_rate: as a function of the steps taken; None for that of the optimizer.
         skip_gradient_norm: steps whose gradient has a larger norm are skipped, as are those whose loss or gradient is

@@ -4,11 +4,12 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from popgen.execution import compile_or_fall_back, launches_cost
 from popgen.optim.weight_average import update_weight_average
@@ -80,10 +81,10 @@ class Update:
         """Lets the optimizer take its step along the clipped gradients, unless it is skipped."""
         leaves: list[Tensor] = list(state.parameters.values())
         optimizer: Any = state.optimizer  # fused ones take attributes that the base class does not know
+        divisor = self.divisor(norm)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = None if gradient is None else laid_out_as(leaf, gradient)
         if can_be_told(optimizer):  # fused kernels divide by `grad_scale` in passing, and do nothing at `found_inf`
-            divisor = self.divisor(norm)
             optimizer.grad_scale = None if divisor is None else divisor.float()
             optimizer.found_inf = (~taken).float()
             known = sum(map(len, optimizer.state.values()))
@@ -93,8 +94,8 @@ class Update:
                     value.copy_(torch.where(taken, value, torch.zeros_like(value)))
             optimizer.grad_scale = optimizer.found_inf = None
         elif norm.is_cuda or taken:  # on a CPU, asking costs nothing
-            if self.max_gradient_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(leaves, self.max_gradient_norm, norm)
+            for leaf in leaves:
+                leaf.grad = leaf.grad if divisor is None or leaf.grad is None else leaf.grad / divisor
             optimizer.step()
         for leaf in leaves:
             leaf.grad = None
@@ -120,7 +121,8 @@ def traced_update(update: Update) -> Update:
         settings: Settings,
         optimizer: torch.optim.Optimizer,
     ) -> Outcome:
-        norm = sum(norm.square() for norm in torch._foreach_norm(gradients)).sqrt()  # fused, unlike what `stack` does
+        squares = [norm.square() for norm in torch._foreach_norm(gradients)]
+        norm = functools.reduce(torch.add, squares).sqrt()  # in one kernel, unlike what `gradient_norm` stacks
         taken, divisor = update.is_taken(loss, norm), update.divisor(norm)
         if divisor is not None:
             gradients = list(torch._foreach_div(gradients, divisor))
@@ -205,7 +207,7 @@ def _tensors_of(
     They come in the order of the optimizer's groups.
     """
     names = {leaf: name for name, leaf in state.parameters.items()}
-    of_name = dict(zip(state.parameters, gradients, strict=True))
+    of_name: dict[str, Any] = dict(zip(state.parameters, gradients, strict=True))
     leaves = [leaf for group in state.optimizer.param_groups for leaf in group["params"]]
     average = state.weight_average
     return (

@@ -68,10 +68,14 @@ def compact_orthogonal(flow: HouseholderSylvesterFlow, context: Tensor) -> Tenso
     return identity - bijection.reflectors.mT @ bijection.solved_reflectors
 
 
+@pytest.mark.parametrize("by_matrices", [False, True])
 @pytest.mark.parametrize("num_flows", [1, 2, 4, 8])
 @pytest.mark.parametrize("num_reflections", [1, 2, 4, 8])
-def test_flow_equals_the_textbook(num_flows: int, num_reflections: int) -> None:
-    """Points and log-determinants of equations 9, 10 and 13, for each sample of each example."""
+def test_flow_equals_the_textbook(
+    num_flows: int, num_reflections: int, by_matrices: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Points and log-determinants of equations 9, 10 and 13, for each sample of each example, as on either device."""
+    monkeypatch.setattr("popgen.nn.flows.hsnf.launches_cost", lambda tensor: by_matrices)
     flow, context = make_flow(num_flows, num_reflections), make_context(2)
     z = 1.5 * torch.randn(2, 2, LATENT_DIM, dtype=torch.float64)
     moved, log_det = flow(context).forward_and_log_det(z)
@@ -80,6 +84,18 @@ def test_flow_equals_the_textbook(num_flows: int, num_reflections: int) -> None:
             point, point_log_det = textbook_flow(flow, context[example], z[sample, example])
             torch.testing.assert_close(moved[sample, example], point, rtol=0, atol=1e-9)
             torch.testing.assert_close(log_det[sample, example], point_log_det, rtol=0, atol=1e-9)
+
+
+def test_gradients_and_scores_are_the_same_by_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, context, z = make_flow(3, 4), make_context(6), torch.randn(2, 6, LATENT_DIM, dtype=torch.float64)
+    outcomes = []
+    for by_matrices in (False, True):
+        monkeypatch.setattr("popgen.nn.flows.hsnf.launches_cost", lambda tensor, answer=by_matrices: answer)
+        moved, log_det = flow(context).forward_and_log_det(z)
+        gradients = torch.autograd.grad(moved.sin().sum() + log_det.sum(), list(flow.parameters()))
+        outcomes.append([flow(context).push_score(z, z.cos()), *gradients])
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("num_reflections", [1, 2, 3, 8])
@@ -159,9 +175,11 @@ def test_flow_stays_invertible_where_tanh_saturates(dtype: torch.dtype) -> None:
     assert log_det.isfinite().all()
 
 
+@pytest.mark.parametrize("by_matrices", [False, True])
 @pytest.mark.parametrize("scale", [0.1, 0.3, 1.0])
-def test_float32_error_at_the_paper_s_size(scale: float) -> None:
+def test_float32_error_at_the_paper_s_size(scale: float, by_matrices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """4 flows of 8 reflections in 40 dimensions: log-determinants within 1e-3 nats of float64, 1e-5 on average."""
+    monkeypatch.setattr("popgen.nn.flows.hsnf.launches_cost", lambda tensor: by_matrices)
     flow = HouseholderSylvesterFlow(40, CONTEXT_DIM, 4, 8)
     context, z = scale * torch.randn(100, CONTEXT_DIM), torch.randn(20, 100, 40)
     found = flow(context).forward_and_log_det(z)
