@@ -112,10 +112,10 @@ def traced_update(update: Update) -> Update:
 
     @torch.no_grad()
     def on_tensors(
-        parameters: list[Tensor],
+        parameters: dict[str, Tensor],
         gradients: list[Tensor],
         kept: list[dict[str, Tensor]],
-        average: list[Tensor] | None,
+        average: dict[str, Tensor] | None,
         skipped: dict[str, Tensor],
         loss: Tensor,
         settings: Settings,
@@ -126,16 +126,14 @@ def traced_update(update: Update) -> Update:
         taken, divisor = update.is_taken(loss, norm), update.divisor(norm)
         if divisor is not None:
             gradients = list(torch._foreach_div(gradients, divisor))
-        changing = [*parameters, *(value for values in kept for value in values.values())]
+        changing = [*parameters.values(), *(value for values in kept for value in values.values())]
         before = [tensor.clone() for tensor in changing]
         rate = settings["learning_rate"] if update.has_schedule else None
-        optimizer_of(optimizer, parameters, gradients, kept, rate).step()
+        optimizer_of(optimizer, list(parameters.values()), gradients, kept, rate).step()
         for tensor, value in zip(changing, before, strict=True):
             tensor.copy_(torch.where(taken, tensor, value))
         if average is not None:
-            names = list(map(str, range(len(average))))
-            averages, targets = (dict(zip(names, tensors, strict=True)) for tensors in (average, parameters))
-            update_weight_average(averages, targets, settings["average_weight"] * taken)
+            update_weight_average(average, parameters, settings["average_weight"] * taken)
         return Outcome(norm, taken, *count_skipped(skipped, taken, norm.dtype))
 
     compiled = compile_or_fall_back(on_tensors, traced=True, in_place=True)
@@ -199,22 +197,19 @@ def optimizer_of(
     return optimizer
 
 
-def _tensors_of(
-    state: TrainState, gradients: Gradients
-) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]], list[Tensor] | None, dict[str, Tensor]]:
-    """Returns parameters, gradients, what the optimizer keeps of each, their average, and the counts of a state.
+def _tensors_of(state: TrainState, gradients: Gradients) -> tuple:
+    """Returns parameters, gradients, what the optimizer keeps of each, the average, and the counts of skipped steps.
 
-    They come in the order of the optimizer's groups.
+    The first three come in the order of the optimizer's groups.
     """
-    names = {leaf: name for name, leaf in state.parameters.items()}
-    of_name: dict[str, Any] = dict(zip(state.parameters, gradients, strict=True))
     leaves = [leaf for group in state.optimizer.param_groups for leaf in group["params"]]
-    average = state.weight_average
+    names = {leaf: name for name, leaf in state.parameters.items()}
+    of_leaf: dict[Tensor, Any] = dict(zip(state.parameters.values(), gradients, strict=True))
     return (
-        leaves,
-        [laid_out_as(leaf, of_name[names[leaf]]) for leaf in leaves],
+        {names[leaf]: leaf for leaf in leaves},
+        [laid_out_as(leaf, of_leaf[leaf]) for leaf in leaves],
         [dict(state.optimizer.state[leaf]) for leaf in leaves],
-        None if average is None else [average[names[leaf]] for leaf in leaves],
+        state.weight_average,
         state.skipped,
     )
 
@@ -255,7 +250,7 @@ def can_be_told(optimizer: torch.optim.Optimizer) -> bool:
     """Returns whether an optimizer can be told on the device to leave a step out; fused ones can.
 
     Example:
-        >>> parameters = [nn.Parameter(torch.zeros(1))]
+        >>> parameters = [torch.nn.Parameter(torch.zeros(1))]
         >>> [can_be_told(torch.optim.Adam(parameters, fused=fused)) for fused in (True, False)]
         [True, False]
     """
