@@ -36,7 +36,7 @@ class Experiment:
         objective: what a step minimises; see `popgen.training.objectives`.
         evaluator: what an evaluation reports; see `popgen.evaluation.evaluator`.
         pretrained: parts of the model whose weights come from the best checkpoint of another run when training starts:
-            name of the part to the run's directory, or its name under `$EXPERIMENT_DIR`.
+            name of the part, or "" for the whole model, to the run's directory, or its name under `$EXPERIMENT_DIR`.
         optimizer: called with the parameters, for example `torch.optim.Adam` with its arguments bound.
         learning_rate: of all parameters, as a function of the steps taken, see `popgen.optim.schedules`; None for that
             of the optimizer, which may have another for each of its parameter groups.

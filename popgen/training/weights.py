@@ -19,7 +19,8 @@ def initialise(model: nn.Module, pretrained: Mapping[str, str], examples: Any, s
 
     Args:
         model: parts of it that have a method `initialise_from_data(values, generator)` are given the training images.
-        pretrained: name of a part to the run whose best checkpoint holds its weights; see `find_run`.
+        pretrained: name of a part, or "" for the whole model, to the run whose best checkpoint holds its weights; see
+            `find_run`.
         examples: the training split; images, shape `(count, size)`, where a part is initialised from the data.
         seed: of the generators that the parts draw with.
 
@@ -30,15 +31,16 @@ def initialise(model: nn.Module, pretrained: Mapping[str, str], examples: Any, s
     Example: `restored_or_initial_state` calls it.
     """
     given: set[nn.Module] = set()
-    parts = dict(model.named_children())
+    parts: dict[str, nn.Module] = {"": model, **dict(model.named_children())}
     for name, run_name in pretrained.items():
         if name not in parts:
             raise ArgumentError(
-                f"Experiment.pretrained: {type(model).__name__} has no part {name!r}; it has {', '.join(parts)}"
+                f"Experiment.pretrained: {type(model).__name__} has no part {name!r}; it has "
+                f"{', '.join(filter(None, parts))}, and '' is the whole of it"
             )
         tensors = find_run(f"Experiment.pretrained[{name!r}]", run_name).load_checkpoint("best")
         weights = {**tensors["parameters"], **tensors["buffers"]}
-        of = f"model than Experiment.model.{name}, in the run {run_name!r}"
+        of = f"model than Experiment.model{name and '.'}{name}, in the run {run_name!r}"
         check_same_tensors(weights, tensors_of(parts[name]), of)
         copy_by_name(weights, into=tensors_of(parts[name]))
         given.update(parts[name].modules())
