@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import synchronise
 from benchmarks.speed import CONFIGS, STEPS, project_evaluation, project_training
+from popgen.execution import PRECISIONS
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--evaluation", action="store_true")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the networks' products in training")
     parser.add_argument("--rows", type=int, default=30)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -28,7 +30,8 @@ def main() -> None:
         work = project_evaluation(arguments.config, arguments.device, arguments.compile, 5_000, units)
     else:
         units, unit = STEPS, "step"
-        work = project_training(arguments.config, arguments.device, arguments.compile)
+        precision = f"Experiment.precision = '{arguments.precision}'"
+        work = project_training(arguments.config, arguments.device, arguments.compile, precision)
     work()
     work()
     synchronise(device)

@@ -4,8 +4,9 @@
     python -m benchmarks.results table
 
 A run is collected with its configuration, the record of each evaluation and its figure, its curves, and the time that
-training took, in a folder of its name and seed; a run of replicas as all of them. The table takes every number from
-there; a number is not claimed for more steps than it had. Where there are several seeds, their mean comes last.
+training took and where, in a folder of its name and seed; a run of replicas as all of them. The table takes every
+number from there; a number is not claimed for more steps than it had. Where there are several seeds, their mean comes
+last.
 """
 
 import argparse
@@ -33,15 +34,18 @@ PUBLISHED = {"vae": -84.04, "vamp": -81.96, "vamp_hsnf": -80.69}  # at a million
 SAME = ("config", "steps", "chosen", "weights", "num_samples", "num_examples", "precision", "training_precision")
 SAME += ("dtype", "device", "binarisation_protocol", "images_sha256")
 COLUMNS = ["config", "seed", "steps", "checkpoint", "chosen by", "weights", "published", "log p(x)"]
-COLUMNS += ["samples × images", "last rise", "k̂ < 0.7", "hours", "on"]
+COLUMNS += ["samples × images", "last rise", "k̂ < 0.7", "hours", "trained on"]
 CURVES = ("train/loss", "test/loss", "validation/loss", "validation/elbo", "validation/iwae", "best/loss")
 
 
-def curves_of(path: pathlib.Path) -> tuple[dict[int, dict[str, float]], float]:
-    """Returns the curves of a run by step, at its evaluations, and the seconds that its training steps took."""
+def curves_of(path: pathlib.Path) -> tuple[dict[int, dict[str, float]], float, str]:
+    """Returns the curves of a run by step, at its evaluations, the seconds that its training steps took, and where.
+
+    The last is what `popgen.execution.hardware` says, each once; empty for a run that does not tell.
+    """
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})
     events.Reload()
-    tags = events.Tags()["scalars"]
+    tags, tags_of_text = events.Tags()["scalars"], events.Tags()["tensors"]
     if "best/loss" not in tags:
         raise RunDirectoryError(f"there are no curves of a run in {str(path)!r}")
     points: dict[int, dict[str, float]] = {event.step: {} for event in events.Scalars("best/loss")}
@@ -53,16 +57,27 @@ def curves_of(path: pathlib.Path) -> tuple[dict[int, dict[str, float]], float]:
     for event in events.Scalars("train/steps_per_second"):
         seconds += (event.step - before) / event.value
         before = event.step
-    return dict(sorted(points.items())), seconds
+    tag = "trained_on/text_summary"
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)] if tag in tags_of_text else []
+    lines = [
+        line.strip().removeprefix("hardware: ") for text in texts for line in text.splitlines() if "hardware: " in line
+    ]
+    return dict(sorted(points.items())), seconds, " and ".join(dict.fromkeys(lines))
 
 
-def collect(run_dir: pathlib.Path, name: str) -> pathlib.Path:
-    """Copies what a run has to show into results/<name>/seed_<seed>, and returns that folder."""
+def collect(run_dir: pathlib.Path, name: str, trained_on: str | None = None) -> pathlib.Path:
+    """Copies what a run has to show into results/<name>/seed_<seed>, and returns that folder.
+
+    Args:
+        run_dir: of the run.
+        name: of the result.
+        trained_on: the hardware, for a run that does not tell.
+    """
     directory = RunDirectory(run_dir)
     records = evaluation_records(run_dir)
     if not records:
         raise RunDirectoryError(f"{str(run_dir)!r} has no evaluation; python -m launch.evaluate --run_dir makes one")
-    points, seconds = curves_of(run_dir)
+    points, seconds, hardware = curves_of(run_dir)
     folder = RESULTS / name / f"seed_{json.loads(records[0].read_text())['seed']}"
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("evaluation_*"):
@@ -82,6 +97,7 @@ def collect(run_dir: pathlib.Path, name: str) -> pathlib.Path:
         writer.writeheader()
         writer.writerows({"step": step, **point} for step, point in points.items())
     training = {"steps": max(points), "seconds_of_steps": round(seconds, 1)}
+    training |= {"trained_on": hardware or trained_on} if hardware or trained_on else {}
     (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
     return folder
 
@@ -125,9 +141,9 @@ def groups_of(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def table(results: pathlib.Path = RESULTS) -> str:
     """Returns the table of all results, those with a published number first.
 
-    What is published stands beside a configuration, and beside its `_best` variant too. Behind the number of a seed
-    stands its standard error over images, behind a mean the standard deviation over seeds. Rows that differ in anything
-    but the seed have no mean in common.
+    What is published stands beside a configuration, and beside its `_best` and `_tuned` variants too. Behind the number
+    of a seed stands its standard error over images, behind a mean the standard deviation over seeds. Rows that differ
+    in anything but the seed have no mean in common.
     """
     folders = [path.parent for path in results.glob("*/seed_*/training.json")]
     order = list(PUBLISHED)
@@ -138,23 +154,28 @@ def table(results: pathlib.Path = RESULTS) -> str:
 
     rows: list[list[str]] = []
     for group in groups_of([row for folder in sorted(folders, key=place) for row in rows_of(folder)]):
-        published = PUBLISHED.get(group[0]["config"].removesuffix("_best"))
+        published = PUBLISHED.get(group[0]["config"].removesuffix("_best").removesuffix("_tuned"))
         shown = "" if published is None else _signed(f"{published:.2f}")
         for row in group:
             link = f"[`{row['config']}`](results/{row['config']}/seed_{row['seed']})"
             made = [f"{row['steps']:,}", f"{row['step']:,}", row["chosen"], row["weights"], shown]
             log_p_x = _signed(f"{row['log_p_x']:.2f} ± {row['log_p_x_standard_error']:.2f}")
             found = [log_p_x, *_evidence(row), f"{row['seconds_of_steps'] / 3600.0:.1f}"]
-            rows.append([link, str(row["seed"]), *made, *found, row["hardware"]])
+            rows.append([link, str(row["seed"]), *made, *found, _trained_on(row)])
         if len(group) > 1:
             first, values = group[0], [row["log_p_x"] for row in group]
             made = [f"{first['steps']:,}", "", first["chosen"], first["weights"], shown]
             mean = _signed(f"**{statistics.fmean(values):.2f}** ± {statistics.stdev(values):.2f} over seeds")
             size = _evidence(first)[0]
             rows.append(
-                [f"`{first['config']}`", f"{len(group)} seeds", *made, mean, size, "", "", "", first["hardware"]]
+                [f"`{first['config']}`", f"{len(group)} seeds", *made, mean, size, "", "", "", _trained_on(first)]
             )
     return markdown_table(COLUMNS, rows)
+
+
+def _trained_on(row: dict[str, Any]) -> str:
+    """Returns where a run was trained, or else evaluated, and the precision of its products."""
+    return f"{row.get('trained_on', row['hardware'])}, {row['training_precision']}"
 
 
 def _signed(number: str) -> str:
@@ -177,13 +198,14 @@ def main() -> None:
     collecting = commands.add_parser("collect")
     collecting.add_argument("run_dir", type=pathlib.Path)
     collecting.add_argument("--name", required=True)
+    collecting.add_argument("--trained_on", help="the hardware, for a run that does not tell")
     commands.add_parser("table")
     arguments = parser.parse_args()
     try:
         if arguments.command == "collect":
             replicas = [replica.path for replica in RunDirectory(arguments.run_dir).replicas()]
             for path in replicas or [arguments.run_dir]:
-                print(f"collected in {collect(path, arguments.name)}")
+                print(f"collected in {collect(path, arguments.name, arguments.trained_on)}")
         else:
             README.write_text(in_readme(README.read_text(), table()))
             print(table())

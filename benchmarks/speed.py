@@ -5,7 +5,7 @@
 
 A step draws and binarises its batch, forms loss and gradients, clips, updates, averages the weights, and reads metrics
 now and then to see that they are finite, as training does. An evaluation is the bound with 5,000 samples an image. All
-is float32, on the embedded digits. What counts is the ratio of two columns: both were measured in turns, in one run.
+is float32 on the embedded digits, but the products of the project's networks in training if --precision says so. What counts is the ratio of two columns: both were measured in turns, in one run.
 The products alone stand there twice: as PyTorch forms them, and by the library that the project chose.
 """
 
@@ -21,6 +21,7 @@ from benchmarks.measure import Work, bare_products, in_fresh_process, interleave
 from popgen import config
 from popgen.datasets.images import ImageData, as_values
 from popgen.evaluation.likelihood import estimate_log_likelihood
+from popgen.execution import PRECISIONS
 from popgen.experiment import Experiment, prepare, training_functions
 from popgen.models.vae import VAE
 from popgen.training.loop import Hooks, train
@@ -91,20 +92,20 @@ def textbook_evaluation(name: str, device: str, num_samples: int) -> Work:
     return lambda: textbook.iwae(plain, images, num_samples)
 
 
-def compare_training(name: str, device: torch.device, rounds: int, with_compile: bool) -> list[str]:
+def compare_training(name: str, device: torch.device, rounds: int, with_compile: bool, precision: str) -> list[str]:
     """Returns a row of the table of training steps, times in ms."""
-    place = str(device)
-    plain = project_training(name, place, False)
+    place, setting = str(device), f"Experiment.precision = '{precision}'"
+    plain = project_training(name, place, False, setting)
     products, flops = bare_products(one_step(name, place), device)
     by_torch, _ = bare_products(one_step(name, place), device, by_torch=True)
     contenders: dict[str, tuple[Work, int]] = {"products by torch": (by_torch, 1)}
     contenders |= {"textbook": (textbook_training(name, place), STEPS), "plain": (plain, STEPS)}
     if with_compile:
-        contenders["compiled"] = (project_training(name, place, True), STEPS)
+        contenders["compiled"] = (project_training(name, place, True, setting), STEPS)
     contenders["products"] = (products, 1)
     times = interleaved(contenders, rounds, device)
     memory = [
-        in_fresh_process(peak_memory, functools.partial(project_training, name, place, False)),
+        in_fresh_process(peak_memory, functools.partial(project_training, name, place, False, setting)),
         in_fresh_process(peak_memory, functools.partial(textbook_training, name, place)),
     ]
     return row(name, times, 1e3, flops, memory)
@@ -164,19 +165,20 @@ def main() -> None:
     )
     parser.add_argument("--num_samples", type=int, default=5_000)
     parser.add_argument("--no_compile", action="store_true")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--only", choices=("training", "evaluation"))
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.manual_seed(0)
     on_cpu = platform.processor() or platform.machine()
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
-    print(f"torch {torch.__version__}, {processor}, {torch.get_num_threads()} threads, float32\n")
+    print(f"torch {torch.__version__}, {processor}, {torch.get_num_threads()} threads, {arguments.precision}\n")
     columns = ["config", "textbook", "plain", "compiled", "products by torch.mm", "products as here"]
     columns += ["textbook / plain", "textbook / compiled", "compiled / products by torch.mm", "compiled / as here"]
     columns += ["products GFLOP/s", "MiB", "MiB of textbook"]
     if arguments.only != "evaluation":
-        compare = functools.partial(compare_training, with_compile=not arguments.no_compile)
-        rows = [compare(name, device, arguments.rounds) for name in arguments.configs]
+        settings = (not arguments.no_compile, arguments.precision)
+        rows = [compare_training(name, device, arguments.rounds, *settings) for name in arguments.configs]
         print(f"ms a training step, batch 100\n\n{markdown_table(columns, rows)}\n", flush=True)
     if arguments.only != "training":
         rounds = max(2, arguments.rounds // 3)

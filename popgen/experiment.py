@@ -183,6 +183,8 @@ def begin(
     writer = make_writer(directory.path, purge_step=step + 1)
     writer.text("config", configuration.given, step)
     writer.text("operative_config", configuration.operative, step)
+    where = surroundings(next(model.parameters()).device)
+    writer.text("trained_on", "\n".join(f"{name}: {value}" for name, value in where.items()), step)
     metrics = ["best/loss", *(f"evaluation/{name}" for name in experiment.evaluator.headline)]
     writer.hyper_parameters(configuration.settings, metrics, configuration.compared)
     return Recorder(

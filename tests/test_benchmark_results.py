@@ -1,6 +1,7 @@
 """Results: a run is collected as it is, and the README's table says what lies in results/."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import torch
 from benchmarks import results
 from popgen.datasets.images import ImageData
 from popgen.errors import PopgenError, RunDirectoryError
+from popgen.execution import hardware
 from popgen.experiment import Configuration, Experiment, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.priors import StandardNormalPrior
@@ -25,16 +27,19 @@ class Noise:
         return ImageData(images[:40], images[40:], (4, 4), "noise")
 
 
+def make_experiment() -> Experiment:
+    vae = VAE(GaussianEncoder(16, 2, 6), BernoulliDecoder(2, 16, 6), StandardNormalPrior())
+    steps = {"num_steps": 8, "eval_every": 4, "log_every": 2, "batch_size": 10}
+    return Experiment(model=vae, dataset=Noise(), final_num_samples=30, **steps)
+
+
 @pytest.fixture
 def trained(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     """A run of eight steps with an evaluation; results go to a folder of their own."""
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
-    vae = VAE(GaussianEncoder(16, 2, 6), BernoulliDecoder(2, 16, 6), StandardNormalPrior())
-    steps = {"num_steps": 8, "eval_every": 4, "log_every": 2, "batch_size": 10}
-    experiment = Experiment(model=vae, dataset=Noise(), final_num_samples=30, **steps)
     directory = RunDirectory(tmp_path / "run")
     with directory.locked():
-        run(experiment, directory, Configuration("given", "operative", {}))
+        run(make_experiment(), directory, Configuration("given", "operative", {}))
     return directory
 
 
@@ -56,7 +61,27 @@ def test_a_run_is_collected(trained: RunDirectory) -> None:
     assert min(float(row["test/loss"]) for row in curve) == pytest.approx(-json.loads(record.read_text())["elbo"])
     training = json.loads((folder / "training.json").read_text())
     assert training["steps"] == 8 and training["seconds_of_steps"] >= 0.0
+    assert training["trained_on"] == hardware(torch.device("cpu"))
     assert results.collect(trained.path, "vae") == folder, "a run can be collected again"
+
+
+def test_the_table_says_where_a_run_was_trained(trained: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where it was evaluated: as the run tells, on each machine that went on with it, or as one is told."""
+    curves = results.curves_of
+
+    def told(told_by_run: str, trained_on: str | None) -> str:
+        monkeypatch.setattr(results, "curves_of", lambda path: (*curves(path)[:2], told_by_run))
+        results.collect(trained.path, "vae", trained_on)
+        return results.table(results.RESULTS).splitlines()[2].split(" | ")[-1]
+
+    assert told("a GPU", None) == told("", "a GPU") == told("a GPU", "another") == "a GPU, fp32 |"
+    assert told("", None) == f"{hardware(torch.device('cpu'))}, fp32 |"
+    monkeypatch.undo()
+    monkeypatch.setattr("popgen.execution.hardware", lambda device: "another machine")
+    with trained.locked():
+        experiment = dataclasses.replace(make_experiment(), num_steps=12)
+        run(experiment, trained, Configuration("given", "operative", {}))
+    assert results.curves_of(trained.path)[2] == f"{hardware(torch.device('cpu'))} and another machine"
 
 
 def test_the_table_has_a_row_for_each_evaluation(trained: RunDirectory) -> None:
