@@ -5,8 +5,9 @@
 
 A step draws and binarises its batch, forms loss and gradients, clips, updates, averages the weights, and reads metrics
 now and then to see that they are finite, as training does. An evaluation is the bound with 5,000 samples an image. All
-is float32 on the embedded digits, but the products of the project's networks in training if --precision says so. What counts is the ratio of two columns: both were measured in turns, in one run.
-The products alone stand there twice: as PyTorch forms them, and by the library that the project chose.
+is float32, on the embedded digits; with --precision, the products of the project's networks in training are not. What
+counts is the ratio of two columns: both were measured in turns, in one run. The products alone stand there twice: as
+PyTorch forms them, and by the library that the project chose.
 """
 
 import argparse
