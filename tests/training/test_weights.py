@@ -103,6 +103,16 @@ def test_a_pretrained_part_gets_the_best_weights_of_its_run(
     assert not any(parameter.requires_grad for parameter in model.autoencoder.parameters())
 
 
+def test_a_whole_model_gets_the_best_weights_of_a_run(tmp_path: pathlib.Path) -> None:
+    """And nothing of it starts from the data; another model is named."""
+    expected = write_run(tmp_path / "codes", make_vqvae(1))
+    model = make_vqvae(2)
+    initialise(model, {"": str(tmp_path / "codes")}, Blocks().load().train, 0)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(model).items())
+    with pytest.raises(CheckpointError, match="another model than Experiment.model, in the run "):
+        initialise(with_prior(model), {"": str(tmp_path / "codes")}, Blocks().load().train, 0)
+
+
 def test_what_is_not_pretrained_starts_from_the_data() -> None:
     """The parts of the model that ask for it, each once, with zeros and ones for levels; a seed gives the same."""
     calls: list[tuple[Tensor, int]] = []
@@ -181,7 +191,10 @@ def test_what_cannot_be_loaded_is_one_line_before_anything_is_written(
     elif case == "no part":
         write_run(codes, make_vqvae(1))
         part, kind = "decoder", ArgumentError
-        missing = "Experiment.pretrained: VQVAEWithPrior has no part 'decoder'; it has autoencoder, prior"
+        missing = (
+            "Experiment.pretrained: VQVAEWithPrior has no part 'decoder'; it has autoencoder, prior, and '' is the "
+            "whole of it"
+        )
     with pytest.raises(kind) as caught:
         run_in(tmp_path / "prior", pretrained={part: "codes"})
     assert str(caught.value).startswith(missing) and "\n" not in str(caught.value)
