@@ -10,7 +10,7 @@ from popgen import distributed
 from popgen.datasets.data import first_examples
 from popgen.distributed import Processes
 from popgen.errors import UnfinishedEvaluationError, check_integer
-from popgen.evaluation.annealed import check_by_annealing, describe_check
+from popgen.evaluation.annealed import check_by_annealing, check_can_anneal, describe_check
 from popgen.evaluation.image_table import ImageTable, Shard
 from popgen.execution import PRECISIONS
 from popgen.experiment import evaluate_model, prepare
@@ -47,6 +47,8 @@ def evaluate_together(shard: Shard, processes: Processes) -> None:
     with processes.first_goes_ahead():
         data, model = prepare(experiment, device)
     model = model_of_checkpoint(model, tensors, FLAGS.weights)
+    if FLAGS.annealed_images:
+        check_can_anneal(model, FLAGS.num_temperatures, FLAGS.num_chains)
     num_samples = experiment.evaluator.default_num_samples if FLAGS.num_samples is None else FLAGS.num_samples
     num_examples = len(first_examples(data, FLAGS.num_examples))
     files = EvaluationFiles(directory.path, tensors["step"], FLAGS.weights, num_samples, num_examples)

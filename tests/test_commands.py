@@ -139,6 +139,10 @@ def test_evaluate_checks_itself_by_annealing(trained):
     trained.succeed("evaluate", "--run_dir=run", *arguments[:2])
     assert json.loads(path.read_text())["simulated_gap"] == record["simulated_gap"], "the check is kept"
     assert "annealed_images must be" in trained.fail("evaluate", "--run_dir=run", "--annealed_images=-1")
+    before = set((trained.path / "run").iterdir())
+    too_few = ("--num_samples=20", "--num_examples=8", "--annealed_images=2", "--num_chains=0")
+    assert "num_chains must be" in trained.fail("evaluate", "--run_dir=run", *too_few)
+    assert set((trained.path / "run").iterdir()) == before, "before anything is estimated"
 
 
 def test_shards_of_an_evaluation_make_one_record(trained):

@@ -29,6 +29,7 @@ REPLACED = {
     "configs/geco.gin": ["NegativeELBO.beta", "SigmoidAnnealing.rate"],
     "configs/vqvae_prior.gin": ["VQVAELoss.commitment"],
     **{f"configs/{name}_best.gin": ["Adam.lr", "NegativeELBO.beta"] for name in ("vae", "vamp", "vamp_hsnf")},
+    "configs/vamp_hsnf_tuned.gin": ["Adam.lr", "NegativeELBO.beta", "SigmoidAnnealing.rate"],
 }
 
 
@@ -366,6 +367,9 @@ def test_every_config_takes_two_steps(name, tmp_path):
     if "CODES_RUN = " in (REPOSITORY / name).read_text():
         write_best_checkpoint(tmp_path / "codes", config.load(["configs/vqvae.gin"]).experiment.model)
         bindings = [f"CODES_RUN = '{tmp_path}/codes'"]
+    if "BEST_RUN = " in (REPOSITORY / name).read_text():
+        write_best_checkpoint(tmp_path / "best", config.load(["configs/vamp_hsnf_best.gin"]).experiment.model)
+        bindings = [f"BEST_RUN = '{tmp_path}/best'"]
     loaded = config.load([name], bindings)
     model = loaded.experiment.model
     num_samples = min(3, loaded.experiment.evaluator.default_num_samples)

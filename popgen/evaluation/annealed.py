@@ -274,6 +274,25 @@ def _prior_sample(model: VAE, shape: tuple[int, int, int], generator: torch.Gene
     return model.prior_density().sample(noise, uniform)
 
 
+def check_can_anneal(model: Model, num_temperatures: int, num_chains: int) -> VAE:
+    """Returns the model if `check_by_annealing` takes it and the numbers, before any work is done.
+
+    Raises:
+        ArgumentError: if the model is no VAE, or a number is below 1.
+
+    Example:
+        >>> check_can_anneal(torch.nn.Linear(1, 1), num_temperatures=10, num_chains=3)
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: annealing takes a VAE, and the model is a Linear
+    """
+    if not isinstance(model, VAE):
+        raise ArgumentError(f"annealing takes a VAE, and the model is a {type(model).__name__}")
+    check_integer("num_temperatures", num_temperatures, minimum=1)
+    check_integer("num_chains", num_chains, minimum=1)
+    return model
+
+
 def check_by_annealing(
     model: Model, images: Tensor, num_samples: int, num_temperatures: int, num_chains: int, seed: int = 0
 ) -> dict[str, float | int]:
@@ -302,11 +321,10 @@ def check_by_annealing(
         >>> found["annealed_num_images"], found["annealed_log_p_x"] < 0.0
         (5, True)
     """
-    if not isinstance(model, VAE):
-        raise ArgumentError(f"annealing takes a VAE, and the model is a {type(model).__name__}")
-    annealed, chains = annealed_estimate(model, images, num_temperatures, num_chains, seed=seed)
-    weighted = estimate_log_likelihood(model, images, num_samples, seed)
-    sandwich = simulated_sandwich(model, len(images), num_temperatures, num_chains, seed=seed)
+    vae = check_can_anneal(model, num_temperatures, num_chains)
+    annealed, chains = annealed_estimate(vae, images, num_temperatures, num_chains, seed=seed)
+    weighted = estimate_log_likelihood(vae, images, num_samples, seed)
+    sandwich = simulated_sandwich(vae, len(images), num_temperatures, num_chains, seed=seed)
     difference, gap = annealed - weighted.double(), sandwich.upper - sandwich.lower
     return {
         "annealed_num_images": len(images),
@@ -317,7 +335,7 @@ def check_by_annealing(
         "annealed_minus_importance": difference.mean().item(),
         "annealed_minus_importance_standard_error": standard_error(difference),
         "simulated_lower": sandwich.lower.mean().item(),
-        "simulated_importance": estimate_log_likelihood(model, sandwich.images, num_samples, seed).mean().item(),
+        "simulated_importance": estimate_log_likelihood(vae, sandwich.images, num_samples, seed).mean().item(),
         "simulated_upper": sandwich.upper.mean().item(),
         "simulated_gap": gap.mean().item(),
         "simulated_gap_standard_error": standard_error(gap),

@@ -86,10 +86,10 @@ def run_all(
     """
     waiting, free = collections.deque(jobs), list(places)
     running: dict[subprocess.Popen, tuple[Job, Mapping[str, str]]] = {}
-    with _signals_interrupt():
+    with _signals_interrupt() as interrupts:
         try:
-            while waiting or running:
-                while waiting and free:
+            while (waiting or running) and not interrupts:
+                while waiting and free and not interrupts:
                     job, place = waiting.popleft(), free.pop(0)
                     running[_start(job, place)] = job, place
                     started(job)
@@ -100,6 +100,8 @@ def run_all(
                     ended(job, _failure(process.returncode, job.log))
         finally:
             _stop(list(running))
+        if interrupts:
+            raise KeyboardInterrupt
 
 
 def _start(job: Job, place: Mapping[str, str]) -> subprocess.Popen:
@@ -142,15 +144,20 @@ def _failure(status: int, log: pathlib.Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Makes the signals that ask a process to end raise KeyboardInterrupt.
+def _signals_interrupt() -> Iterator[list[int]]:
+    """Collects the signals that ask a process to end; from the second on they raise KeyboardInterrupt.
 
-    One that is ignored, as those of a background process may be, stays without effect here, but by way of a handler:
+    The first one does not, since it would be lost where it meets code whose exceptions Python ignores. One that is
+    ignored, as those of a background process may be, stays without effect here, but by way of a handler:
     a child would inherit that it is ignored, and could not be interrupted.
     """
 
+    interrupts: list[int] = []
+
     def interrupt(number: int, frame: types.FrameType | None) -> None:
-        raise KeyboardInterrupt
+        interrupts.append(number)
+        if len(interrupts) > 1:
+            raise KeyboardInterrupt
 
     def ignore(number: int, frame: types.FrameType | None) -> None:
         pass
@@ -159,7 +166,7 @@ def _signals_interrupt() -> Iterator[None]:
     for number, handler in before.items():
         signal.signal(number, ignore if handler is signal.SIG_IGN else interrupt)
     try:
-        yield
+        yield interrupts
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

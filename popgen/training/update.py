@@ -48,7 +48,7 @@ class Update:
         has_schedule: whether the setting `learning_rate` takes the place of the optimizer's own.
         on_tensors: the whole of it as one compiled function, for optimizers that can be traced; see `traced_update`.
 
-    Example: `popgen.training.step.make_train_step` makes one.
+    Example: `make_train_step` makes one.
     """
 
     max_gradient_norm: float | None = None
@@ -107,7 +107,7 @@ def traced_update(update: Update) -> Update:
     On a GPU each of PyTorch's fused kernels passes over all tensors with few threads, and clipping, moments and average
     take one after another. Here all that happens to a parameter happens in one pass.
 
-    Example: `popgen.training.step.make_train_step` calls it.
+    Example: `make_train_step` calls it.
     """
 
     @torch.no_grad()
@@ -144,6 +144,11 @@ def can_be_traced(optimizer: torch.optim.Optimizer, gradients: Gradients) -> boo
     """Returns whether a step of an optimizer depends on tensors beside the parameters alone, and pays to be traced.
 
     It is one of PyTorch's, can count on the device, has taken its first step, and every parameter has a gradient.
+
+    Example:
+        >>> parameter = torch.nn.Parameter(torch.zeros(1))
+        >>> can_be_traced(torch.optim.Adam([parameter]), (torch.ones(1),))  # on a CPU it would not pay
+        False
     """
     leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
     return (

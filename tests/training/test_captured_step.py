@@ -110,13 +110,13 @@ def make_batches(model, device: str) -> Batches:
     return WindowBatches(sequences, 30, 6, seed=0, max_speed=1.3)
 
 
-def setting(kind: str = "annealed", device: str = "cpu"):
+def setting(kind: str = "annealed", device: str = "cpu", **options):
     torch.manual_seed(0)
     model, objective = KINDS[kind]()
     model.to(device)
     learning_rate = CosineAnnealing(1e-2, 0.0, NUM_STEPS + 1) if kind == "annealed" else None
     step = make_train_step(
-        model, objective, weight_average_decay=0.99, max_gradient_norm=1.0, learning_rate=learning_rate
+        model, objective, weight_average_decay=0.99, max_gradient_norm=1.0, learning_rate=learning_rate, **options
     )
     adam = functools.partial(torch.optim.Adam, lr=1e-2, fused=True)
     auxiliary = objective.initial_state(next(model.parameters()))
@@ -186,6 +186,18 @@ def test_a_cuda_graph_equals_plain_steps(kind: str):
     step, batches, state = setting(kind, device="cuda")
     captured = run(CapturedStep(step, batches), lambda state: batches.indices(state.step), state)
     assert_same(captured, plain, tolerance=1e-6)
+
+
+@on_gpu
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("tf32", 5e-2)])
+def test_a_compiled_cuda_graph_equals_plain_steps(precision: str, tolerance: float, capsys: pytest.CaptureFixture):
+    """Loss and gradients in one graph, products of rows as sums, flows by matrices, the update in one piece."""
+    step, batches, state = setting(device="cuda")
+    plain = run(step, lambda state: batches.draw(state.step, state.generators["binarisation"]), state)
+    step, batches, state = setting(device="cuda", compiled=True, precision=precision)
+    captured = run(CapturedStep(step, batches), lambda state: batches.indices(state.step), state)
+    assert "not used" not in capsys.readouterr().err
+    assert_same(captured, plain, tolerance)
 
 
 @on_gpu
