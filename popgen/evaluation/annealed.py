@@ -281,10 +281,13 @@ def check_can_anneal(model: Model, num_temperatures: int, num_chains: int) -> VA
         ArgumentError: if the model is no VAE, or a number is below 1.
 
     Example:
-        >>> check_can_anneal(torch.nn.Linear(1, 1), num_temperatures=10, num_chains=3)
+        >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
+        >>> from popgen.nn.priors import StandardNormalPrior
+        >>> vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior())
+        >>> check_can_anneal(vae, num_temperatures=10, num_chains=0)
         Traceback (most recent call last):
             ...
-        popgen.errors.ArgumentError: annealing takes a VAE, and the model is a Linear
+        popgen.errors.ArgumentError: num_chains must be an integer of at least 1, got 0
     """
     if not isinstance(model, VAE):
         raise ArgumentError(f"annealing takes a VAE, and the model is a {type(model).__name__}")
