@@ -76,10 +76,15 @@ def test_a_failure_is_the_last_line_and_stops_nothing(tmp_path: pathlib.Path) ->
 
 @pytest.fixture
 def interrupts_are(request: pytest.FixtureRequest):
-    """What the tests themselves were started with does not matter: SIGINT meets the handler that the test names."""
-    before = signal.signal(signal.SIGINT, request.param)
+    """What the tests themselves were started with does not matter, such as nohup, which lets SIGHUP be ignored.
+
+    SIGINT meets the handler that the test names, and SIGHUP the system's.
+    """
+    handlers = {signal.SIGINT: request.param, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 IN_BACKGROUND = [signal.SIG_IGN]  # what a shell does to the commands that a script starts in the background
