@@ -375,7 +375,7 @@ def test_thin_products_are_recorded_as_sums_where_launches_are_dear():
     assert rules_for_tracing(False, True) == {}
 
 
-def test_densities_stay_exact_in_what_is_traced_under_another_setting(monkeypatch: pytest.MonkeyPatch):
+def test_densities_stay_exact_in_what_is_traced_under_another_setting(monkeypatch: pytest.MonkeyPatch, capsys):
     """With the switch of tf32 on, the products of the network are recorded as they are, those of densities apart."""
     graphs = []
     fake_compile(monkeypatch, lambda graph: graphs.append(graph) or graph)
@@ -390,6 +390,7 @@ def test_densities_stay_exact_in_what_is_traced_under_another_setting(monkeypatc
     x, expected = torch.randn(7, 4), loss
     with matrix_products("tf32", CPU):
         found = compile_or_fall_back(loss, traced=True)(x, network.weight)
+    assert capsys.readouterr().err == "", "what is recorded gives what the plain code gives"
     targets = [str(node.target) for node in graphs[0].graph.nodes]
     assert targets.count("popgen.full_product.default") == 3, "of the density: its value, and two gradients"
     assert targets.count("aten.mm.default") == 2, "of the network: its value, and the gradient of the weight"
