@@ -22,6 +22,7 @@ from popgen.training.run_directory import RunDirectory
 from popgen.training.weights import WEIGHTS
 
 STOPPED = 75  # exit status of a run that was asked to stop: "try again later", EX_TEMPFAIL of sysexits.h
+STARTS_ANEW = "starts anew"
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 TRUST_CONFIG = "Build whatever the run's config.gin names, other code than popgen's and torch's too, which then runs."
 
@@ -53,7 +54,7 @@ def config_name(gin_files: Sequence[str]) -> str:
     return "+".join(pathlib.Path(gin_file).stem for gin_file in gin_files)
 
 
-def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
+def start(main: Callable[[], None], required: tuple[str, ...], again: str = STARTS_ANEW) -> None:
     """Parses the flags and calls `main` as `guarded` does."""
 
     def checked(arguments: list[str]) -> None:
@@ -64,14 +65,32 @@ def start(main: Callable[[], None], required: tuple[str, ...]) -> None:
             raise PopgenError(f"unexpected argument {arguments[1]!r}; options begin with --")
         main()
 
-    app.run(lambda arguments: guarded(lambda: checked(arguments)))
+    guarded(lambda: app.run(checked, flags_parser=parsed), again)
 
 
-def guarded(main: Callable[[], None]) -> None:
+def parsed(arguments: list[str]) -> list[str]:
+    """Parses the flags and returns what is none; `--help` ends with exit status 0, not with absl's 1.
+
+    Raises:
+        PopgenError: if there is no such flag, or its value is of another kind.
+    """
+    try:
+        return flags.FLAGS(arguments)
+    except (flags.Error, ValueError) as error:
+        raise PopgenError(f"{reason_of(error)}; --help lists the options") from error
+    except SystemExit:  # help was asked for and has been printed
+        sys.exit(0)
+
+
+def guarded(main: Callable[[], None], again: str = STARTS_ANEW) -> None:
     """Calls `main`; a user's mistake or a bad disk becomes one line on standard error.
 
     Of several processes that end for the same reason one prints it. The exit status is then 1; it is 75 for a run that
     was asked to stop, and 130 for what was interrupted at once.
+
+    Args:
+        main: does the work of a command.
+        again: what the same command does after it was interrupted.
     """
     try:
         main()
@@ -94,7 +113,7 @@ def guarded(main: Callable[[], None]) -> None:
         print(f"error: cannot write: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues a training run from its latest checkpoint", file=sys.stderr)
+        print(f"interrupted; the same command {again}", file=sys.stderr)
         sys.exit(130)
 
 

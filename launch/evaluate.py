@@ -81,4 +81,4 @@ def evaluate_together(shard: Shard, processes: Processes) -> None:
 
 
 if __name__ == "__main__":
-    command.start(main, required=("run_dir",))
+    command.start(main, required=("run_dir",), again="goes on with an evaluation of images where it was")

@@ -106,4 +106,4 @@ def show(sweep: SweepDirectory) -> None:
 
 
 if __name__ == "__main__":
-    command.start(main, required=())
+    command.start(main, required=(), again="goes on with the runs that are not finished")

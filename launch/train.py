@@ -170,4 +170,4 @@ def shape_lines(name: str, inputs: tuple, output: object) -> list[str]:
 
 
 if __name__ == "__main__":
-    command.start(main, required=("gin_file",))
+    command.start(main, required=("gin_file",), again="continues the run from its latest checkpoint")

@@ -225,6 +225,16 @@ def test_an_orphaned_binding_is_listed_in_one_line(workspace):
     assert "not used by this configuration: Adam.fused, Adam.lr\n" in printed
 
 
+def test_help_is_no_failure(workspace):
+    assert "--out: The PNG to write" in workspace.succeed("sample", "--help")
+
+
+def test_bad_flags(workspace):
+    assert "'bogus'; --help lists the options" in workspace.fail("train", "--bogus")
+    assert "--seed=three: invalid literal" in workspace.fail("sample", "--run_dir=run", "--seed=three")
+    assert "--nodry_run=3 does not take an argument" in workspace.fail("train", "--nodry_run=3")
+
+
 def test_bad_calls(workspace):
     assert "--gin_file must be given" in workspace.fail("train")
     assert "configs/vae.gin" in workspace.fail("train", "--gin_file=configs/vaee.gin")

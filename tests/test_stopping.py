@@ -71,6 +71,21 @@ def test_a_second_interrupt_is_not_waited_for() -> None:
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
+def test_an_interrupted_command_says_what_it_does_the_next_time(workspace: Workspace) -> None:
+    workspace.succeed("train", "--gin_file=vae_squares.gin", "--run_dir=run")
+    parts = workspace.path / "own_parts.py"
+    parts.write_text(
+        parts.read_text().replace("    def load(self):\n", "    def load(self):\n        raise KeyboardInterrupt\n")
+    )
+    for arguments, again in (
+        (("train", "--gin_file=vae_squares.gin", "--run_dir=run"), "continues the run from its latest checkpoint"),
+        (("evaluate", "--run_dir=run"), "goes on with an evaluation of images where it was"),
+        (("sample", "--run_dir=run", "--out=grid.png"), "starts anew"),
+    ):
+        done = workspace.run(*arguments)
+        assert (done.returncode, done.stderr) == (130, f"interrupted; the same command {again}\n")
+
+
 def raising(error: BaseException) -> Callable[[], None]:
     def work() -> None:
         raise error
