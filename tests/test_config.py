@@ -116,6 +116,12 @@ def test_short_names_and_parts_that_the_file_does_not_mention():
     assert loaded.orphans == ["Adam.fused", "Adam.lr"]
 
 
+def test_a_short_name_may_come_before_the_binding_that_names_the_part_in_full():
+    bindings = ["SGD.lr = 0.5", "Experiment.optimizer = @torch.optim.SGD"]
+    loaded = [config.load(VAE, order) for order in (bindings, bindings[::-1])]
+    assert loaded[0].configuration == loaded[1].configuration and loaded[0].configuration.settings["SGD.lr"] == 0.5
+
+
 def test_what_is_loaded_later_changes_nothing():
     """The optimizer's options are those of its own configuration, whatever gin has parsed since."""
     loaded = [
@@ -286,6 +292,7 @@ BAD_FILES = {
     'include "configs/vae.gin"\nvae.VAE.flaw = None': ("'flaw'", "did you mean flow?"),
     'include "configs/vae.gin"\nvae.VAE.flow = %FLOW': ("'FLOW", "LATENT_DIM"),
     'include "configs/vae.gin"\nfoo.VAE.flow = None': ("'foo'", "import its module"),
+    'import torch.optim\ninclude "configs/vae.gin"\nSGD.lr = 0.1': ("'SGD'", "as in torch.optim.SGD"),
     'include "configs/vae.gin"\nvae.VAE.flow =': ("Unable to parse value", "line 4"),
     'include "configs/vae.gin"\nimport not_a_module': ("not_a_module", "line 4"),
     "vae.VAE.flow = None": ("popgen.experiment.Experiment", "nothing to run"),

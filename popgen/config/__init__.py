@@ -221,17 +221,11 @@ class _BindingKey(NamedTuple):
 def _apply_bindings(bindings: Sequence[str]) -> dict[_BindingKey, str]:
     """Parses bindings in order; returns the text of each by the key that it binds."""
     overridden = {}
-    for binding in bindings:
-        delegate = TextDelegate()
-        try:
-            statements = list(config_parser.ConfigParser(binding, delegate))
-        except (SyntaxError, ValueError) as error:
-            raise ConfigError(
-                f"cannot parse the binding {binding!r}; it should look like Experiment.seed = 3, with numbers, text in "
-                "quotes, and classes as @module.Class()"
-            ) from error
+    parsed = [(binding, *_parse_binding(binding)) for binding in bindings]
+    for binding, _, delegate in parsed:  # before all else: what a later one refers to has its short name in all
         for reference in delegate.references:
             _register(reference, binding)
+    for binding, statements, delegate in parsed:
         for macro in delegate.macros:
             _check_macro(macro, binding)
         for statement in statements:
@@ -244,6 +238,18 @@ def _apply_bindings(bindings: Sequence[str]) -> dict[_BindingKey, str]:
         with translated(f"cannot parse the binding {binding!r}"):
             gin.parse_config(binding)
     return overridden
+
+
+def _parse_binding(binding: str) -> tuple[list[Any], TextDelegate]:
+    """Returns the statements of a binding, and what remembers the names that they refer to."""
+    delegate = TextDelegate()
+    try:
+        return list(config_parser.ConfigParser(binding, delegate)), delegate
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(
+            f"cannot parse the binding {binding!r}; it should look like Experiment.seed = 3, with numbers, text in "
+            "quotes, and classes as @module.Class()"
+        ) from error
 
 
 def _binding_key(statement: config_parser.BindingStatement, binding: str) -> _BindingKey:

@@ -80,7 +80,7 @@ def _suggestion(error: BaseException) -> str:
         names = [name for name in dir(sys.modules[match[1]]) if not name.startswith("_")]
         return f"; {close(match[2], names)}"
     if match := re.search(r"'(\w+)' was not provided by an import", text):
-        return "; import its module at the top of the file"
+        return "; import its module at the top of the file, and name it with that, as in torch.optim.SGD"
     if match := re.search(r"No bindings specified for '([\w/]+)/gin.macro'", text):
         macros = [scope for scope, selector in gin.config._CONFIG if selector == MACRO]
         return f"; {close(match[1], macros)}"
