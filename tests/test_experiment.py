@@ -277,6 +277,17 @@ def test_what_an_objective_returns_is_checked_before_anything_starts(change, mes
     assert not list((tmp_path / "run").glob("config.gin"))
 
 
+class LangevinDynamics(torch.optim.SGD):
+    """Gradient descent with noise, which no seed of the run decides."""
+
+    def step(self, closure: None = None) -> None:
+        super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.add_(torch.randn_like(parameter), alpha=(2.0 * group["lr"]) ** 0.5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -297,6 +308,7 @@ def test_what_an_objective_returns_is_checked_before_anything_starts(change, mes
             {"model": with_layer(torch.nn.BatchNorm1d(16))},
             r"changes decoder\.hidden\.2\.running_mean, .* as it",
         ),
+        ({"optimizer": LangevinDynamics}, "LangevinDynamics draws random numbers that belong to no seed of the run"),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS cannot be used: its step must be given a closure"),
         (
             {"optimizer": lambda parameters: torch.optim.AdamW([{"params": list(parameters), "note": torch.float32}])},

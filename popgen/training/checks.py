@@ -85,7 +85,7 @@ def check_repeats(step: TrainStep, state: TrainState, batch: Any) -> None:
 
     first = form()
     check_result(type(step.objective).__name__, first)
-    draws = any(not torch.equal(one, other) for one, other in zip(before, _random_states(device), strict=True))
+    draws = _drawn_since(before, device)
     changed = [name for name, buffer in buffers.items() if not torch.equal(buffer, state.buffers[name])]
     if draws or (not changed and not _are_close(first, form())):
         raise ArgumentError(
@@ -164,11 +164,17 @@ def _random_states(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
+def _drawn_since(before: list[Tensor], device: torch.device) -> bool:
+    """Returns whether something was drawn from the global generators, since `_random_states` returned their states."""
+    return not all(map(torch.equal, before, _random_states(device)))
+
+
 def check_can_be_saved(state: TrainState) -> None:
-    """Has the optimizer take a step along zeros, and checks what it keeps; the state is consumed.
+    """Has the optimizer take a step along zeros, and checks that all it depends on is saved; the state is consumed.
 
     Raises:
-        ArgumentError: if the optimizer fails, or keeps what no checkpoint may hold.
+        ArgumentError: if the optimizer fails, keeps what no checkpoint may hold, or draws random numbers from torch's
+            global generators.
 
     Example:
         >>> from popgen.training.state import initial_state
@@ -179,10 +185,16 @@ def check_can_be_saved(state: TrainState) -> None:
         consider Adam instead
     """
     name = type(state.optimizer).__name__
+    before = _random_states(device_of(state))
     for parameter in state.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     try:
         state.optimizer.step()
     except Exception as error:  # an optimizer of the user's own can raise what it likes
         raise ArgumentError(f"{name} cannot take a step: {reason_of(error)}") from error
+    if _drawn_since(before, device_of(state)):
+        raise ArgumentError(
+            f"{name} draws random numbers that belong to no seed of the run: it could be neither repeated nor "
+            "continued. What a generator of its own draws could, seeded at each step by the number of steps it keeps"
+        )
     check_plain(f"what {name} keeps", state.optimizer.state_dict())
