@@ -478,6 +478,8 @@ def test_on_a_gpu_only_an_optimizer_that_can_be_told_may_skip() -> None:
     for name, factory in OPTIMIZERS.items():
         optimizer, gpu = factory([nn.Parameter(torch.zeros(1))]), torch.device("cuda")
         check_can_skip(optimizer, torch.device("cpu"))
+        if name == "fused Adagrad":  # whether it can be told depends on the version of torch
+            continue
         if name.startswith("fused"):
             check_can_skip(optimizer, gpu)
         else:
