@@ -2,13 +2,13 @@
 
 import pathlib
 
-import torch
 from absl import flags
 
 from launch import command
 from popgen.errors import RunDirectoryError, check_integer
 from popgen.evaluation.shown import picture_names, save_shown
 from popgen.experiment import prepare
+from popgen.streams import make_generator
 from popgen.training.weights import model_of_checkpoint
 
 FLAGS = flags.FLAGS
@@ -32,7 +32,7 @@ def main() -> None:
     device = experiment.torch_device()
     data, model = prepare(experiment, device)
     model = model_of_checkpoint(model, tensors, FLAGS.weights)
-    generator = torch.Generator(device).manual_seed(FLAGS.seed % 2**64)
+    generator = make_generator(device, FLAGS.seed, "samples")
     evaluator = experiment.evaluator
     num_samples = evaluator.num_shown if FLAGS.num_samples is None else FLAGS.num_samples
     shown = evaluator.show(model, data, num_samples, generator)

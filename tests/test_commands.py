@@ -177,6 +177,10 @@ def test_sample_writes_one_picture(trained):
     trained.succeed("sample", "--run_dir=run", "--out=grid.png", "--num_samples=16")
     with Image.open(trained.path / "grid.png") as picture:
         assert picture.mode == "L" and len(picture.getcolors(256)) > 10
+    first = (trained.path / "grid.png").read_bytes()
+    trained.succeed("sample", "--run_dir=run", "--out=grid.png", "--num_samples=16", f"--seed={2**64}")
+    assert (trained.path / "grid.png").read_bytes() != first, "a seed may be as large as Experiment.seed"
+    assert "seed must be an integer of at" in trained.fail("sample", "--run_dir=run", "--out=a.png", "--seed=-1")
     assert "no folder" in trained.fail("sample", "--run_dir=run", "--out=nowhere/grid.png")
 
 
@@ -194,6 +198,16 @@ def test_the_run_directory_has_a_default(workspace):
     assert (workspace.path / "experiments" / "vae_squares" / "config.gin").is_file()
     workspace.succeed("train", "--gin_file=vae_squares.gin", EXPERIMENT_DIR=str(workspace.path / "elsewhere"))
     assert (workspace.path / "elsewhere" / "vae_squares" / "config.gin").is_file()
+
+
+def test_training_that_ends_in_an_evaluation_prints_its_table(workspace):
+    """Of one image, which has no standard error: the file has `null` there."""
+    bindings = [f"--gin_bindings=Experiment.{name}" for name in ("final_num_samples = 3", "final_num_examples = 1")]
+    printed = workspace.succeed("train", "--gin_file=vae_squares.gin", "--run_dir=run", *bindings)
+    (path,) = (workspace.path / "run").glob("evaluation_*3x1.json")
+    record = json.loads(path.read_text())
+    assert f"{record['log_p_x']:.3f} ± nan nats (IWAE, 3 samples, 1 test images)" in printed
+    assert f"evaluation: run/{path.name}" in printed and "samples: run/samples/best.png" in printed
 
 
 def test_a_run_continues_and_a_changed_configuration_is_refused(workspace):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -124,6 +125,20 @@ class EvaluationFiles:
         except (FileNotFoundError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
+
+
+def read_record(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the record of an evaluation; a number that is `null` in the file is not a number.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "record.json"
+        ...     write_json(path, {"elbo": -90.5, "elbo_standard_error": math.nan})
+        ...     read_record(path)
+        {'elbo': -90.5, 'elbo_standard_error': nan}
+    """
+    return {name: math.nan if value is None else value for name, value in json.loads(path.read_text()).items()}
 
 
 def evaluation_records(
