@@ -103,6 +103,32 @@ def plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
+def made(folder: pathlib.Path) -> Iterator[None]:
+    """Makes a folder for what is put into it; where that fails, what it made and is empty goes again.
+
+    Raises:
+        OSError: if it cannot be made.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with contextlib.suppress(ConnectionError), made(pathlib.Path(folder) / "data" / "raw"):
+        ...         raise ConnectionError
+        ...     os.listdir(folder)
+        []
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def held(
     folder: pathlib.Path,
     in_use: str,

@@ -13,6 +13,7 @@ from torch import Tensor
 from popgen.datasets.data import DOWNLOAD_TIMEOUT_SECONDS, data_folder
 from popgen.datasets.images import PROTOCOLS, ImageData, prepare_images
 from popgen.errors import DataError, check_choice, check_integer, check_path, reason_of
+from popgen.files import made
 
 IMAGE_SHAPE = (28, 28)
 MNIST_SPLITS = ("train", "t10k")
@@ -131,9 +132,10 @@ def _download(data_dir: pathlib.Path, names: list[str], dataset: str) -> None:
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:
-        MNIST(str(data_dir), train=True, download=True)
-        if not all((raw / name).is_file() for name in names):
-            raise RuntimeError("torchvision makes do with the older MNIST/processed that it found")
+        with made(raw):
+            MNIST(str(data_dir), train=True, download=True)
+            if not all((raw / name).is_file() for name in names):
+                raise RuntimeError("torchvision makes do with the older MNIST/processed that it found")
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = reason_of(error)
         raise DataError(_missing_message(raw, names, f"the download failed ({reason})", dataset)) from error

@@ -1,6 +1,5 @@
 """The Free Spoken Digit Dataset: six speakers say the digits, fifty times each."""
 
-import contextlib
 import dataclasses
 import hashlib
 import http.client
@@ -22,6 +21,7 @@ from popgen.datasets.audio import SHORT, read_recordings
 from popgen.datasets.data import DOWNLOAD_TIMEOUT_SECONDS, data_folder
 from popgen.datasets.sequences import SequenceData, Sequences
 from popgen.errors import ArgumentError, DataError, check_choice, check_integer, check_number, check_path, reason_of
+from popgen.files import made
 
 SAMPLE_RATE = 8_000
 NUM_TEST_TAKES = 5  # the test split that the dataset's authors chose
@@ -228,21 +228,20 @@ def _missing_message(place: pathlib.Path, why: str) -> str:
 
 def _download(root: pathlib.Path, place: pathlib.Path) -> None:
     """Fetches the archive, checks what it holds and moves it to its place, or leaves nothing behind."""
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".downloading-", ignore_cleanup_errors=True) as temporary:
+    with (
+        made(place.parent),
+        tempfile.TemporaryDirectory(dir=root, prefix=".downloading-", ignore_cleanup_errors=True) as temporary,
+    ):
         archive, unpacked = pathlib.Path(temporary) / "archive.tar.gz", pathlib.Path(temporary) / "recordings"
         with archive.open("wb") as file:
             _fetch(ARCHIVE_URL, file)
         unpacked.mkdir()
         _unpack(archive, unpacked)
         _check_archive(unpacked)
-        place.parent.mkdir(exist_ok=True)
         try:
             os.replace(unpacked, place)
         except OSError:
             if not place.is_dir():  # where it is one, another process was faster
-                with contextlib.suppress(OSError):
-                    place.parent.rmdir()
                 raise
 
 

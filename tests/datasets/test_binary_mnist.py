@@ -287,8 +287,9 @@ def test_a_second_mirror_is_asked(tmp_path: pathlib.Path, mirror: Mirror, monkey
 def test_a_mirror_without_the_files(tmp_path: pathlib.Path, mirror: Mirror) -> None:
     mirror.files.clear()
     with pytest.raises(DataError) as caught:
-        BinaryMNIST(str(tmp_path)).load()
-    check_download_error(caught, tmp_path / "MNIST" / "raw")
+        BinaryMNIST(str(tmp_path / "mistyped" / "data")).load()
+    check_download_error(caught, tmp_path / "mistyped" / "data" / "MNIST" / "raw")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mirror_that_does_not_speak_http(tmp_path: pathlib.Path, mirror: Mirror) -> None:

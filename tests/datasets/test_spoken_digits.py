@@ -344,7 +344,8 @@ def test_an_answer_that_is_no_archive(tmp_path: pathlib.Path, server: Server, co
 
 def test_a_server_without_the_archive(tmp_path: pathlib.Path, server: Server) -> None:
     server.content = None
-    check_download_error(tmp_path, "HTTP Error 404")
+    check_download_error(tmp_path / "mistyped" / "data", "HTTP Error 404")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_that_does_not_listen(tmp_path: pathlib.Path, server: Server) -> None:
@@ -426,5 +427,5 @@ def test_another_process_may_be_faster(
 
 def test_a_folder_that_cannot_be_made(tmp_path: pathlib.Path, server: Server) -> None:
     (tmp_path / "file").write_text("not a folder")
-    check_download_error(tmp_path / "file", "File exists")
+    check_download_error(tmp_path / "file", "Not a directory")
     assert server.num_requests == 0
