@@ -99,7 +99,8 @@ class TrainStep:
         tensors = {**state.buffers, **state.auxiliary}
         changes, metrics = self.objective.transition(self.model, tensors, metrics, observed)
         changing = [(_changeable(state, name, value), value.detach()) for name, value in changes.items()]
-        outcome = self.parameter_update(state, loss, gradients, settings)
+        rate = None if self.learning_rate is None else settings["learning_rate"]
+        outcome = self.parameter_update(state, loss, gradients, settings["average_weight"], rate)
         for tensor, value in changing:
             tensor.copy_(torch.where(outcome.taken, value, tensor))
         return metrics | {
@@ -213,11 +214,7 @@ def make_train_step(
             f"{type(objective).__name__} cannot be shared by {processes.size} processes: it does not say which part of "
             "its noise belongs to which part of a batch (part_of_noise)"
         )
-    update = Update(
-        max_gradient_norm=max_gradient_norm,
-        skip_gradient_norm=skip_gradient_norm,
-        has_schedule=learning_rate is not None,
-    )
+    update = Update(max_gradient_norm=max_gradient_norm, skip_gradient_norm=skip_gradient_norm)
     return TrainStep(
         model=model,
         objective=objective,

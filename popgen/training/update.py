@@ -13,7 +13,6 @@ from torch import Tensor
 
 from popgen.execution import compile_or_fall_back, launches_cost
 from popgen.optim.weight_average import update_weight_average
-from popgen.training.objectives import Settings
 from popgen.training.state import TrainState
 
 Gradients = tuple[Tensor | None, ...]
@@ -37,7 +36,7 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Update:
-    """An update of the tensors of a state in place, `update(state, loss, gradients, settings) -> Outcome`.
+    """An update of the tensors of a state in place, `update(state, loss, gradients, average_weight, rate) -> Outcome`.
 
     Where the loss or the gradient is not finite, or the gradient too large, parameters, optimizer and average stay as
     they were. Nothing waits for the device.
@@ -45,7 +44,6 @@ class Update:
     Attributes:
         max_gradient_norm: gradients with a larger norm are scaled down to it.
         skip_gradient_norm: a step whose gradient has a larger norm is not taken.
-        has_schedule: whether the setting `learning_rate` takes the place of the optimizer's own.
         on_tensors: the whole of it as one compiled function, for optimizers that can be traced; see `traced_update`.
 
     Example: `make_train_step` makes one.
@@ -53,19 +51,28 @@ class Update:
 
     max_gradient_norm: float | None = None
     skip_gradient_norm: float | None = None
-    has_schedule: bool = False
     on_tensors: Callable[..., Outcome] | None = None
 
-    def __call__(self, state: TrainState, loss: Tensor, gradients: Gradients, settings: Settings) -> Outcome:
-        """Updates parameters, optimizer and weight average, and returns what it found."""
+    def __call__(
+        self, state: TrainState, loss: Tensor, gradients: Gradients, average_weight: Tensor, rate: Tensor | None
+    ) -> Outcome:
+        """Updates parameters, optimizer and weight average, and returns what it found.
+
+        Args:
+            state: is updated.
+            loss: of the step.
+            gradients: of the parameters.
+            average_weight: of the new parameters in the weight average.
+            rate: the learning rate; None for that of the optimizer.
+        """
         if self.on_tensors is not None and can_be_traced(state.optimizer, gradients):
-            return self.on_tensors(*_tensors_of(state, gradients), loss, settings, state.optimizer)
+            return self.on_tensors(*_tensors_of(state, gradients), loss, average_weight, rate, state.optimizer)
         norm = gradient_norm(gradients)
         taken = self.is_taken(loss, norm)
-        with _learning_rate(state.optimizer, settings["learning_rate"] if self.has_schedule else None):
+        with _learning_rate(state.optimizer, rate):
             self._apply(gradients, norm, taken, state)
         if state.weight_average is not None:
-            update_weight_average(state.weight_average, state.parameters, settings["average_weight"] * taken)
+            update_weight_average(state.weight_average, state.parameters, average_weight * taken)
         return Outcome(norm, taken, *count_skipped(state.skipped, taken, norm.dtype))
 
     def is_taken(self, loss: Tensor, norm: Tensor) -> Tensor:
@@ -118,7 +125,8 @@ def traced_update(update: Update) -> Update:
         average: dict[str, Tensor] | None,
         skipped: dict[str, Tensor],
         loss: Tensor,
-        settings: Settings,
+        average_weight: Tensor,
+        rate: Tensor | None,
         optimizer: torch.optim.Optimizer,
     ) -> Outcome:
         squares = [norm.square() for norm in torch._foreach_norm(gradients)]
@@ -128,12 +136,11 @@ def traced_update(update: Update) -> Update:
             gradients = list(torch._foreach_div(gradients, divisor))
         changing = [*parameters.values(), *(value for values in kept for value in values.values())]
         before = [tensor.clone() for tensor in changing]
-        rate = settings["learning_rate"] if update.has_schedule else None
         optimizer_of(optimizer, list(parameters.values()), gradients, kept, rate).step()
         for tensor, value in zip(changing, before, strict=True):
             tensor.copy_(torch.where(taken, tensor, value))
         if average is not None:
-            update_weight_average(average, parameters, settings["average_weight"] * taken)
+            update_weight_average(average, parameters, average_weight * taken)
         return Outcome(norm, taken, *count_skipped(skipped, taken, norm.dtype))
 
     compiled = compile_or_fall_back(on_tensors, traced=True, in_place=True)
