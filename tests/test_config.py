@@ -271,6 +271,7 @@ BAD_BINDINGS = {
     "Adam.lr = -1.0": (ConfigError, "Adam", "Invalid learning rate: -1.0"),
     "NegativeELBO.beta = 0.5": (ArgumentError, "NegativeELBO.beta", "a schedule"),
     "BinaryMNIST.protocol = 'dynamical'": (ArgumentError, "BinaryMNIST.protocol", "dynamic, fixed, threshold"),
+    "VAE.flow = (1,": (ConfigError, "cannot parse the binding 'VAE.flow = (1,'", "it should look like"),
     "import os": (ConfigError, "import os", "belong in a file"),
 }
 
@@ -294,6 +295,7 @@ BAD_FILES = {
     'include "configs/vae.gin"\nfoo.VAE.flow = None': ("'foo'", "import its module"),
     'import torch.optim\ninclude "configs/vae.gin"\nSGD.lr = 0.1': ("'SGD'", "as in torch.optim.SGD"),
     'include "configs/vae.gin"\nvae.VAE.flow =': ("Unable to parse value", "line 4"),
+    'include "configs/vae.gin"\nvae.VAE.flow = (1,\n': ("cannot parse", "a bracket or a quote is not closed"),
     'include "configs/vae.gin"\nimport not_a_module': ("not_a_module", "line 4"),
     "vae.VAE.flow = None": ("popgen.experiment.Experiment", "nothing to run"),
     'include "configs/vae.gin"\nvae.VAE.decoder = %gin.REQUIRED': ("VAE.decoder", "not subsequently overridden"),

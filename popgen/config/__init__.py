@@ -15,6 +15,7 @@ import importlib
 import inspect
 import os
 import pathlib
+import tokenize
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -245,7 +246,7 @@ def _parse_binding(binding: str) -> tuple[list[Any], TextDelegate]:
     delegate = TextDelegate()
     try:
         return list(config_parser.ConfigParser(binding, delegate)), delegate
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, tokenize.TokenError) as error:
         raise ConfigError(
             f"cannot parse the binding {binding!r}; it should look like Experiment.seed = 3, with numbers, text in "
             "quotes, and classes as @module.Class()"

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import re
 import sys
+import tokenize
 from collections.abc import Iterator
 
 import gin
@@ -46,6 +47,8 @@ def _one_line(error: BaseException, original: BaseException) -> str:
     if isinstance(error, SyntaxError):
         where = f" in {error.filename}" if error.filename else ""
         text = f"{error.msg}{where}, line {error.lineno}: {(error.text or '').strip()}"
+    elif isinstance(error, tokenize.TokenError):
+        text = f"a bracket or a quote is not closed ({error.args[0]}, line {error.args[1][0]})"
     else:
         problem = str(original).partition(" in config string:")[0]  # gin appends the whole configuration
         problem = problem or type(original).__name__
