@@ -1,6 +1,8 @@
 """Householder Sylvester normalizing flows (van den Berg et al. 2018, https://arxiv.org/abs/1803.05649)."""
 
 import dataclasses
+import functools
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -16,6 +18,10 @@ from popgen.nn.linear import Linear
 # Both diagonals stay within ±MAX_DIAGONAL, so that r_ii · r̃_ii ≥ -MAX_DIAGONAL² ≥ -1 + 1e-4 even where tanh rounds to
 # ±1, and with tanh' ≤ 1 the determinant cannot vanish (theorem 2 of the paper asks for r_ii · r̃_ii > -1).
 MAX_DIAGONAL = 0.9999
+
+# On a GPU, up to how many samples of an example, and of which size, take `popgen.nn.flows.hsnf_kernels`: for more of
+# them, as in an evaluation, matrices are formed once and serve all.
+MAX_SAMPLES_OF_KERNELS, MAX_LATENT_OF_KERNELS = 16, 64
 
 RowMap = Callable[[Tensor], Tensor]
 
@@ -36,6 +42,7 @@ class HouseholderSylvesterBijection(Bijection):
         upper_diagonal: r_ii, shape `(flows, batch, latent)`.
         lower_diagonal: r̃_ii, the same shape.
         bias: b, the same shape.
+        parameters: what all of these were made of, shape `(flows, batch, size)`.
     """
 
     reflectors: Float[Tensor, "flows batch reflections latent"]
@@ -45,11 +52,16 @@ class HouseholderSylvesterBijection(Bijection):
     upper_diagonal: Float[Tensor, "flows batch latent"]
     lower_diagonal: Float[Tensor, "flows batch latent"]
     bias: Float[Tensor, "flows batch latent"]
+    parameters: Float[Tensor, "flows batch size"]
 
     def forward_and_log_det(
         self, z: Float[Tensor, "samples batch latent"]
     ) -> tuple[Float[Tensor, "samples batch latent"], Float[Tensor, "samples batch"]]:
         """Returns the transformed points and Σ_k Σ_i log(1 + tanh'(·)_i r_ii r̃_ii) (eq. 10 of the paper)."""
+        if self._takes_kernels(z):
+            from popgen.nn.flows.hsnf_kernels import move  # here, since it needs Triton
+
+            return move(at_least_float32(z), self.parameters.transpose(0, 1), self.reflectors.shape[2], MAX_DIAGONAL)
         points = at_least_float32(z).transpose(0, 1)  # rows of one example side by side: (batch, samples, latent)
         log_det = torch.zeros_like(points[..., 0])
         with full_precision(z.device):
@@ -138,10 +150,25 @@ class HouseholderSylvesterBijection(Bijection):
 
         return [(product_with(one), product_with(other)) for one, other in zip(inward, outward, strict=True)]
 
+    def _takes_kernels(self, z: Tensor) -> bool:
+        return (
+            launches_cost(z)
+            and at_least_float32(z).dtype == self.parameters.dtype == torch.float32
+            and len(z) <= MAX_SAMPLES_OF_KERNELS
+            and z.shape[-1] <= MAX_LATENT_OF_KERNELS
+            and _has_triton()
+        )
+
     def _parameters(self) -> list[tuple[Tensor, ...]]:
         """Returns the parameters of one transformation after another; vectors as rows, `(batch, 1, latent)`."""
         rows = (self.upper_diagonal[:, :, None], self.lower_diagonal[:, :, None], self.bias[:, :, None])
         return list(zip(self.reflectors, self.solved_reflectors, self.upper, self.lower, *rows, strict=True))
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Whether the compiler of the kernels is installed; PyTorch brings it where it supports it."""
+    return importlib.util.find_spec("triton") is not None
 
 
 class HouseholderSylvesterFlow(PosteriorFlow):
@@ -199,4 +226,5 @@ class HouseholderSylvesterFlow(PosteriorFlow):
             upper_diagonal=MAX_DIAGONAL * torch.tanh(square.diagonal(dim1=-2, dim2=-1)),
             lower_diagonal=MAX_DIAGONAL * torch.tanh(lower_diagonal),
             bias=bias,
+            parameters=parameters,
         )
