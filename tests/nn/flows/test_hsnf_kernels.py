@@ -28,7 +28,7 @@ def test_kernels_compile_for_a_gpu(name: str, capability: int) -> None:
 
     kernel = getattr(hsnf_kernels, name)
     numbers = ("programs", "batch", "flows", "latent", "reflections")
-    blocks = {"LATENT": 64, "REFLECTIONS": 8}
+    blocks = {"latent_block": 64, "reflection_block": 8}
     signature = {
         argument: "i32" if argument in numbers else "fp32" if argument == "max_diagonal" else "*fp32"
         for argument in kernel.arg_names
