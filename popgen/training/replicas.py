@@ -184,8 +184,8 @@ class ReplicatedStep(TrainStep):
             ]
         )
         parts = unstack(self.gradients(state, stack(batch), noise, settings), len(replicas))
-        rows = zip(replicas, parts, strict=True)
-        return stack([self.take(replica, result, gradients, settings) for replica, (result, gradients) in rows])
+        results, gradients = zip(*parts, strict=True)
+        return stack(self.take(replicas, results, gradients, settings))
 
 
 def make_replicated_step(step: TrainStep, compiled: bool = False) -> ReplicatedStep:

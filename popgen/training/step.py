@@ -1,7 +1,7 @@
 """One training step: noise, gradients, update, average."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,29 +86,43 @@ class TrainStep:
         result, gradients = self.gradients(state, batch, noise, settings)
         if self.processes.size > 1:
             result, gradients = self._combine(result, gradients, self.objective.weight(batch))
-        return self.take(state, result, gradients, settings)
+        return self.take([state], [result], [gradients], settings)[0]
 
     def gradients(self, state: TrainState, batch: Any, noise: Any, settings: Settings) -> tuple[Result, Gradients]:
         """Returns what the loss function returns, and the gradients of the parameters."""
         with matrix_products(self.precision, device_of(state)):
             return self.gradient_function(state.parameters, state.buffers, batch, noise, settings, state.auxiliary)
 
-    def take(self, state: TrainState, result: Result, gradients: Gradients, settings: Settings) -> Metrics:
-        """Updates the tensors of a state in place along its gradients, and returns the metrics."""
-        loss, metrics, observed = result
-        tensors = {**state.buffers, **state.auxiliary}
-        changes, metrics = self.objective.transition(self.model, tensors, metrics, observed)
-        changing = [(_changeable(state, name, value), value.detach()) for name, value in changes.items()]
+    def take(
+        self,
+        states: Sequence[TrainState],
+        results: Sequence[Result],
+        gradients: Sequence[Gradients],
+        settings: Settings,
+    ) -> list[Metrics]:
+        """Updates the tensors of states in place, each along its gradients, and returns the metrics of each."""
+        changing, metrics = [], []
+        for state, (_, found, observed) in zip(states, results, strict=True):
+            tensors = {**state.buffers, **state.auxiliary}
+            changes, own_metrics = self.objective.transition(self.model, tensors, found, observed)
+            changing.append([(_changeable(state, name, value), value.detach()) for name, value in changes.items()])
+            metrics.append(own_metrics)
         rate = None if self.learning_rate is None else settings["learning_rate"]
-        outcome = self.parameter_update(state, loss, gradients, settings["average_weight"], rate)
-        for tensor, value in changing:
-            tensor.copy_(torch.where(outcome.taken, value, tensor))
-        return metrics | {
-            "gradient_norm": outcome.norm,
-            "learning_rate": settings["learning_rate"],
-            "skipped_steps": outcome.skipped_steps,
-            "skipped_in_a_row": outcome.skipped_in_a_row,
-        }
+        losses = [loss for loss, _, _ in results]
+        outcomes = self.parameter_update(states, losses, gradients, settings["average_weight"], rate)
+        for pairs, outcome in zip(changing, outcomes, strict=True):
+            for tensor, value in pairs:
+                tensor.copy_(torch.where(outcome.taken, value, tensor))
+        return [
+            own
+            | {
+                "gradient_norm": outcome.norm,
+                "learning_rate": settings["learning_rate"],
+                "skipped_steps": outcome.skipped_steps,
+                "skipped_in_a_row": outcome.skipped_in_a_row,
+            }
+            for own, outcome in zip(metrics, outcomes, strict=True)
+        ]
 
     def _combine(self, result: Result, gradients: Gradients, weight: Any) -> tuple[Result, Gradients]:
         """Returns what the loss function returns for the whole batch, of which each process saw a part."""

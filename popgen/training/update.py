@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Update:
-    """An update of the tensors of a state in place, `update(state, loss, gradients, average_weight, rate) -> Outcome`.
+    """An update of the tensors of states in place, `update(states, losses, gradients, average_weight, rate)`.
 
     Where the loss or the gradient is not finite, or the gradient too large, parameters, optimizer and average stay as
     they were. Nothing waits for the device.
@@ -51,22 +51,34 @@ class Update:
 
     max_gradient_norm: float | None = None
     skip_gradient_norm: float | None = None
-    on_tensors: Callable[..., Outcome] | None = None
+    on_tensors: Callable[..., list[Outcome]] | None = None
 
     def __call__(
-        self, state: TrainState, loss: Tensor, gradients: Gradients, average_weight: Tensor, rate: Tensor | None
-    ) -> Outcome:
-        """Updates parameters, optimizer and weight average, and returns what it found.
+        self,
+        states: Sequence[TrainState],
+        losses: Sequence[Tensor],
+        gradients: Sequence[Gradients],
+        average_weight: Tensor,
+        rate: Tensor | None,
+    ) -> list[Outcome]:
+        """Updates parameters, optimizer and weight average of each state, and returns what it found.
 
         Args:
-            state: is updated.
-            loss: of the step.
-            gradients: of the parameters.
+            states: are updated; of the same model and optimizer.
+            losses: of the step of each.
+            gradients: of the parameters of each.
             average_weight: of the new parameters in the weight average.
             rate: the learning rate; None for that of the optimizer.
         """
-        if self.on_tensors is not None and can_be_traced(state.optimizer, gradients):
-            return self.on_tensors(*_tensors_of(state, gradients), loss, average_weight, rate, state.optimizer)
+        each = list(zip(states, losses, gradients, strict=True))
+        if self.on_tensors is not None and all(can_be_traced(state.optimizer, own) for state, _, own in each):
+            tensors = [(*_tensors_of(state, own), loss) for state, loss, own in each]
+            return self.on_tensors(tensors, average_weight, rate, states[0].optimizer)
+        return [self._one(*one, average_weight, rate) for one in each]
+
+    def _one(
+        self, state: TrainState, loss: Tensor, gradients: Gradients, average_weight: Tensor, rate: Tensor | None
+    ) -> Outcome:
         norm = gradient_norm(gradients)
         taken = self.is_taken(loss, norm)
         with _learning_rate(state.optimizer, rate):
@@ -112,23 +124,13 @@ def traced_update(update: Update) -> Update:
     """Returns the same update, compiled in one piece with the optimizer's step where the optimizer can be traced.
 
     On a GPU each of PyTorch's fused kernels passes over all tensors with few threads, and clipping, moments and average
-    take one after another. Here all that happens to a parameter happens in one pass.
+    take one after another. Here all that happens to a parameter happens in one pass, and replicas are updated together.
 
     Example: `make_train_step` calls it.
     """
 
-    @torch.no_grad()
-    def on_tensors(
-        parameters: dict[str, Tensor],
-        gradients: list[Tensor],
-        kept: list[dict[str, Tensor]],
-        average: dict[str, Tensor] | None,
-        skipped: dict[str, Tensor],
-        loss: Tensor,
-        average_weight: Tensor,
-        rate: Tensor | None,
-        optimizer: torch.optim.Optimizer,
-    ) -> Outcome:
+    def one(tensors: tuple, average_weight: Tensor, rate: Tensor | None, like: torch.optim.Optimizer) -> Outcome:
+        parameters, gradients, kept, average, skipped, loss = tensors
         squares = [norm.square() for norm in torch._foreach_norm(gradients)]
         norm = functools.reduce(torch.add, squares).sqrt()  # in one kernel, unlike what `gradient_norm` stacks
         taken, divisor = update.is_taken(loss, norm), update.divisor(norm)
@@ -136,12 +138,18 @@ def traced_update(update: Update) -> Update:
             gradients = list(torch._foreach_div(gradients, divisor))
         changing = [*parameters.values(), *(value for values in kept for value in values.values())]
         before = [tensor.clone() for tensor in changing]
-        optimizer_of(optimizer, list(parameters.values()), gradients, kept, rate).step()
+        optimizer_of(like, list(parameters.values()), gradients, kept, rate).step()
         for tensor, value in zip(changing, before, strict=True):
             tensor.copy_(torch.where(taken, tensor, value))
         if average is not None:
             update_weight_average(average, parameters, average_weight * taken)
         return Outcome(norm, taken, *count_skipped(skipped, taken, norm.dtype))
+
+    @torch.no_grad()
+    def on_tensors(
+        each: list[tuple], average_weight: Tensor, rate: Tensor | None, like: torch.optim.Optimizer
+    ) -> list[Outcome]:
+        return [one(own, average_weight, rate, like) for own in each]
 
     compiled = compile_or_fall_back(on_tensors, traced=True, in_place=True)
     return dataclasses.replace(update, on_tensors=compiled)

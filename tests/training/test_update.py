@@ -11,6 +11,7 @@ from popgen.nn.flows import HouseholderSylvesterFlow
 from popgen.nn.vamp_prior import VampPrior
 from popgen.optim.schedules import CosineAnnealing
 from popgen.training.objectives import NegativeELBO
+from popgen.training.replicas import make_replicated_step, split_states, stack_states, unstack
 from popgen.training.state import TrainState, initial_state
 from popgen.training.step import TrainStep, make_train_step
 from popgen.training.update import can_be_traced, traced_update
@@ -96,6 +97,32 @@ def test_it_is_compiled_and_traced(as_on_a_gpu, capsys: pytest.CaptureFixture) -
     assert_same(found, expected, tolerance=1e-6)
     assert update.on_tensors.checked and update.on_tensors.chosen is not update.on_tensors.plain
     assert "not used" not in capsys.readouterr().err
+
+
+def test_replicas_are_updated_in_one_piece(as_on_a_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One compiled function for all of them, traced once; one replica's step is skipped, and the others' are not."""
+    count, traced = 3, []
+    monkeypatch.setattr("torch.compile", lambda graph, **_: traced.append(graph) or graph)
+
+    def trained(used) -> tuple[list[TrainState], list[dict]]:
+        step, _ = setting(OPTIMIZERS["Adam"], skip_gradient_norm=10.0)
+        step = make_replicated_step(dataclasses.replace(step, parameter_update=used(step.parameter_update)))
+        models = [setting(OPTIMIZERS["Adam"])[0].model for _ in range(count)]
+        state = stack_states([initial_state(model, torch.optim.Adam, seed) for seed, model in enumerate(models)])
+        history = []
+        for number in range(NUM_STEPS):
+            batches = torch.rand(count, 10, 16, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+            batches[1] *= torch.nan if number == NOT_FINITE else 1.0
+            state, metrics = step(state, list(batches))
+            history.append(metrics)
+        return split_states(state), [unstack(row, count) for row in history]
+
+    plain, found = trained(lambda update: update), trained(traced_update)
+    assert len(traced) == 1
+    for index in range(count):
+        one, other = ((states[index], [row[index] for row in rows]) for states, rows in (found, plain))
+        assert_same(one, other, tolerance=1e-4)
+        assert one[0].skipped["total"] == (index == 1)
 
 
 def test_groups_keep_their_options(as_on_a_gpu) -> None:
