@@ -168,18 +168,19 @@ class Sequences:
             names=tuple(self.names[index] for index in indices.tolist()) if self.names else (),
         )
 
-    def padded(self, indices: Tensor) -> SequenceBatch:
+    def padded(self, indices: Tensor, at_least: int = 0) -> SequenceBatch:
         """Returns whole sequences, padded to the longest of them. Waits for the device.
 
         Args:
             indices: int64, shape `(batch,)`.
+            at_least: steps to which they are padded if the longest has fewer.
 
         Raises:
             ArgumentError: if an index is not one of a sequence.
         """
         indices = self._check_indices(indices)
         longest = int(self.lengths[indices].max()) if len(indices) else 0
-        steps = torch.arange(longest, device=indices.device)
+        steps = torch.arange(max(longest, at_least), device=indices.device)
         return self.windows(indices, torch.zeros_like(indices), steps)
 
     def windows(

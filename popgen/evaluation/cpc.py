@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from popgen.datasets.sequences import SequenceData, Sequences
-from popgen.errors import check_integer
+from popgen.errors import DataError, check_integer
 from popgen.evaluation.evaluator import EvaluationSettings, Evaluator, Results
 from popgen.evaluation.progress import Progress
 from popgen.evaluation.shown import Shown
@@ -34,6 +34,7 @@ def contrastive_terms(
     """Returns the losses of whole sequences, `num_draws` of each: those of the first draw, then of the second, ...
 
     Sequences are each other's negatives, and neighbours in a split are often alike, so who shares a batch is drawn too.
+    Those too short for two frames have no pair, and no weight.
 
     Args:
         model: on the device of the sequences.
@@ -44,7 +45,8 @@ def contrastive_terms(
         progress: called with the losses of sequences that are finished, means over draws.
 
     Raises:
-        ArgumentError: if an argument is outside its domain, or no sequence of a batch has two frames.
+        ArgumentError: if an argument is outside its domain.
+        DataError: if no sequence has a pair.
 
     Example:
         >>> from popgen.nn.cpc import GRUContext, LinearPredictors, RowEncoder
@@ -58,9 +60,10 @@ def contrastive_terms(
     device = sequences.lengths.device
     order = torch.randperm(len(sequences), generator=make_generator("cpu", seed, "evaluation", "batches"))
     generator = make_generator(device, seed, "evaluation", "negatives")
+    two_frames = model.encoder.receptive_field + model.encoder.hop  # which the model asks of a window
     found: list[list[CPCTerms]] = [[] for _ in range(num_draws)]
     for indices in order.split(batch_size):
-        batch = sequences.padded(indices)
+        batch = sequences.padded(indices, at_least=two_frames)
         shape = model.noise_shape(len(batch.values))
         for terms in found:
             uniform = torch.rand(shape, generator=generator, device=device, dtype=batch.values.dtype)
@@ -69,7 +72,13 @@ def contrastive_terms(
             progress(torch.stack([terms[-1].loss for terms in found]).mean(0))
     places = order.argsort().to(device)
     draws = [[torch.cat(parts)[places] for parts in zip(*terms, strict=True)] for terms in found]
-    return CPCTerms(*(torch.cat(parts) for parts in zip(*draws, strict=True)))
+    together = CPCTerms(*(torch.cat(parts) for parts in zip(*draws, strict=True)))
+    if int(together.weight.sum()) == 0:
+        raise DataError(
+            f"none of the {len(sequences)} sequences has a frame with another ahead and negatives beside it: use "
+            "longer sequences, or more of them, in larger batches"
+        )
+    return together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +130,7 @@ class CPCEvaluator(Evaluator):
         results = _numbers(terms.means())
         totals = [values.unflatten(0, (draws, -1)).sum(0) for values in (terms.loss * terms.weight, terms.weight)]
         results["loss_standard_error"] = standard_error_of_ratio(*totals)
-        results["loss_of_guessing"] = math.log(model.num_candidates)
+        results["loss_of_guessing"] = terms.loss_of_guessing.item()
         if model.bound_is_valid:
             bounds = model.mutual_information(terms).tolist()
             results |= {f"mutual_information_ahead_{k}": bound for k, bound in enumerate(bounds, start=1)}

@@ -42,7 +42,7 @@ def contrastive_accuracy(
 ) -> Float[Tensor, "*shape"]:
     """Returns the probability of choosing the positive if ties for the highest score are broken at random.
 
-    So m candidates with one score give 1/m, not 1.
+    So m candidates with one score give 1/m, not 1. It is one where the mask leaves the positive alone.
 
     Args:
         scores: of the positive, which comes first, and of the negatives.

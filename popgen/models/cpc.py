@@ -32,7 +32,8 @@ class CPCTerms(NamedTuple):
         weight: how many pairs those are.
         step_losses: of each sequence and step.
         step_accuracies: how often the positive has the highest score; ties are broken at random, and draws of the
-            positive itself are left out.
+            positive itself are left out. Where there are no other draws, it is that of a guess, 1 / candidates.
+        step_guesses: the loss that equal scores would have, the logarithm of the number of candidates.
         step_weights: how many pairs there are of each sequence and step.
     """
 
@@ -40,6 +41,7 @@ class CPCTerms(NamedTuple):
     weight: Int64[Tensor, " batch"]
     step_losses: Float[Tensor, "batch steps"]
     step_accuracies: Float[Tensor, "batch steps"]
+    step_guesses: Float[Tensor, "batch steps"]
     step_weights: Int64[Tensor, "batch steps"]
 
     def means(self, pairs: Int64[Tensor, "whole steps"] | None = None) -> dict[str, Float[Tensor, ""]]:
@@ -63,6 +65,11 @@ class CPCTerms(NamedTuple):
     def loss_of_steps(self) -> Float[Tensor, " steps"]:
         """The mean over the pairs of each step, nats."""
         return _mean(self.step_losses, self.step_weights, dim=0)
+
+    @property
+    def loss_of_guessing(self) -> Float[Tensor, ""]:
+        """The mean over all pairs of the loss that equal scores would have, nats."""
+        return _mean(self.step_guesses.flatten(), self.step_weights.flatten(), dim=0)
 
 
 class Part(NamedTuple):
@@ -98,7 +105,8 @@ class CPC(Model):
 
     Attributes:
         num_steps: K.
-        num_candidates: the positive and the negatives; guessing has a loss of its logarithm.
+        num_candidates: the positive and the negatives; guessing has a loss of its logarithm, or less with "sequence",
+            where draws of the positive are masked out (`CPCTerms.loss_of_guessing`).
         bound_is_valid: whether log N minus the loss of a step bounds mutual information: the negatives have to have the
             distribution of the positives, as those of "batch" do.
 
@@ -217,20 +225,29 @@ class CPC(Model):
         negatives = Negatives(*(tensor.narrow(0, first, len(values)) for tensor in negatives))
 
         scores, collisions = self._scores(frames, candidates, predictions, negatives, first)
-        mask = ~collisions if self.negatives == "sequence" else None
+        others = (~collisions).sum(-1)
+        if self.negatives == "sequence":
+            mask, num_candidates = ~collisions, 1 + others
+        else:
+            mask, num_candidates = None, torch.full_like(others, self.num_candidates)
         places = torch.arange(max_frames, device=frames.device)
         steps = torch.arange(1, self.num_steps + 1, device=frames.device)
         counts = (places + steps[:, None] < num_frames[:, None, None]) & negatives.exist[..., None]
-        if mask is not None:
-            counts = counts & mask.any(-1)
+        counts = counts & (num_candidates > 1)
+        losses = info_nce(scores, mask)
+        # Where nothing but the positive was drawn there is nothing to tell apart: that is a guess, not a success.
+        accuracies = torch.where(others > 0, contrastive_accuracy(scores, ~collisions), 1.0 / self.num_candidates)
+        guesses = num_candidates.to(losses.dtype).log()
         step_weights = counts.sum(-1)
-        step_losses = (info_nce(scores, mask) * counts).sum(-1) / step_weights.clamp_min(1)
-        step_accuracies = (contrastive_accuracy(scores, ~collisions) * counts).sum(-1) / step_weights.clamp_min(1)
+        step_losses, step_accuracies, step_guesses = (
+            (values * counts).sum(-1) / step_weights.clamp_min(1) for values in (losses, accuracies, guesses)
+        )
         return CPCTerms(
             loss=_mean(step_losses, step_weights, dim=1),
             weight=step_weights.sum(1),
             step_losses=step_losses,
             step_accuracies=step_accuracies,
+            step_guesses=step_guesses,
             step_weights=step_weights,
         )
 

@@ -19,6 +19,7 @@ from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.models.wavenet import WaveNet
 from popgen.nn.cpc import GRUContext, LinearPredictors, StridedConvEncoder
 from popgen.nn.priors import StandardNormalPrior
+from popgen.streams import make_generator
 from popgen.training.sequence_objectives import ContrastiveLoss
 
 LENGTHS = (40, 29, 8, 40, 35, 17, 4)
@@ -46,6 +47,41 @@ def test_guessing_has_the_loss_of_guessing() -> None:
     assert record["loss"] == pytest.approx(math.log(6.0)) == record["loss_of_guessing"]
     assert record["mutual_information_ahead_1"] == pytest.approx(0.0, abs=1e-6)
     assert record["loss_standard_error"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_guessing_among_the_frames_of_a_sequence_has_its_own_loss() -> None:
+    """Draws of the positive are no candidates: C of n - k frames, binomially, so that log(6 - C) is expected."""
+    model, data = make_model("sequence"), make_data()
+    expected, pairs = 0.0, 0.0
+    for length in LENGTHS:
+        for k in (1, 2):
+            count = max(0, (length - 6) // 2 + 1 - k)  # frames that can be positives, and anchors
+            for drawn in range(5):  # of five; with all five there is no pair
+                chance = math.comb(5, drawn) * (count - 1) ** (5 - drawn) / count**5 if count else 0.0
+                expected += count * chance * math.log(6 - drawn)
+                pairs += count * chance
+    record = CPCEvaluator(batch_size=4).evaluate(model, data, data.test, EvaluationSettings(60, seed=0))
+    assert record["loss_of_guessing"] == pytest.approx(expected / pairs, rel=5e-3)
+    assert expected / pairs < math.log(6.0) - 0.05
+    with torch.no_grad():
+        model.predictors.layer.weight.zero_()
+    record = CPCEvaluator(batch_size=4).evaluate(model, data, data.test, EvaluationSettings(3, seed=0))
+    assert record["loss"] == pytest.approx(record["loss_of_guessing"])
+
+
+@pytest.mark.parametrize("negatives", ["batch", "sequence", "speaker"])
+def test_a_batch_without_two_frames_is_left_out(negatives: str) -> None:
+    """A recording that is scored alone and is too short changes no mean; where all are, one line says so."""
+    model, data = make_model(negatives), make_data()
+    lengths = torch.tensor([40, 7, 40])
+    split = Sequences(data.test.values[:87], lengths, {"speaker": torch.tensor([1, 0, 1])})
+    batches = torch.randperm(3, generator=make_generator("cpu", 0, "evaluation", "batches")).split(2)
+    assert batches[1].tolist() == [1], "the short one is alone"
+    terms = contrastive_terms(model, split, num_draws=1, batch_size=2, seed=0)
+    without = contrastive_terms(model, split.select(batches[0].sort().values), num_draws=1, batch_size=2, seed=0)
+    assert terms.weight.tolist() == [without.weight[0], 0, without.weight[1]]
+    with pytest.raises(DataError, match="none of the 1 sequences has a frame with another ahead"):
+        contrastive_terms(model, split.select(torch.tensor([1])), num_draws=1, batch_size=2, seed=0)
 
 
 def test_one_batch_of_everything_is_what_the_model_says_of_it() -> None:

@@ -65,7 +65,7 @@ def test_terms_are_what_the_documentation_says(negatives: str, context: str) -> 
     for i in range(len(values)):
         pairs = []
         for k in (1, 2, 3):
-            losses, hits = [], []
+            losses, hits, guesses = [], [], []
             for t in range(int(counts[i]) - k):
                 positive = i * frames.shape[1] + t + k
                 chosen = drawn.indices[i, k - 1].tolist() if drawn.exist[i, k - 1] else []
@@ -76,9 +76,11 @@ def test_terms_are_what_the_documentation_says(negatives: str, context: str) -> 
                     losses.append(math.log(sum(math.exp(s - score[0]) for s in score)))
                     other_scores = [(predictions[i, k - 1, t] @ vectors[j]).item() for j in others]
                     hits.append(float(all(score[0] > s for s in other_scores)))
+                    guesses.append(math.log(1 + len(candidates)))
             assert terms.step_weights[i, k - 1] == len(losses)
             assert terms.step_losses[i, k - 1].item() == pytest.approx(sum(losses) / max(1, len(losses)))
             assert terms.step_accuracies[i, k - 1].item() == pytest.approx(sum(hits) / max(1, len(hits)))
+            assert terms.step_guesses[i, k - 1].item() == pytest.approx(sum(guesses) / max(1, len(guesses)))
             pairs += losses
         assert terms.weight[i] == len(pairs)
         assert terms.loss[i].item() == pytest.approx(sum(pairs) / max(1, len(pairs)))
@@ -195,12 +197,24 @@ def test_identical_scores_cost_a_guess(negatives: str) -> None:
     model = make_model(negatives, scale=0.0)
     values, lengths, uniform, labels = make_batch(model, [40, 40, 40, 40])
     terms = model(values, lengths, uniform, labels)
+    torch.testing.assert_close(terms.loss_of_guessing, terms.means()["loss"])
     if negatives == "sequence":  # draws of the positive are left out
         assert (terms.loss < math.log(8)).all() and (terms.loss > math.log(7)).all()
     else:
         torch.testing.assert_close(terms.loss, torch.full((4,), math.log(8), dtype=torch.float64))
         assert model.num_candidates == 8
     assert all(1.0 / 8.0 <= terms.means()[f"accuracy_ahead_{k}"] < 0.2 for k in (1, 2, 3))
+
+
+def test_draws_of_nothing_but_the_positive_are_a_guess() -> None:
+    """One frame can be the positive, and all draws are that frame: a loss and an accuracy of guessing, or no pair."""
+    for negatives, weight in (("batch", 1), ("sequence", 0)):
+        model = make_model(negatives, num_steps=1)
+        values, lengths, uniform, _ = make_batch(model, [8])  # two frames
+        terms = model(values, lengths, uniform)
+        assert terms.weight.tolist() == [weight]
+        assert terms.step_losses.item() == pytest.approx(weight * math.log(8))
+        assert terms.step_accuracies.item() == pytest.approx(weight / 8)
 
 
 def test_the_bound_is_that_of_negatives_from_the_batch() -> None:
