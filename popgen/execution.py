@@ -303,8 +303,12 @@ def can_be_read(tensor: Tensor) -> bool:
         >>> can_be_read(torch.zeros(3)), torch.vmap(lambda x: x + can_be_read(x))(torch.zeros(3))
         (True, tensor([0., 0., 0.]))
     """
-    without_values = torch.compiler.is_compiling() or hasattr(tensor, "fake_mode")
-    return not (tensor.is_cuda or without_values or torch._C._functorch.is_batchedtensor(tensor))
+    if tensor.is_cuda or torch.compiler.is_compiling() or hasattr(tensor, "fake_mode"):
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(tensor):  # torch.func.grad wraps what torch.vmap maps
+        tensor = functorch.get_unwrapped(tensor)
+    return not functorch.is_batchedtensor(tensor)
 
 
 def launches_cost(tensor: Tensor) -> bool:

@@ -138,9 +138,10 @@ class WaveNet(Model):
             ArgumentError: if names, shapes or values are not those. Values that cannot be looked at without waiting for
                 a GPU are not, nor those of mapped or compiled functions: `check_values` does it once for a data set.
         """
+        if codes.ndim != 2 or codes.shape[1] == 0:
+            expected = "(batch, time) with a time of at least 1"
+            raise ArgumentError(f"codes must have shape {expected}, got {tuple(codes.shape)}")
         batch, time = codes.shape
-        if time == 0:
-            raise ArgumentError(f"codes must have at least one position, got shape {tuple(codes.shape)}")
         self._check_labels(labels, batch)
         self._check_local(local, (batch, self.local_dim, time))
         if can_be_read(codes):
@@ -287,13 +288,15 @@ class WaveNet(Model):
         Raises:
             ArgumentError: if names, shapes or values do not fit.
         """
+        if uniform.ndim != 2:
+            raise ArgumentError(f"uniform must have shape (batch, time), got {tuple(uniform.shape)}")
         batch, time = uniform.shape
+        if primer is not None and (primer.ndim != 2 or len(primer) != batch):
+            raise ArgumentError(f"primer must have shape ({batch}, time), got {tuple(primer.shape)}")
         given = 0 if primer is None else primer.shape[1]
         self._check_labels(labels, batch)
         self._check_local(local, (batch, self.local_dim, given + time))
         self.check_values(primer)
-        if primer is not None and primer.shape[0] != batch:
-            raise ArgumentError(f"primer must have shape ({batch}, time), got {tuple(primer.shape)}")
         weights, state = self.step_weights(labels), self.initial_state(batch)
         return draw_codes(uniform, self.output, state, weights, local, primer, compiled)
 

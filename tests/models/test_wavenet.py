@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import subprocess
 import sys
 
@@ -339,6 +340,21 @@ def test_functional_call_uses_the_parameters_it_is_given() -> None:
     torch.testing.assert_close(called, other(codes))
 
 
+def test_gradients_of_single_batches_are_mapped() -> None:
+    """torch.func.grad within torch.vmap, over the codes, as one batch after another."""
+    model = make_model(LogisticMixtureOutput(3))
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    codes = torch.randint(256, (4, 2, 10))
+
+    def loss(weights: dict[str, Tensor], codes: Tensor) -> Tensor:
+        return -torch.func.functional_call(model, weights, (codes,)).log_density(codes).mean()
+
+    mapped = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, codes)
+    for n, batch in enumerate(codes):
+        for name, gradient in torch.func.grad(loss)(weights, batch).items():
+            torch.testing.assert_close(mapped[name][n], gradient)
+
+
 # --- compilation -----------------------------------------------------------------------------------------------------
 
 
@@ -484,10 +500,16 @@ def test_conditions_of_a_model_without_any_are_refused(as_a_user) -> None:
     torch.testing.assert_close(with_others.logits, model(torch.zeros(2, 3).long()).logits)
     with pytest.raises(ArgumentError, match=r"local must be None, got \(2, 1, 3\)"):
         model(torch.zeros(2, 3).long(), None, torch.zeros(2, 1, 3))
-    with pytest.raises(ArgumentError, match=r"codes must have at least one position, got shape \(2, 0\)"):
-        model(torch.zeros(2, 0).long())
-    with pytest.raises(ArgumentError, match=r"primer must have shape \(2, time\), got \(1, 4\)"):
-        model.generate(torch.rand(2, 3), primer=torch.zeros(1, 4).long())
+    for shape in ((2, 0), (3,), (2, 3, 1), ()):
+        expected = "(batch, time) with a time of at least 1"
+        with pytest.raises(ArgumentError, match=re.escape(f"codes must have shape {expected}, got {shape}")):
+            model(torch.zeros(shape).long())
+    for shape in ((3,), (2, 3, 1), ()):
+        with pytest.raises(ArgumentError, match=re.escape(f"uniform must have shape (batch, time), got {shape}")):
+            model.generate(torch.rand(shape))
+    for shape in ((1, 4), (2,), (2, 4, 1), ()):
+        with pytest.raises(ArgumentError, match=re.escape(f"primer must have shape (2, time), got {shape}")):
+            model.generate(torch.rand(2, 3), primer=torch.zeros(shape).long())
 
 
 def test_features_of_a_step_are_not_forgotten(as_a_user) -> None:
