@@ -57,7 +57,9 @@ def nearest_codes(vectors: Float[Tensor, "*shape dim"], codes: Float[Tensor, "co
     """Returns the index of the code nearest to each vector, argmin_k |z - e_k|² (eq. 1 of the paper).
 
     The squared distance is |e|² / 2 - z·e but for terms that all codes share, so one matrix product of a bounded chunk
-    of vectors at a time does. Both are centred on the mean code, which keeps it exact far from the origin.
+    of vectors at a time does. Both are centred on the mean code, which keeps it exact far from the origin. In float32
+    the squared distance of the code chosen exceeds the least by at most about 1e-6 R², where R is the largest distance
+    of a vector or a code from the mean code: codes a thousandth of R apart, or less, are told apart in float64 alone.
 
     Args:
         vectors: any leading shape, which may be empty.
@@ -70,7 +72,7 @@ def nearest_codes(vectors: Float[Tensor, "*shape dim"], codes: Float[Tensor, "co
         >>> nearest_codes(torch.tensor([[0.9, 0.1], [-3.0, 0.0]]), codes=torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
         tensor([0, 1])
     """
-    if vectors.shape[-1] != codes.shape[-1]:
+    if vectors.shape[-1:] != codes.shape[-1:]:
         raise ArgumentError(
             f"vectors must have {codes.shape[-1]} values on their last axis, as the codes have, got shape "
             f"{tuple(vectors.shape)}"

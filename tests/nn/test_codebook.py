@@ -94,6 +94,19 @@ def test_nearest_codes_in_double_precision_are_not_rounded_to_single() -> None:
     assert nearest_codes(vectors, torch.tensor([[9999.0], [10001.0]])).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("spread", [1e1, 1e3, 1e5])
+def test_the_distance_of_the_code_chosen_is_the_least_but_for_rounding(spread: float) -> None:
+    """Two groups of codes far apart: float32 is off by 1e-6 of their squared spread at most, float64 not at all."""
+    sides = torch.tensor([-1.0, 1.0]).repeat_interleave(100)[:, None]
+    codes, vectors = torch.randn(200, 16), torch.randn(200, 16)
+    codes, vectors = codes + spread * sides, vectors + spread * sides
+    radius = (torch.cat([vectors, codes]).double() - codes.double().mean(0)).norm(dim=1).max()
+    distances = squared_distances(vectors, codes)
+    chosen = distances.gather(1, nearest_codes(vectors, codes)[:, None])[:, 0]
+    assert (chosen - distances.min(1).values).max() < 1e-6 * radius**2
+    assert torch.equal(nearest_codes(vectors.double(), codes.double()), distances.argmin(-1))
+
+
 def test_nearest_codes_of_vectors_that_are_not_contiguous() -> None:
     """A map with its channels first, viewed with its channels last."""
     vectors, codes = torch.randn(3, 8, 5, 6).permute(0, 2, 3, 1), torch.randn(40, 8)
@@ -163,7 +176,7 @@ def test_nearest_codes_form_no_graph() -> None:
 
 
 @pytest.mark.usefixtures("as_a_user")
-@pytest.mark.parametrize("shape", [(5,), (3, 5), (0, 5), (2, 4, 1)])
+@pytest.mark.parametrize("shape", [(), (5,), (3, 5), (0, 5), (2, 4, 1)])
 def test_vectors_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ArgumentError) as error:
         nearest_codes(torch.zeros(shape), torch.zeros(7, 4))
