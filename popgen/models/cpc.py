@@ -177,8 +177,10 @@ class CPC(Model):
         """Returns the contexts c_t; nought from frame number `num_frames(lengths)` on.
 
         Raises:
-            ArgumentError: if the sequences do not fit the encoder.
+            ArgumentError: if the sequences do not fit the encoder, or the lengths are not one for each.
         """
+        if tuple(lengths.shape) != values.shape[:1]:
+            raise ArgumentError(f"lengths must have shape {tuple(values.shape[:1])}, got {tuple(lengths.shape)}")
         contexts = self.context(self.encoder(values))
         places = torch.arange(contexts.shape[1], device=contexts.device)
         return contexts * (places < self.num_frames(lengths)[:, None])[..., None]
@@ -204,8 +206,9 @@ class CPC(Model):
         Raises:
             ArgumentError: if the shapes do not fit, the window has no two frames, or the label is missing.
         """
-        batch = len(values) if part is None else len(lengths)
-        if lengths.ndim != 1 or len(lengths) != batch or tuple(uniform.shape) != (batch, self.num_negatives):
+        self.encoder.check_values(values)
+        batch = len(values) if part is None else lengths.numel()
+        if tuple(lengths.shape) != (batch,) or tuple(uniform.shape) != (batch, self.num_negatives):
             raise ArgumentError(
                 f"lengths must have shape {(batch,)} and uniform {(batch, self.num_negatives)}, got "
                 f"{tuple(lengths.shape)} and {tuple(uniform.shape)}"

@@ -117,6 +117,9 @@ class Quantiser(nn.Module, abc.ABC):
             indices: what `forward` made of them.
             uniform: noise in [0, 1), shape `(num_codebooks, num_codes)`, that chooses where dead codes go; outside it
                 for codes whose vector is chosen from another part.
+
+        Raises:
+            ArgumentError: if a codebook learns from the vectors, and the noise has another shape.
         """
 
     @abc.abstractmethod
@@ -139,6 +142,9 @@ class Quantiser(nn.Module, abc.ABC):
             vectors: those of one step, quantised before the codebook moves.
             indices: what `forward` made of them.
             uniform: noise in [0, 1), shape `(num_codebooks, num_codes)`, that chooses where dead codes go.
+
+        Raises:
+            ArgumentError: as `observe`.
         """
         return self.advance(dict(self.named_buffers()), self.observe(vectors, indices, uniform))
 
@@ -154,7 +160,7 @@ class Quantiser(nn.Module, abc.ABC):
             num_updates: the number of batches.
 
         Raises:
-            ArgumentError: if there are fewer vectors than codes.
+            ArgumentError: if there are fewer vectors than codes, or the noise has another shape.
         """
 
     @torch.no_grad()
@@ -163,6 +169,13 @@ class Quantiser(nn.Module, abc.ABC):
         buffers = dict(self.named_buffers())
         for name, value in changes.items():
             buffers[name].copy_(value)
+
+    def _check_uniform(self, uniform: Tensor) -> None:
+        expected = (self.num_codebooks, self.num_codes)
+        if tuple(uniform.shape) != expected:
+            raise ArgumentError(
+                f"uniform must have shape (num_codebooks, num_codes) = {expected}, got {tuple(uniform.shape)}"
+            )
 
 
 class _SingleCodebook(Quantiser):
@@ -219,6 +232,7 @@ class GradientQuantiser(_SingleCodebook):
     @torch.no_grad()
     def initialise(self, vectors: Float[Tensor, "count dim"], uniform: Tensor, num_updates: int = 1) -> None:
         """Sets the codes to the k-means centres of some vectors, in place."""
+        self._check_uniform(uniform)
         self.codes.copy_(cluster(vectors, self.num_codes, uniform[0], num_updates).codes)
 
 
@@ -269,6 +283,7 @@ class MovingAverageQuantiser(_SingleCodebook):
         self, vectors: Float[Tensor, "*shape dim"], indices: Int64[Tensor, "*shape"], uniform: Tensor
     ) -> dict[str, Tensor]:
         """Returns number and sum of the vectors of each code, and a vector for each code that may be dead."""
+        self._check_uniform(uniform)
         return {
             "seen": assigned_sums(vectors, indices, self.num_codes, self.sums.dtype),
             "drawn": drawn_vectors(vectors, uniform[0]),
@@ -285,6 +300,7 @@ class MovingAverageQuantiser(_SingleCodebook):
 
     def initialise(self, vectors: Float[Tensor, "count dim"], uniform: Tensor, num_updates: int = 1) -> None:
         """Sets codes, counts and sums to those of the k-means clusters of some vectors, in place."""
+        self._check_uniform(uniform)
         self.load(cluster(vectors, self.num_codes, uniform[0], num_updates)._asdict())
 
 
@@ -362,6 +378,7 @@ class ResidualQuantiser(Quantiser):
         self, vectors: Float[Tensor, "*shape dim"], indices: Int64[Tensor, "*shape books"], uniform: Tensor
     ) -> dict[str, Tensor]:
         """Returns the sums of every stage, over what the ones before it left."""
+        self._check_uniform(uniform)
         observed: dict[str, Tensor] = {}
         total = self._zeros(vectors)
         for i, stage in enumerate(self._stages()):
@@ -386,6 +403,7 @@ class ResidualQuantiser(Quantiser):
     @torch.no_grad()
     def initialise(self, vectors: Float[Tensor, "count dim"], uniform: Tensor, num_updates: int = 1) -> None:
         """Sets each stage to the k-means clusters of what the ones before it leave, in place."""
+        self._check_uniform(uniform)
         for i, stage in enumerate(self._stages()):
             stage.initialise(vectors, uniform[i : i + 1], num_updates)
             vectors = vectors - stage(vectors).codes

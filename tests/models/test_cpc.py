@@ -353,6 +353,18 @@ def test_bad_batches_are_refused(as_a_user) -> None:
         model(values, lengths, uniform[:, :6], labels)
     with pytest.raises(ArgumentError, match=r"values must have shape \(batch, time\) .*, got \(5,\)"):
         model(values[:, 0], lengths, uniform, labels)
+    for wrong in (values[0, 0], values[..., None]):
+        with pytest.raises(ArgumentError, match=r"values must have shape \(batch, time\) .*, got \("):
+            model(wrong, lengths, uniform, labels)
+    for wrong, shape in ((lengths[0], r"\(\)"), (lengths[:, None], r"\(5, 1\)")):
+        with pytest.raises(ArgumentError, match=rf"lengths must have shape \(5,\) .*, got {shape} and \(5, 7\)"):
+            model(values, wrong, uniform, labels)
+        with pytest.raises(ArgumentError, match=rf"lengths must have shape \(5,\), got {shape}"):
+            model.represent(values, wrong)
+    with pytest.raises(ArgumentError, match=r"lengths must have shape \(5,\), got \(1,\)"):
+        model.represent(values, lengths[:1])
+    with pytest.raises(ArgumentError, match=r"uniform \(5, 7\), got \(5,\) and \(7,\)"):
+        model(values, lengths, uniform[0], labels)
     with pytest.raises(ArgumentError, match="values must have at least 8 steps, two frames, got 7"):
         model(values[:, :7], lengths.clamp_max(7), uniform, labels)
     with pytest.raises(ArgumentError, match="labels must have 'speaker', got none"):

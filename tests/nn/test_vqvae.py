@@ -1,6 +1,7 @@
 """Quantisers as modules: their gradients, their transitions against the codebook functions, and what they learn."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -148,6 +149,22 @@ def test_codes_of_moving_averages_have_no_gradient(name: str) -> None:
 def test_vectors_of_another_size_are_refused(name: str) -> None:
     with pytest.raises(ArgumentError, match=r"vectors must have 3 values on their last axis.*got shape \(2, 5, 4\)"):
         QUANTISERS[name]()(torch.zeros(2, 5, 4))
+
+
+@pytest.mark.usefixtures("as_a_user")
+@every_quantiser
+def test_noise_of_another_shape_is_refused(name: str) -> None:
+    """By the transition of what learns from the vectors, and by initialisation."""
+    quantiser = QUANTISERS[name]()
+    vectors = torch.randn(20, CODE_DIM)
+    indices, books = quantiser(vectors).indices, quantiser.num_codebooks
+    for shape in ((NUM_CODES,), (), (books + 1, NUM_CODES), (books, NUM_CODES - 1), (1, books, NUM_CODES)):
+        expected = f"uniform must have shape (num_codebooks, num_codes) = {(books, NUM_CODES)}, got {shape}"
+        if name != "gradient":
+            with pytest.raises(ArgumentError, match=re.escape(expected)):
+                quantiser.transition(vectors, indices, torch.rand(shape))
+        with pytest.raises(ArgumentError, match=re.escape(expected)):
+            quantiser.initialise(vectors, torch.rand(shape), 1)
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
