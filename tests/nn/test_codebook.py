@@ -100,11 +100,19 @@ def test_the_distance_of_the_code_chosen_is_the_least_but_for_rounding(spread: f
     sides = torch.tensor([-1.0, 1.0]).repeat_interleave(100)[:, None]
     codes, vectors = torch.randn(200, 16), torch.randn(200, 16)
     codes, vectors = codes + spread * sides, vectors + spread * sides
-    radius = (torch.cat([vectors, codes]).double() - codes.double().mean(0)).norm(dim=1).max()
     distances = squared_distances(vectors, codes)
     chosen = distances.gather(1, nearest_codes(vectors, codes)[:, None])[:, 0]
-    assert (chosen - distances.min(1).values).max() < 1e-6 * radius**2
+    assert (chosen - distances.min(1).values).max() < 1e-6 * distances.max()
     assert torch.equal(nearest_codes(vectors.double(), codes.double()), distances.argmin(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_codes_far_out_cost_the_others_no_precision(dtype: torch.dtype) -> None:
+    """A third of the codes, such as dead ones that have drifted, are a hundred thousand times as far as the others."""
+    codes, vectors = torch.randn(60, 8).to(dtype), torch.randn(2000, 8).to(dtype)
+    codes[::3] = 1e4 * codes[::3] + 1e5
+    assert_nearest(nearest_codes(vectors, codes), vectors, codes, 1e-4)
+    assert nearest_codes(codes[::3], codes).tolist() == list(range(0, 60, 3))
 
 
 def test_nearest_codes_of_vectors_that_are_not_contiguous() -> None:
