@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from popgen.datasets.sequences import SequenceData
@@ -110,10 +111,14 @@ def representations(
 
 
 def _steps_of(encoder: FrameEncoder) -> Callable[[Tensor], Tensor]:
-    """Returns what puts the steps together that each frame of an encoder sees."""
+    """Returns what puts the steps together that each frame of an encoder sees.
+
+    Sequences shorter than one frame are padded with zeros to one, as the encoder pads them.
+    """
 
     def steps(values: Tensor) -> Tensor:
-        return values.flatten(2).unfold(1, encoder.receptive_field, encoder.hop).flatten(2)
+        x = F.pad(values.flatten(2), (0, 0, 0, max(0, encoder.receptive_field - values.shape[1])))
+        return x.unfold(1, encoder.receptive_field, encoder.hop).flatten(2)
 
     return lambda values: steps(values if values.ndim > 2 else values[..., None])
 

@@ -81,6 +81,20 @@ def test_what_is_no_audio_is_compared_with_its_own_steps() -> None:
     torch.testing.assert_close(windows[:, 3], batch.values[:, 6:12])
 
 
+@pytest.mark.parametrize("sample_rate", [1_000, None])
+def test_padding_is_in_no_frame_that_counts(sample_rate: int | None) -> None:
+    """Whatever stands there, and however little: sequences too short for one frame have none, alone as well."""
+    model, data = make_model(1), make_data(sample_rate=sample_rate)
+    values, lengths = torch.randn(4, 30), torch.tensor([30, 20, 7, 5])
+    changed = torch.where(torch.arange(30) < lengths[:, None], values, 100.0)
+    for name, represent in representations(model, make_model(2), data, (3,)).items():
+        (found, usable), (other, _) = represent(values, lengths), represent(changed, lengths)
+        assert usable.sum(1).tolist() == [13, 8, 1, 0], name
+        torch.testing.assert_close(found[usable], other[usable], msg=name)
+        short, none = represent(values[3:, :5], lengths[3:])
+        assert short.shape == (1, 1, found.shape[2]) and none.tolist() == [[False]], name
+
+
 def test_a_speaker_never_heard_is_a_column_of_its_own() -> None:
     """The digit is told from loudness, for whoever speaks; the speaker from the mean, among those who were heard."""
     everyone, data = make_data(), make_data(heard=(0, 1))
