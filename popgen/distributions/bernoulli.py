@@ -20,6 +20,9 @@ class Bernoulli:
 
     Whatever the types of logits and images, values are formed in float32 at least.
 
+    Derivatives are those of reverse mode alone, of any order: `torch.func.jacrev` twice makes a Hessian, where
+    `torch.func.hessian` needs forward mode, with which torch.compile could not trace the density.
+
     Attributes:
         logits: shape `(*sample, batch, event)`.
 

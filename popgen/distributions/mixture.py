@@ -28,6 +28,9 @@ class GaussianMixture:
     squared distance from the origin in units of the variance: narrower components, and points far from all, need
     float64.
 
+    Derivatives are those of reverse mode alone, of any order: `torch.func.jacrev` twice makes a Hessian, where
+    `torch.func.hessian` needs forward mode, with which torch.compile could not trace the density.
+
     Attributes:
         mean: shape `(components, latent)`.
         log_var: shape `(components, latent)`.

@@ -43,6 +43,9 @@ def test_gradients_are_exact() -> None:
     assert torch.autograd.gradgradcheck(log_density, (logits, x))
     mapped = torch.func.vmap(torch.func.grad(lambda logits, x: log_density(logits, x).sum()), in_dims=(0, None))
     torch.testing.assert_close(mapped(logits, x), (x - torch.sigmoid(logits)).detach())
+    hessian = torch.func.jacrev(torch.func.jacrev(lambda logits: log_density(logits, x).sum()))(logits)
+    slopes = torch.sigmoid(logits) * torch.sigmoid(-logits)
+    torch.testing.assert_close(hessian.flatten(3).flatten(0, 2), -torch.diag(slopes.flatten()))
 
 
 def test_float32_is_accurate_at_every_size_of_logit() -> None:

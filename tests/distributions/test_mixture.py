@@ -140,6 +140,12 @@ def test_first_and_second_derivatives() -> None:
     log_density = lambda mean, log_var, z: GaussianMixture(mean, log_var).log_density(z)  # noqa: E731
     assert torch.autograd.gradcheck(log_density, (mean, log_var, z))
     assert torch.autograd.gradgradcheck(log_density, (mean, log_var, z))
+    density = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(4, dtype=torch.float64)),
+        torch.distributions.Independent(torch.distributions.Normal(mean, (0.5 * log_var).exp()), 1),
+    )
+    hessian = torch.func.jacrev(torch.func.jacrev(lambda z: log_density(mean, log_var, z)))(z[0])
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(density.log_prob, z[0]))
 
 
 def test_gradients_equal_those_of_the_textbook() -> None:
