@@ -156,14 +156,20 @@ def binarise_once(levels: UInt8[Tensor, "count size"], seed: int) -> UInt8[Tenso
     return 255 * (levels.cpu() > torch.rand(levels.shape, generator=generator) * 255.0).to(torch.uint8)
 
 
-def as_values(images: Tensor) -> Float[Tensor, "count size"]:
+def as_values(images: Tensor, dtype: torch.dtype | None = None) -> Float[Tensor, "count size"]:
     """Returns images as values in [0, 1]: uint8 levels divided by 255, floating point as it is.
+
+    Args:
+        images: uint8 or floating point.
+        dtype: of the values; default that of floating-point images, PyTorch's default for others.
 
     Example:
         >>> as_values(torch.tensor([[0, 255]], dtype=torch.uint8))
         tensor([[0., 1.]])
     """
-    return images.to(torch.get_default_dtype()) / 255.0 if images.dtype == torch.uint8 else images
+    if images.dtype == torch.uint8:
+        return images.to(dtype or torch.get_default_dtype()) / 255.0
+    return images.to(dtype or images.dtype)
 
 
 def fix_binarisation(levels: UInt8[Tensor, "count size"], protocol: str, seed: int) -> UInt8[Tensor, "count size"]:

@@ -192,7 +192,7 @@ def annealed_estimate(
     """
     check_integer("num_chains", num_chains, minimum=1)
     check_integer("num_leapfrog_steps", num_leapfrog_steps, minimum=1)
-    betas, target = temperatures(num_temperatures), target_of(model, as_values(images))
+    betas, target = temperatures(num_temperatures), target_of(model, as_values(images, model.dtype))
     shape = (num_chains, len(images), model.latent_dim)
     step_sizes = None
     for purpose in ("tuning", "chains"):

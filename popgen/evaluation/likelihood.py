@@ -96,7 +96,7 @@ def evaluate_elbo(
     noise = _elbo_noise(indices, model.noise_dim, seed, images.device)
     parts: list[dict[str, Tensor]] = []
     for chunk, chunk_noise in zip(images.split(batch_size), noise.split(batch_size), strict=True):
-        x = as_values(chunk)
+        x = as_values(chunk, model.dtype)
         terms = model(x, chunk_noise[None].to(x))
         bound = elbo(terms.log_p_x_given_z, terms.log_p_z, terms.log_q_z_given_x)
         parts.append(
@@ -273,7 +273,7 @@ def importance_estimate(
     images_at_once = max(1, ROWS_IN_FLIGHT.get(images.device.type, ROWS_IN_FLIGHT["cpu"]) // samples_at_once)
     estimates = []
     for start in range(0, len(images), images_at_once):
-        x = as_values(images[start : start + images_at_once])
+        x = as_values(images[start : start + images_at_once], model.dtype)
         indices = range(first_image + start, first_image + start + len(x))
         blocks = []
         with matrix_products(precision, x.device):
@@ -302,7 +302,7 @@ def count_active_units(model: VAE, images: Tensor, batch_size: int = 1_000) -> i
         >>> count_active_units(vae, torch.zeros(5, 16))
         0
     """
-    codes = torch.cat([model.latent_code(as_values(chunk)) for chunk in images.split(batch_size)])
+    codes = torch.cat([model.latent_code(as_values(chunk, model.dtype)) for chunk in images.split(batch_size)])
     return int((codes.var(dim=0, correction=0) > ACTIVE_UNIT_VARIANCE).sum())
 
 
@@ -323,7 +323,7 @@ def kl_of_dimensions(model: VAE, images: Tensor, batch_size: int = 1_000) -> Flo
         return None
     total = torch.zeros(model.latent_dim, dtype=torch.float64, device=images.device)
     for chunk in images.split(batch_size):
-        posterior = model.encode(as_values(chunk)).posterior
+        posterior = model.encode(as_values(chunk, model.dtype)).posterior
         mean, log_var = posterior.mean.double(), posterior.log_var.double()
         total += 0.5 * (mean.square() + log_var.exp() - 1.0 - log_var).sum(0)
     return total / len(images)

@@ -28,7 +28,7 @@ def prior_samples(model: VAE, image_shape: tuple[int, int], num_samples: int, ge
         >>> prior_samples(vae, (4, 4), num_samples=32, generator=torch.Generator()).shape
         torch.Size([14, 98])
     """
-    device, dtype = generator.device, next(model.parameters()).dtype
+    device, dtype = generator.device, model.dtype
     noise = torch.randn(num_samples, model.latent_dim, generator=generator, device=device, dtype=dtype)
     uniform = torch.rand(num_samples, generator=generator, device=device, dtype=dtype)
     z = model.prior_density().sample(noise, uniform)
@@ -49,7 +49,7 @@ def reconstructions(model: VAE, images: Tensor, image_shape: tuple[int, int]) ->
 
     Example: `all_pictures` calls it.
     """
-    x = as_values(images)
+    x = as_values(images, model.dtype)
     pairs = torch.stack([x, model.decoder(model.latent_code(x)).mean], dim=1).flatten(0, 1)
     return image_grid(pairs, image_shape, columns=COLUMNS)
 
@@ -64,9 +64,9 @@ def interpolations(model: VAE, images: Tensor, image_shape: tuple[int, int]) -> 
     """
     if len(images) < 2:
         return None
-    codes = model.latent_code(as_values(images))
+    codes = model.latent_code(as_values(images, model.dtype))
     starts, ends = codes[0::2], codes[1::2]
-    fractions = torch.linspace(0.0, 1.0, COLUMNS, device=codes.device)[:, None]
+    fractions = torch.linspace(0.0, 1.0, COLUMNS, device=codes.device, dtype=codes.dtype)[:, None]
     z = torch.stack([start + fractions * (end - start) for start, end in zip(starts, ends, strict=False)])
     return image_grid(model.decoder(z).mean.flatten(0, 1), image_shape, columns=COLUMNS)
 

@@ -1,6 +1,7 @@
 """How VQ-VAEs are evaluated: the bound, the use of the codes, and what a prior that knows no neighbours would give."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -44,7 +45,7 @@ def codes_of_images(model: VQVAE, images: Tensor, seed: int = 0) -> Int64[Tensor
     for part in images.split(BATCH_SIZE):
         if not part.is_floating_point():
             part = binarise(bernoulli_thresholds(part), draw_bits(tuple(part.shape), generator))
-        codes.append(model.encode(part))
+        codes.append(model.encode(part.to(model.dtype)))
     return torch.cat(codes)
 
 
@@ -77,7 +78,9 @@ def positionwise_log_prior(
 class VQVAEEvaluator(ImageEvaluator):
     """Evaluates a VQ-VAE: its bound under a uniform prior, and how many of the codes it uses.
 
-    `codes_used` and `perplexity` are those of a whole pass over the images, whatever the batches.
+    `codes_used` and `perplexity` are those of a whole pass over the images, whatever the batches. Of several codebooks
+    the codes used are summed, the perplexity is the geometric mean, and `codes_used_of_codebook_n` and
+    `perplexity_of_codebook_n` are those of codebook n = 1, 2, ...
 
     Example:
         >>> VQVAEEvaluator().default_num_samples
@@ -145,7 +148,7 @@ class VQVAEEvaluator(ImageEvaluator):
     def show(self, model: VQVAE, data: ImageData, num_samples: int, generator: torch.Generator) -> dict[str, Shown]:
         """Returns pictures of test images, and the same each beside what its codes decode to."""
         some = data.test[:num_samples]
-        x = as_values(some)
+        x = as_values(some, model.dtype)
         with torch.no_grad():
             pairs = torch.stack([x, model.decode(model.encode(x)).mean], dim=1).flatten(0, 1)
         return {
@@ -181,5 +184,13 @@ class VQVAEWithPriorEvaluator(VQVAEEvaluator):
 
 
 def _usage(model: VQVAE, codes: Tensor) -> Results:
-    usage = CodeUsage.of(codes, model.quantiser.num_codes)
-    return {"codes_used": usage.num_used, "perplexity": usage.perplexity}
+    """Returns the use of the codes; of several codebooks together and of each."""
+    num_codes, num_codebooks = model.quantiser.num_codes, model.quantiser.num_codebooks
+    books = codes.reshape(-1, num_codebooks).unbind(1)
+    usages = [CodeUsage.of(book, num_codes) for book in books]
+    used, perplexities = [usage.num_used for usage in usages], [usage.perplexity for usage in usages]
+    results: Results = {"codes_used": sum(used), "perplexity": math.prod(perplexities) ** (1.0 / num_codebooks)}
+    if num_codebooks > 1:
+        results |= {f"codes_used_of_codebook_{n}": count for n, count in enumerate(used, start=1)}
+        results |= {f"perplexity_of_codebook_{n}": perplexity for n, perplexity in enumerate(perplexities, start=1)}
+    return results

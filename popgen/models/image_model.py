@@ -3,6 +3,7 @@
 import abc
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -41,6 +42,11 @@ class ImageModel(Model):
     @abc.abstractmethod
     def noise_dim(self) -> int:
         """The size of the standard normal noise that a sample takes; 0 where the posterior is a point."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights, in which images are given."""
+        return next(self.parameters()).dtype
 
     @abc.abstractmethod
     def forward(self, x: Float[Tensor, "batch input"], noise: Float[Tensor, "samples batch noise"]) -> Any:

@@ -220,6 +220,20 @@ def test_evaluation_in_float64_agrees() -> None:
     torch.testing.assert_close(double, single.double(), rtol=0, atol=1e-4)
 
 
+def test_images_take_the_type_of_the_model() -> None:
+    """Levels and float32 values are the same images in float64, for all that an evaluation forms of them."""
+    vae, images = make_vae("none", "standard").double(), make_images()
+    values = images.double() / 255
+    for given in (images, values.float()):
+        elbo = evaluate_elbo(vae, given)["elbo"]
+        assert elbo.dtype == torch.float64 and torch.equal(elbo, evaluate_elbo(vae, values)["elbo"])
+        assert torch.equal(estimate_log_likelihood(vae, given, 5), estimate_log_likelihood(vae, values, 5))
+        assert count_active_units(vae, given) == count_active_units(vae, values)
+        assert torch.equal(kl_of_dimensions(vae, given), kl_of_dimensions(vae, values))
+    grey = torch.arange(2 * SIZE, dtype=torch.uint8).view(2, SIZE)  # levels that float32 rounds otherwise
+    assert torch.equal(evaluate_elbo(vae, grey)["elbo"], evaluate_elbo(vae, grey.double() / 255)["elbo"])
+
+
 def test_num_samples_must_be_positive() -> None:
     with pytest.raises(ArgumentError, match="num_samples must be an integer of at least 1, got 0"):
         estimate_log_likelihood(make_vae(), make_images(), num_samples=0)

@@ -145,3 +145,15 @@ def test_every_model_has_its_pictures(images: Tensor, count: int) -> None:
 def test_samples_of_a_model_in_double_precision() -> None:
     vae = VAE(GaussianEncoder(16, 2, 8), BernoulliDecoder(2, 16, 8), StandardNormalPrior()).double()
     assert prior_samples(vae, (4, 4), num_samples=16, generator=torch.Generator()).shape == (8, 98)
+
+
+def test_images_take_the_type_of_the_model() -> None:
+    """Levels are shown by a float64 model as their values are."""
+    vae, images = make_vae(VampPrior(SIZE, 3), flow=True).double(), 255 * torch.randint(2, (8, SIZE), dtype=torch.uint8)
+    found, expected = (
+        all_pictures(vae, given, SHAPE, 4, torch.Generator().manual_seed(0))
+        for given in (images, images.double() / 255)
+    )
+    assert found.keys() == expected.keys()
+    for name, picture in found.items():
+        assert torch.equal(picture, expected[name]), name

@@ -96,6 +96,16 @@ def test_codes_of_grey_images_are_those_of_one_seeded_draw() -> None:
     assert torch.cat(seen).mean().item() == pytest.approx(grey.float().mean().item() / 255, abs=0.02)
 
 
+def test_images_take_the_type_of_the_model() -> None:
+    """Levels that are drawn, and values, encoded and shown by a float64 model."""
+    model, data = make_vqvae().double(), make_data()
+    single = make_vqvae()
+    for images in (data.train, data.test, data.test.float() / 255):
+        assert torch.equal(codes_of_images(model, images), codes_of_images(single, images))
+    shown, expected = (VQVAEEvaluator().show(one, data, 4, torch.Generator()) for one in (model, single))
+    torch.testing.assert_close(shown["reconstructions"].int(), expected["reconstructions"].int(), rtol=0, atol=1)
+
+
 def test_codes_of_several_codebooks_keep_their_axis() -> None:
     codes = codes_of_images(make_vqvae(ResidualQuantiser(3, NUM_CODES, 3)), make_images())
     assert codes.shape == (23, 2, 3, 3)
@@ -112,6 +122,24 @@ def test_usage_is_that_of_a_whole_pass(batch_size: int, monkeypatch: pytest.Monk
     assert found["codes_used"] == np.count_nonzero(counts) < NUM_CODES
     assert found["perplexity"] == pytest.approx(float(np.exp(-(frequencies * np.log(frequencies)).sum())), rel=1e-6)
     assert VQVAEWithPriorEvaluator().curves(make_model("with prior"), images) == {}
+
+
+def test_usage_of_several_codebooks_is_that_of_each() -> None:
+    """Of all together the number of codes is the sum, and the perplexity the exponential of the mean entropy."""
+    model, images = make_vqvae(ResidualQuantiser(3, NUM_CODES, 3)), make_images()
+    for book, codes in enumerate(([0.0] * 3, [1_000.0] * 3)):  # what no vector is near, in two of the books
+        model.quantiser.stages[book].codes[book + 1 :] = 1_000.0 + torch.tensor(codes)
+    indices, found = model.encode(images.float() / 255).numpy(), VQVAEEvaluator().curves(model, images)
+    entropies, used = [], []
+    for book in range(3):
+        counts = np.bincount(indices[..., book].ravel(), minlength=NUM_CODES)
+        frequencies = counts[counts > 0] / counts.sum()
+        entropies.append(float(-(frequencies * np.log(frequencies)).sum()))
+        used.append(int(np.count_nonzero(counts)))
+        assert found.pop(f"codes_used_of_codebook_{book + 1}") == used[-1]
+        assert found.pop(f"perplexity_of_codebook_{book + 1}") == pytest.approx(math.exp(entropies[-1]), rel=1e-6)
+    assert used[0] == 1 and used[1] == 2 and used[2] > 2
+    assert found == {"codes_used": sum(used), "perplexity": pytest.approx(math.exp(np.mean(entropies)), rel=1e-6)}
 
 
 # --- the prior that knows no neighbours ------------------------------------------------------------------------------
