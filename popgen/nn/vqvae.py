@@ -171,11 +171,9 @@ class Quantiser(nn.Module, abc.ABC):
             buffers[name].copy_(value)
 
     def _check_uniform(self, uniform: Tensor) -> None:
-        expected = (self.num_codebooks, self.num_codes)
-        if tuple(uniform.shape) != expected:
-            raise ArgumentError(
-                f"uniform must have shape (num_codebooks, num_codes) = {expected}, got {tuple(uniform.shape)}"
-            )
+        found, expected = tuple(uniform.shape), (self.num_codebooks, self.num_codes)
+        if found != expected:
+            raise ArgumentError(f"uniform must have shape (num_codebooks, num_codes) = {expected}, got {found}")
 
 
 class _SingleCodebook(Quantiser):
