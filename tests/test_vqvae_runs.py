@@ -135,7 +135,7 @@ def loaded_model(kind: str, directory: RunDirectory, checkpoint: str) -> tuple[I
 
 @pytest.mark.parametrize("kind", ["vqvae", "gradient", "residual"])
 def test_curves_of_a_vqvae(kind: str, finished: dict[str, RunDirectory]) -> None:
-    """The use of the codes is that of a whole pass through each split, by NumPy."""
+    """The use of the codes is that of a whole pass through each split, by NumPy, in each codebook."""
     found = curves(finished[kind])
     for name in ("loss", "elbo", "reconstruction", "kl", "commitment_loss", "codebook_loss", "codes_revived"):
         assert list(found[f"train/{name}"]) == list(range(1, NUM_STEPS + 1)), name
@@ -143,10 +143,19 @@ def test_curves_of_a_vqvae(kind: str, finished: dict[str, RunDirectory]) -> None
         assert list(found[f"test/{name}"]) == [3, 6, 9, 12], name
     assert list(found["train/codes_used"]) == list(found["train/perplexity"]) == [3, 6, 9, 12]
     data, model = loaded_model(kind, finished[kind], "latest")
-    counts = np.bincount(model.encode(data.test.float() / 255).numpy().ravel(), minlength=NUM_CODES)
-    used = counts[counts > 0] / counts.sum()
-    assert found["test/codes_used"][NUM_STEPS] == len(used)
-    assert found["test/perplexity"][NUM_STEPS] == pytest.approx(math.exp(-(used * np.log(used)).sum()), rel=1e-5)
+    numbers, perplexities = [], []
+    books = model.encode(data.test.float() / 255).numpy().reshape(-1, 2 if kind == "residual" else 1)
+    for n, codes in enumerate(books.T, start=1):
+        counts = np.bincount(codes, minlength=NUM_CODES)
+        used = counts[counts > 0] / counts.sum()
+        numbers.append(len(used))
+        perplexities.append(math.exp(-(used * np.log(used)).sum()))
+        if kind == "residual":
+            assert found[f"test/codes_used_of_codebook_{n}"][NUM_STEPS] == numbers[-1]
+            assert found[f"test/perplexity_of_codebook_{n}"][NUM_STEPS] == pytest.approx(perplexities[-1], rel=1e-5)
+    assert found["test/codes_used"][NUM_STEPS] == sum(numbers)
+    mean = math.exp(np.mean(np.log(perplexities)))
+    assert found["test/perplexity"][NUM_STEPS] == pytest.approx(mean, rel=1e-5)
     assert all(1.0 <= value <= NUM_CODES for value in found["train/perplexity"].values())
     assert found["train/reconstruction"][NUM_STEPS] > found["train/reconstruction"][1]
     positions = 8 if kind == "residual" else 4
@@ -209,7 +218,8 @@ def test_record_of_the_final_evaluation(kind: str, finished: dict[str, RunDirect
     assert record["log_p_x"] == pytest.approx(record["elbo"]) == pytest.approx(record["reconstruction"] - record["kl"])
     assert record["elbo"] == pytest.approx(-finished[kind].load_checkpoint("best")["best_loss"], rel=1e-6)
     assert record["log_q_z_given_x"] == record["log_det"] == 0.0
-    assert 1 <= record["codes_used"] <= NUM_CODES and 1.0 <= record["perplexity"] <= record["codes_used"]
+    books = 2 if kind == "residual" else 1
+    assert books <= record["codes_used"] <= books * NUM_CODES and 1.0 <= record["perplexity"] <= record["codes_used"]
     expected = record["reconstruction"] - record["kl_of_positionwise_prior"]
     assert record["elbo_of_positionwise_prior"] == pytest.approx(expected)
     with Image.open(finished[kind].samples_path / "best.png") as picture:
