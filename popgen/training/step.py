@@ -86,21 +86,25 @@ class TrainStep:
         result, gradients = self.gradients(state, batch, noise, settings)
         if self.processes.size > 1:
             result, gradients = self._combine(result, gradients, self.objective.weight(batch))
-        return self.take([state], [result], [gradients], settings)[0]
+        return self.take(state, result, gradients, settings)
 
     def gradients(self, state: TrainState, batch: Any, noise: Any, settings: Settings) -> tuple[Result, Gradients]:
         """Returns what the loss function returns, and the gradients of the parameters."""
         with matrix_products(self.precision, device_of(state)):
             return self.gradient_function(state.parameters, state.buffers, batch, noise, settings, state.auxiliary)
 
-    def take(
+    def take(self, state: TrainState, result: Result, gradients: Gradients, settings: Settings) -> Metrics:
+        """Updates the tensors of a state in place along its gradients, and returns the metrics."""
+        return self.take_together([state], [result], [gradients], settings)[0]
+
+    def take_together(
         self,
         states: Sequence[TrainState],
         results: Sequence[Result],
         gradients: Sequence[Gradients],
         settings: Settings,
     ) -> list[Metrics]:
-        """Updates the tensors of states in place, each along its gradients, and returns the metrics of each."""
+        """Does the same for several states of one step."""
         changing, metrics = [], []
         for state, (_, found, observed) in zip(states, results, strict=True):
             tensors = {**state.buffers, **state.auxiliary}
