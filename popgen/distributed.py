@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import hashlib
 import os
+import socket
 import threading
 import time
 import uuid
@@ -296,7 +297,7 @@ def launched_together() -> bool:
 def joined(timeout: float) -> Iterator[Processes]:
     """Joins the other processes of this run, if there are any, and leaves them in the end.
 
-    An error that ends all of them is marked as said in all but one.
+    An error that ends all of them is marked as said in all but one; of those that miss others, each says whom.
 
     Args:
         timeout: seconds that a process waits for the others, at first and whenever they exchange something.
@@ -312,13 +313,14 @@ def joined(timeout: float) -> Iterator[Processes]:
     if not launched_together():
         yield ALONE
         return
-    limit = datetime.timedelta(seconds=timeout)
+    limit, deadline = datetime.timedelta(seconds=timeout), time.monotonic() + timeout
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if not 0 <= rank < size:
+        raise ProcessesError(f"RANK must be at least 0 and below WORLD_SIZE, which is {size}, got {rank}")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    whole_store = _store(rank, size, timeout, deadline)
     try:
-        whole_store, _, _ = next(torch.distributed.rendezvous("env://", timeout=limit))
-        whole_store.set_timeout(limit)
-        store = torch.distributed.PrefixStore(_name_of_start(whole_store, rank, size, timeout), whole_store)
+        store = torch.distributed.PrefixStore(_name_of_start(whole_store, rank, size, timeout, deadline), whole_store)
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise ProcessesError(f"process {rank} of {size} did not find the others ({reason_of(error)})") from error
@@ -331,35 +333,80 @@ def joined(timeout: float) -> Iterator[Processes]:
     torch.distributed.destroy_process_group()
 
 
-def _name_of_start(store: Any, rank: int, size: int, timeout: float) -> str:
+def _store(rank: int, size: int, timeout: float, deadline: float) -> torch.distributed.TCPStore:
+    """Returns the store in which the processes find each other: torchrun's, or one that the first of them keeps.
+
+    Raises:
+        ProcessesError: if there is none.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not address or not port.isdecimal():
+        raise ProcessesError(
+            f"MASTER_ADDR and MASTER_PORT must be the address and a port of process 0, got {address!r} and {port!r}"
+        )
+    keeps_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    while not keeps_it:  # a store that is not there yet would be reported by torch, at length
+        try:
+            socket.create_connection((address, port), timeout).close()
+            break
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ProcessesError(
+                    f"process 0 of {size} did not answer at {address}:{port} within {timeout:g} seconds "
+                    f"(--process_timeout; {error.strerror})"
+                ) from error
+        time.sleep(POLLING_SECONDS)
+    limit = datetime.timedelta(seconds=timeout)
+    try:
+        return torch.distributed.TCPStore(
+            address, int(port), is_master=keeps_it, timeout=limit, wait_for_workers=False, multi_tenant=True
+        )
+    except (RuntimeError, ValueError) as error:
+        said = f"process {rank} of {size} cannot meet the others at {address}:{port}"
+        raise ProcessesError(f"{said} ({reason_of(error)})") from error
+
+
+def _name_of_start(store: Any, rank: int, size: int, timeout: float, deadline: float) -> str:
     """Returns a name that the processes of this start have agreed on, and none of an earlier one has had.
 
     When torchrun starts processes again, its store still holds the addresses of those that have ended. The first
-    process proposes a name, the others answer it with names of their own, and it goes by what it was answered.
+    process proposes a name, and all answer it with names of their own. Once all have, or its time is over, the first
+    lists the answers; who finds its own among them knows who else is there.
 
     Raises:
         ProcessesError: if not all come.
     """
-    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout
-    answers = [f"popgen/{own}/{other}" for other in range(1, size)]
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    own = uuid.uuid4().hex
     if rank == 0:
         store.set("popgen/start", own)
-    while time.monotonic() < deadline:
-        if rank == 0:
-            if store.check(answers):
-                store.set(f"popgen/{own}/agreed", b",".join(map(store.get, answers)))
-                return own
-        elif store.check(["popgen/start"]):
-            proposed = store.get("popgen/start").decode()
-            store.set(f"popgen/{proposed}/{rank}", own)
-            agreed = f"popgen/{proposed}/agreed"
-            if store.check([agreed]) and own in store.get(agreed).decode():
-                return proposed
+    while True:
+        late, start = time.monotonic() >= deadline, own if rank == 0 else read("popgen/start")
+        answers = [f"popgen/{start}/{other}" for other in range(size)]
+        if start:
+            store.set(answers[rank], own)
+        if rank == 0 and (late or store.check(answers)):
+            store.set(f"popgen/{start}/listed", ",".join(map(read, answers)))
+        listed = read(f"popgen/{start}/listed").split(",")
+        if own in listed:
+            break
+        if late:  # the first has come later than this one, or not at all
+            listed = list(map(read, answers)) if start and listed == [""] else []
+            break
         time.sleep(POLLING_SECONDS)
-    missing = [place for place, answer in enumerate(answers, 1) if not store.check([answer])] if rank == 0 else [0]
-    raise ProcessesError(
-        f"process {', '.join(map(str, missing))} of {size} did not come within {timeout:g} seconds (--process_timeout)"
-    )
+    if own in listed and all(listed):
+        return start
+    missing, within = [place for place, name in enumerate(listed) if not name], f"within {timeout:g} seconds"
+    if not missing:
+        raise ProcessesError(f"process 0 of {size} did not answer {within} (--process_timeout)")
+    readers = store.add(f"popgen/{start}/readers", 1)
+    while rank == 0 and readers < size - len(missing) and time.monotonic() < deadline + CLOSING_SECONDS:
+        time.sleep(POLLING_SECONDS)  # the others read in the store that ends with this process
+        readers = store.add(f"popgen/{start}/readers", 0)
+    raise ProcessesError(f"process {', '.join(map(str, missing))} of {size} did not come {within} (--process_timeout)")
 
 
 def _first_to_say(store: Any, error: PopgenError) -> bool:

@@ -1,8 +1,10 @@
 """What several processes exchange, and how they end when one of them does."""
 
 import os
+import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
@@ -212,11 +214,76 @@ def test_all_stop_with_the_status_of_one_that_stops() -> None:
     assert sorted(outcome.said for outcome in outcomes) == ["", "stopped at step 3\n"]
 
 
-def test_processes_that_never_come_are_named() -> None:
-    first, second = together(lambda processes: None, size=4, timeout=1.0, present=2)
-    assert first.status == second.status == 1
-    assert first.said == "error: process 2, 3 of 4 did not come within 1 seconds (--process_timeout)\n"
-    assert second.said == "error: process 0 of 4 did not come within 1 seconds (--process_timeout)\n" or not second.said
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize(
+    "present, said",
+    [
+        ([0, 1], "error: process 2 of 3 did not come within 2 seconds (--process_timeout)\n"),
+        ([0], "error: process 1, 2 of 3 did not come within 2 seconds (--process_timeout)\n"),
+        ([1, 2], "error: process 0 of 3 did not answer within 2 seconds (--process_timeout)\n"),
+    ],
+)
+def test_processes_that_never_come_are_named(present: list[int], said: str, by_hand: bool) -> None:
+    """By every one that has come, in the same words; whoever has come is not named."""
+    started = time.perf_counter()
+    outcomes = together(lambda processes: None, size=3, timeout=2.0, present=present, by_hand=by_hand)
+    assert time.perf_counter() - started < 20.0
+    for outcome in outcomes:  # where the first is to keep the store, it is also said where
+        plain = re.sub(r" at 127.0.0.1:\d+|; Connection refused", "", outcome.said)
+        assert (outcome.status, plain) == (1, said)
+        assert (plain == outcome.said) == (not by_hand or 0 in present)
+
+
+def test_processes_that_are_started_by_hand_find_each_other() -> None:
+    assert results_of(lambda processes: processes.gather(processes.rank), size=3, by_hand=True) == [[0, 1, 2]] * 3
+
+
+def meet(store: Any, rank: int, size: int, timeout: float) -> str:
+    """Returns the name that a process agrees on with others, or what it says where it cannot."""
+    try:
+        return distributed._name_of_start(store, rank, size, timeout, time.monotonic() + timeout)
+    except ProcessesError as error:
+        return str(error)
+
+
+def test_one_that_has_waited_for_longer_than_the_first_names_who_is_missing() -> None:
+    """Its own time is over before the first has said anything."""
+    with ThreadPoolExecutor(2) as threads:
+        store = torch.distributed.HashStore()
+        second = threads.submit(meet, store, 1, 3, timeout=0.6)
+        time.sleep(0.3)
+        first = threads.submit(meet, store, 0, 3, timeout=0.6)
+        said = "process 2 of 3 did not come within 0.6 seconds (--process_timeout)"
+        assert (first.result(), second.result()) == (said, said)
+
+
+def test_what_was_said_of_an_earlier_start_is_not_heeded() -> None:
+    """Process 1 of an earlier start has not come, and what the first wrote of that is still in the store."""
+    store = torch.distributed.HashStore()
+    assert meet(store, 0, 2, timeout=0.1) == "process 1 of 2 did not come within 0.1 seconds (--process_timeout)"
+    assert meet(store, 1, 2, timeout=0.1) == "process 0 of 2 did not answer within 0.1 seconds (--process_timeout)"
+    with ThreadPoolExecutor(2) as threads:
+        second = threads.submit(meet, store, 1, 2, timeout=10.0)
+        time.sleep(0.2)
+        first = threads.submit(meet, store, 0, 2, timeout=10.0)
+        assert first.result() == second.result() and len(first.result()) == 32
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"MASTER_PORT": ""}, "must be the address and a port of process 0, got '127.0.0.1' and ''"),
+        ({"MASTER_PORT": "port"}, "got '127.0.0.1' and 'port'"),
+        ({"RANK": "2"}, "RANK must be at least 0 and below WORLD_SIZE, which is 2, got 2"),
+    ],
+)
+def test_variables_that_make_no_sense(changes: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not after the time in which others may still come."""
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (variables | changes).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ProcessesError, match=said), joined(timeout=1_000.0):
+        pass
 
 
 def test_what_an_earlier_start_has_left_in_the_store_does_no_harm() -> None:

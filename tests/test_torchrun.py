@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from benchmarks.together import free_port
 from tests.test_commands import REPOSITORY, Workspace
 
 pytestmark = pytest.mark.slow
@@ -40,7 +41,9 @@ class Together(Workspace):
 
     def start(self, command: str, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.Popen:
         path = os.pathsep.join((str(REPOSITORY), str(self.path)))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+        if not any(option.startswith("--rdzv_backend") for option in options):
+            options = ("--standalone", *options)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *options]
         return subprocess.Popen(
             [*launcher, "-m", f"launch.{command}", *arguments],
             cwd=self.path,
@@ -78,11 +81,13 @@ def test_train_and_evaluate(together: Together) -> None:
         assert shared[name] == pytest.approx(alone[name], abs=1e-5), name
 
 
-def test_a_worker_that_dies_is_started_again(together: Together) -> None:
+@pytest.mark.parametrize("rendezvous", ["standalone", "static"])
+def test_a_worker_that_dies_is_started_again(rendezvous: str, together: Together) -> None:
     (together.path / "own_objective.py").write_text(DYING)
     (together.path / "dying.gin").write_text(DYING_CONFIG)
     command = ("train", "--gin_file=dying.gin", "--run_dir=run")
-    process = together.start(*command, options=("--max_restarts=1",))
+    static = ("--rdzv_backend=static", f"--master_port={free_port()}") if rendezvous == "static" else ()
+    process = together.start(*command, options=("--max_restarts=1", *static))
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert out.count("finished at step 8") == 1 and "failed (exitcode: -9) local_rank: 1" in err
