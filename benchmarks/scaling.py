@@ -20,7 +20,7 @@ import torch
 from benchmarks.measure import markdown_table
 from benchmarks.together import results_of
 from popgen.datasets.images import TrainBatches
-from popgen.distributed import ALONE, Processes
+from popgen.distributed import ALONE, Processes, packed
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow
 from popgen.nn.priors import StandardNormalPrior
@@ -71,7 +71,7 @@ def seconds_of_steps(name: str, batch_size: int, exchange: bool, seconds: float,
     levels = torch.randint(0, 256, (NUM_IMAGES, IMAGE_SIZE), dtype=torch.uint8)
     batches = TrainBatches(levels, own_size, seed=0)
     step = make_train_step(model, objective, processes=processes if exchange else ALONE)
-    message = [torch.zeros_like(p) for p in state.parameters.values()]
+    messages = packed(list(state.parameters.values()), [], weight=0.0)
 
     def draw() -> torch.Tensor:
         batch = batches.draw(state.step, state.generators["binarisation"])
@@ -97,7 +97,7 @@ def seconds_of_steps(name: str, batch_size: int, exchange: bool, seconds: float,
     return {
         "step": timed(take),
         "draw": timed(draw),
-        "exchange": timed(lambda: processes.combine(message, [])) if exchange else 0.0,
+        "exchange": timed(lambda: processes.add_up(messages)) if exchange else 0.0,
         "bytes": 4 * sum(p.numel() for p in state.parameters.values()),
     }
 

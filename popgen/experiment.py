@@ -358,19 +358,21 @@ def training_functions(
 
 
 def recorded_on_a_gpu(experiment: Experiment, step: TrainStep, batches: Batches) -> tuple[Step, DrawBatch]:
-    """Returns a training step and what draws its batches, on a GPU recorded as one CUDA graph, the draw included.
+    """Returns a training step and what draws its batches, on a GPU recorded as a CUDA graph, the draw included.
 
-    A recorded step is given the indices of its examples. Among several processes none is recorded: what they exchange
-    would have to be recorded with it.
+    A recorded step is given the indices of its examples. What several processes exchange is no part of a recording, so
+    a loss in whose midst they exchange something is not recorded.
 
     Example: `training_functions` calls it.
     """
-    if next(step.model.parameters()).is_cuda and experiment.cuda_graph:
-        if step.processes.size == 1:
-            return CapturedStep(step, batches), lambda number, generator: batches.indices(number)
+    if not (next(step.model.parameters()).is_cuda and experiment.cuda_graph):
+        return step, batches.draw
+    if step.exchanges_in_loss:
         if step.processes.first:
-            print("Experiment.cuda_graph is not used: the steps of several processes are not recorded", flush=True)
-    return step, batches.draw
+            name = type(step.objective).__name__
+            print(f"Experiment.cuda_graph is not used: processes exchange something in a {name}", flush=True)
+        return step, batches.draw
+    return CapturedStep(step, batches), lambda number, generator: batches.indices(number)
 
 
 def plain_step(experiment: Experiment, model: Model, processes: Processes = ALONE) -> TrainStep:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.together import results_of, together
 from popgen import distributed
-from popgen.distributed import ALONE, Processes, check_divided, joined, launched_together
+from popgen.distributed import ALONE, Processes, check_divided, joined, launched_together, packed, unpacked
 from popgen.errors import ArgumentError, CheckpointError, ProcessesError, StoppedError
 
 
@@ -44,7 +44,8 @@ def test_one_process_alone_starts_nothing() -> None:
         assert processes is ALONE and processes.first
     assert not torch.distributed.is_initialized() and not launched_together()
     means, sums = [torch.ones(2)], [torch.zeros(3)]
-    assert ALONE.combine(means, sums, weight=7.0) == (means, sums), "not even copied"
+    ALONE.add_up([*means, *sums])
+    assert torch.equal(means[0], torch.ones(2)) and torch.equal(sums[0], torch.zeros(3))
     assert ALONE.from_first(means) is means and ALONE.gather(3) == [3] and ALONE.any(True) and not ALONE.any(False)
     assert ALONE.part(means) is means
 
@@ -54,6 +55,14 @@ def test_one_process_of_torchrun_starts_nothing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WORLD_SIZE", "1")
     with joined(timeout=1.0) as processes:
         assert processes is ALONE and not torch.distributed.is_initialized()
+
+
+def combine(
+    processes: Processes, means: list[Tensor], sums: list[Tensor], weight: float = 1.0
+) -> tuple[list[Tensor], list[Tensor]]:
+    messages = packed(means, sums, weight)
+    processes.add_up(messages)
+    return unpacked(messages, means, sums)
 
 
 def test_processes_combine_and_tell() -> None:
@@ -68,8 +77,8 @@ def test_processes_combine_and_tell() -> None:
 
     def work(processes: Processes) -> Any:
         own = held[processes.rank]
-        combined = processes.combine(own[:2], own[2:], weights[processes.rank])
-        unweighted = processes.combine(own, [])
+        combined = combine(processes, own[:2], own[2:], weights[processes.rank])
+        unweighted = combine(processes, own, [])
         told = processes.from_first({"rank": processes.rank, "values": own[1]})
         return combined, unweighted, told, processes.gather(processes.rank), processes.any(processes.rank == 2)
 
@@ -88,7 +97,7 @@ def test_processes_combine_and_tell() -> None:
 
 def test_integers_are_summed() -> None:
     def work(processes: Processes) -> Any:
-        return processes.combine([torch.tensor(1.0 + processes.rank)], [torch.tensor([processes.rank, 2])], 3.0)
+        return combine(processes, [torch.tensor(1.0 + processes.rank)], [torch.tensor([processes.rank, 2])], 3.0)
 
     for (mean,), (total,) in results_of(work, size=2):
         assert mean == 1.5 and total.tolist() == [1, 4] and total.dtype == torch.int64
@@ -108,7 +117,7 @@ def test_parts_are_put_together_with_their_gradients() -> None:
 
 def test_what_is_not_finite_in_one_process_is_not_finite_in_all() -> None:
     def work(processes: Processes) -> Any:
-        return processes.combine([torch.full((2,), torch.nan if processes.rank else 1.0)], [])[0][0]
+        return combine(processes, [torch.full((2,), torch.nan if processes.rank else 1.0)], [])[0][0]
 
     assert all(torch.isnan(result).all() for result in results_of(work, size=2))
 

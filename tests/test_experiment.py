@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +14,19 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from popgen.datasets.images import ImageData, prepare_images
+from popgen.distributed import Processes
 from popgen.errors import ArgumentError, CheckpointError, DataError, TrainingError
 from popgen.evaluation.likelihood import evaluate_elbo
-from popgen.experiment import Configuration, Experiment, evaluate_model, prepare, run
+from popgen.experiment import Configuration, Experiment, evaluate_model, prepare, recorded_on_a_gpu, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow
 from popgen.nn.vamp_prior import VampPrior
 from popgen.optim.schedules import SigmoidAnnealing
+from popgen.training.captured_step import CapturedStep
 from popgen.training.objectives import NegativeELBO
 from popgen.training.run_directory import RunDirectory
+from popgen.training.sequence_objectives import ContrastiveLoss
+from popgen.training.step import make_train_step
 from popgen.training.weights import initialise, model_of_checkpoint
 
 CONFIGURATION = Configuration("given", "operative", {"Adam.lr": 1e-3})
@@ -320,3 +325,25 @@ def test_what_could_not_be_continued_is_refused_before_anything_starts(changes, 
     with pytest.raises(ArgumentError, match=message):
         run_in(tmp_path / "run", **changes)
     assert not list((tmp_path / "run").glob("config.gin"))
+
+
+class OnAGPU(torch.nn.Module):
+    """Takes the place of a model on a GPU."""
+
+    def parameters(self, recurse=True):
+        yield types.SimpleNamespace(is_cuda=True)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("objective, exchanges", [(NegativeELBO(), False), (ContrastiveLoss(), True)])
+def test_a_step_on_a_gpu_is_recorded(objective, exchanges, size, capsys):
+    """Whatever the number of processes, unless they exchange something within the loss, which one of them says."""
+    batches = Bars().load().batches(16, seed=0)
+    exchanges = exchanges and size > 1
+    for rank in range(size):
+        step = make_train_step(OnAGPU(), objective, processes=Processes(rank, size))
+        assert recorded_on_a_gpu(experiment(cuda_graph=False), step, batches)[0] is step
+        taken, _ = recorded_on_a_gpu(experiment(), step, batches)
+        assert taken is step if exchanges else isinstance(taken, CapturedStep)
+    line = "Experiment.cuda_graph is not used: processes exchange something in a ContrastiveLoss\n"
+    assert capsys.readouterr().out == (line if exchanges else "")

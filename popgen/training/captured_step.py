@@ -1,10 +1,14 @@
-"""A training step as one CUDA graph: the whole step, the draw of its batch included, is launched at once."""
+"""A training step as one CUDA graph: the whole step, the draw of its batch included, is launched at once.
+
+Among several processes it is two, one before their exchange and one after it.
+"""
 
 import contextlib
 import dataclasses
 import operator
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +24,11 @@ from popgen.training.step import TrainStep, settings_tensor
 
 WARM_UP_STEPS = 3  # steps before the recording: libraries are loaded, kernels chosen, optimizer state made
 
-Recording = Callable[[Callable[[], Metrics], Iterable[torch.Generator]], Recorded]
+Recording = Callable[[Callable[[], Any], Iterable[torch.Generator]], Recorded]
 
 
-def record_step(work: Callable[[], Metrics], generators: Iterable[torch.Generator]) -> Recorded:
-    """Returns a function that repeats the work of a step, and the tensors that hold its metrics after each time.
+def record_step(work: Callable[[], Any], generators: Iterable[torch.Generator]) -> Recorded:
+    """Returns a function that repeats work of a step, and what the work returned: its tensors hold the results.
 
     Args:
         work: reads and writes the same tensors every time, and never waits for the device.
@@ -51,6 +55,9 @@ class CapturedStep:
     recording of a CUDA graph asks; then the work of one step is recorded, and every later step copies the indices and
     the settings into the recorded tensors and replays. Nothing waits for the device.
 
+    Several processes record two pieces: what each finds in its part of the batch, and the update. Between them they add
+    up the messages that the first piece has left; that is no part of a recording.
+
     Args:
         train_step: what a step does.
         batches: the examples, on the device.
@@ -63,8 +70,7 @@ class CapturedStep:
         self.train_step, self.batches, self.record = train_step, batches, record
         self._warmed_up = 0
         self._recorded_for: tuple | None = None
-        self._replay: Callable[[], object] | None = None
-        self._metrics: Metrics = {}
+        self._replay: Callable[[], Metrics] | None = None
 
     def __call__(self, state: TrainState, indices: Tensor) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics of the batch at these indices; the old state is consumed."""
@@ -93,9 +99,8 @@ class CapturedStep:
                 if self._replay is None:
                     for one in replicas_of(state):
                         _check_optimizer(one)
-                    self._replay, self._metrics = self.record(self._work, tree_leaves(state.generators))
-                self._replay()
-                metrics = self._metrics
+                    self._replay = self._recorded(tree_leaves(state.generators))
+                metrics = self._replay()
         values = torch.stack(list(metrics.values()))  # a copy: the next replay overwrites what it was made of
         state = dataclasses.replace(state, step=state.step + 1)
         return state, dict(zip(metrics, values.unbind(), strict=True))
@@ -110,12 +115,31 @@ class CapturedStep:
             for one in replicas_of(state):
                 _count_on_device(one)
 
-        def work() -> Metrics:
-            batch = self.batches.gather(self._indices, state.generators["binarisation"])
-            return self.train_step.update(state, batch, settings)
+        def batch() -> Any:
+            return self.batches.gather(self._indices, state.generators["binarisation"])
 
-        self._work, self._replay, self._metrics = work, None, {}
-        self._warmed_up = 0
+        step = self.train_step
+        self._work = lambda: step.update(state, batch(), settings)
+        self._find = lambda: step.find(state, batch(), settings)
+        self._take = lambda found: step.take(state, *step.combined(found), settings)
+        self._replay, self._warmed_up = None, 0
+
+    def _recorded(self, generators: list[torch.Generator]) -> Callable[[], Metrics]:
+        """Records the work, and returns what replays it and returns its metrics."""
+        processes = self.train_step.processes
+        if processes.size == 1:
+            repeat, metrics = self.record(self._work, generators)
+            return lambda: (repeat(), metrics)[1]
+        find, found = self.record(self._find, generators)
+        take, metrics = self.record(lambda: self._take(found), [])
+
+        def replay() -> Metrics:
+            find()
+            processes.add_up(found.messages)
+            take()
+            return metrics
+
+        return replay
 
 
 def _count_on_device(state: TrainState) -> None:

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from popgen.distributed import ALONE, Processes
+from popgen.distributed import ALONE, Processes, packed, unpacked
 from popgen.errors import ArgumentError
 from popgen.execution import compile_or_fall_back, matrix_products
 from popgen.optim.schedules import Schedule
@@ -19,6 +19,20 @@ from popgen.training.update import Gradients, Update, traced_update
 
 LossFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], Result]
 GradientFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], tuple[Result, Gradients]]
+
+
+class Found(NamedTuple):
+    """What a process finds in its part of a batch.
+
+    Attributes:
+        result: what the loss function returns.
+        gradients: of the parameters.
+        messages: both packed, to be added up over the processes; none where one has the whole batch.
+    """
+
+    result: Result
+    gradients: Gradients
+    messages: list[Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +68,11 @@ class TrainStep:
         metrics = self.update(state, batch, self.settings_on_device(state))
         return dataclasses.replace(state, step=state.step + 1), metrics
 
+    @property
+    def exchanges_in_loss(self) -> bool:
+        """Whether processes may exchange something in the midst of the loss: each is given more than its examples."""
+        return self.processes.size > 1 and type(self.objective).part_of_batch is not Objective.part_of_batch
+
     def settings(self, state: TrainState) -> dict[str, float]:
         """Returns every number that depends on the step alone."""
         own_rate = float(state.optimizer.param_groups[0]["lr"])
@@ -79,14 +98,35 @@ class TrainStep:
         Every process is given the whole batch and draws all of the noise, so that both are what one process would have;
         each then takes its part of both. All that follows from the combined gradient is the same in every process.
         """
+        found = self.find(state, batch, settings)
+        self.processes.add_up(found.messages)
+        return self.take(state, *self.combined(found), settings)
+
+    def find(self, state: TrainState, batch: Any, settings: Settings) -> Found:
+        """Returns what this process finds in its part of a batch; of the state only its generators move on."""
         noise = self.objective.draw_noise(self.model, batch, state.generators["posterior noise"])
-        if self.processes.size > 1:
-            batch = self.objective.part_of_batch(batch, self.processes)
-            noise = self.objective.part_of_noise(noise, self.processes)
+        if self.processes.size == 1:
+            return Found(*self.gradients(state, batch, noise, settings), [])
+        batch = self.objective.part_of_batch(batch, self.processes)
+        noise = self.objective.part_of_noise(noise, self.processes)
         result, gradients = self.gradients(state, batch, noise, settings)
-        if self.processes.size > 1:
-            result, gradients = self._combine(result, gradients, self.objective.weight(batch))
-        return self.take(state, result, gradients, settings)
+        if result[2] and type(self.objective).transition is Objective.transition:
+            raise ArgumentError(
+                f"{type(self.objective).__name__} cannot be shared by {self.processes.size} processes: it must define "
+                f"transition, which is given the sums over all of {', '.join(result[2])}"
+            )
+        messages = packed(*_means_and_sums(result, gradients), self.objective.weight(batch))
+        return Found(result, gradients, messages)
+
+    def combined(self, found: Found) -> tuple[Result, Gradients]:
+        """Returns what the loss function returns for the whole batch, given what was added up of all its parts."""
+        result, gradients, messages = found
+        if not messages:
+            return result, gradients
+        (_, metrics, observed), (means, sums) = result, unpacked(messages, *_means_and_sums(result, gradients))
+        values, others = means[1 : 1 + len(metrics)], iter(means[1 + len(metrics) :])
+        whole = means[0], dict(zip(metrics, values, strict=True)), dict(zip(observed, sums, strict=True))
+        return whole, tuple(None if gradient is None else next(others) for gradient in gradients)
 
     def gradients(self, state: TrainState, batch: Any, noise: Any, settings: Settings) -> tuple[Result, Gradients]:
         """Returns what the loss function returns, and the gradients of the parameters."""
@@ -128,19 +168,12 @@ class TrainStep:
             for own, outcome in zip(metrics, outcomes, strict=True)
         ]
 
-    def _combine(self, result: Result, gradients: Gradients, weight: Any) -> tuple[Result, Gradients]:
-        """Returns what the loss function returns for the whole batch, of which each process saw a part."""
-        loss, metrics, observed = result
-        if observed and type(self.objective).transition is Objective.transition:
-            raise ArgumentError(
-                f"{type(self.objective).__name__} cannot be shared by {self.processes.size} processes: it must define "
-                f"transition, which is given the sums over all of {', '.join(observed)}"
-            )
-        used = [gradient for gradient in gradients if gradient is not None]
-        means, sums = self.processes.combine([loss, *metrics.values(), *used], list(observed.values()), weight)
-        values, found = means[1 : 1 + len(metrics)], iter(means[1 + len(metrics) :])
-        whole = means[0], dict(zip(metrics, values, strict=True)), dict(zip(observed, sums, strict=True))
-        return whole, tuple(None if gradient is None else next(found) for gradient in gradients)
+
+def _means_and_sums(result: Result, gradients: Gradients) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns what is averaged over the parts of a batch, and what is summed."""
+    loss, metrics, observed = result
+    used = [gradient for gradient in gradients if gradient is not None]
+    return [loss, *metrics.values(), *used], list(observed.values())
 
 
 def device_of(state: TrainState) -> torch.device:

@@ -1,9 +1,11 @@
 """The recorded step against the plain one: with a stand-in for the graph on a CPU, with the graph itself on a GPU."""
 
 import functools
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from popgen.datasets.data import Batches
 from popgen.datasets.images import TrainBatches
@@ -32,25 +34,53 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 class StandIn:
-    """Records as a graph does: nothing happens until the replay, which repeats the work on the very same tensors."""
+    """Records as a graph does: work is gone through once and changes nothing; a replay repeats it on the same tensors.
 
-    def __init__(self) -> None:
-        self.recorded, self.replayed = 0, 0
+    Processes exchange nothing within it.
+
+    Args:
+        states: of all that the work may change.
+    """
+
+    def __init__(self, *states: TrainState) -> None:
+        self.states, self.recorded, self.replayed, self.generators = states, 0, 0, []
 
     def __call__(self, work, generators):
         self.recorded += 1
-        self.generators = list(generators)
-        metrics = {}
+        self.generators += generators
+        changing = [tensor for state in self.states for tensor in tensors_in(state)]
+        own = [generator for state in self.states for generator in state.generators.values()]
+        before = [tensor.detach().clone() for tensor in changing], [generator.get_state() for generator in own]
+        leaves, structure = tree_flatten(without_exchange(work))
+        with torch.no_grad():
+            for tensor, value in zip(changing, before[0], strict=True):
+                tensor.copy_(value)
+        for generator, value in zip(own, before[1], strict=True):
+            generator.set_state(value)
+        results = [torch.full_like(leaf, -1) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
         def replay() -> None:
             self.replayed += 1
-            for name, value in work().items():
-                if name in metrics:
-                    metrics[name].copy_(value)
-                else:
-                    metrics[name] = value.clone()
+            for result, leaf in zip(results, tree_leaves(without_exchange(work)), strict=True):
+                if isinstance(leaf, torch.Tensor):
+                    result.copy_(leaf)
 
-        return replay, metrics
+        return replay, tree_unflatten(results, structure)
+
+
+def tensors_in(state: TrainState) -> list[torch.Tensor]:
+    """Returns all tensors that a step changes."""
+    kept = [dict(kept) for kept in state.optimizer.state.values()]
+    changing = state.parameters, state.buffers, state.auxiliary, state.weight_average, state.skipped, kept
+    return [leaf for leaf in tree_leaves(changing) if isinstance(leaf, torch.Tensor)]
+
+
+def without_exchange(work):
+    """Does some work in which processes must exchange nothing."""
+    with mock.patch.multiple(torch.distributed, all_reduce=mock.DEFAULT, all_gather=mock.DEFAULT) as exchanges:
+        result = work()
+    assert not any(exchange.called for exchange in exchanges.values()), "an exchange is recorded"
+    return result
 
 
 def make_vae() -> VAE:
@@ -155,7 +185,7 @@ def test_replayed_steps_equal_plain_ones_bit_for_bit(kind: str):
     first = {name: tensor.clone() for name, tensor in (state.buffers | state.auxiliary).items()}
     plain = run(step, lambda state: batches.draw(state.step, state.generators["binarisation"]), state)
     step, batches, state = setting(kind)
-    record = StandIn()
+    record = StandIn(state)
     captured = run(CapturedStep(step, batches, record), lambda state: batches.indices(state.step), state)
     assert_same(captured, plain, tolerance=0.0)
     assert captured[0].skipped["total"] == (2 if kind == "skipping" else 0)
@@ -169,10 +199,10 @@ def test_replayed_steps_equal_plain_ones_bit_for_bit(kind: str):
 
 def test_another_state_is_recorded_anew():
     step, batches, state = setting()
-    record = StandIn()
+    _, _, other = setting()
+    record = StandIn(state, other)
     captured = CapturedStep(step, batches, record)
     first = run(captured, lambda state: batches.indices(state.step), state)
-    _, _, other = setting()
     second = run(captured, lambda state: batches.indices(state.step), other)
     assert record.recorded == 2
     assert_same(first, second, tolerance=0.0)

@@ -30,11 +30,13 @@ from popgen.nn.vamp_prior import VampPrior
 from popgen.nn.vqvae import MovingAverageQuantiser, ResidualQuantiser
 from popgen.optim.geco import GECO
 from popgen.optim.schedules import SigmoidAnnealing
+from popgen.training.captured_step import WARM_UP_STEPS, CapturedStep
 from popgen.training.importance_objectives import DoublyReparameterisedIWAE, StickingTheLanding
 from popgen.training.objectives import ConstrainedELBO, NegativeELBO, Objective, VQVAELoss
 from popgen.training.sequence_objectives import ContrastiveLoss, NegativeLogLikelihood
 from popgen.training.state import TrainState, initial_state, state_to_tensors
 from popgen.training.step import make_train_step
+from tests.training.test_captured_step import StandIn
 
 NUM_STEPS, BATCH_SIZE = 100, 12
 
@@ -102,9 +104,13 @@ def make_batches(model: Any) -> TrainBatches | WindowBatches:
 
 
 def trained(
-    kind: Callable[[], tuple[Any, Objective]], processes: Processes, num_steps: int = NUM_STEPS, **settings: Any
+    kind: Callable[[], tuple[Any, Objective]],
+    processes: Processes,
+    num_steps: int = NUM_STEPS,
+    recorded: bool = False,
+    **settings: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
-    """Returns the state after some steps, as a checkpoint has it, and the metrics of every step."""
+    """Returns the state after some steps, plain or recorded, as a checkpoint has it, and the metrics of every step."""
     torch.manual_seed(0)
     model, objective = kind()
     model = model.double()
@@ -112,11 +118,16 @@ def trained(
     optimizer = functools.partial(torch.optim.Adam, lr=0.01, fused=True)
     state: TrainState = initial_state(model, optimizer, seed=0, auxiliary=auxiliary)
     step = make_train_step(model, objective, weight_average_decay=0.9, processes=processes, **settings)
-    batches = make_batches(model)
-    history = []
+    batches, record, history = make_batches(model), StandIn(state), []
+    captured = CapturedStep(step, batches, record)
     for _ in range(num_steps):
-        state, metrics = step(state, batches.draw(state.step, state.generators["binarisation"]))
+        if recorded:
+            state, metrics = captured(state, batches.indices(state.step))
+        else:
+            state, metrics = step(state, batches.draw(state.step, state.generators["binarisation"]))
         history.append(metrics)
+    pieces = (1 if processes.size == 1 else 2) if recorded else 0
+    assert (record.recorded, record.replayed) == (pieces, pieces * (num_steps - WARM_UP_STEPS))
     return state_to_tensors(state), history
 
 
@@ -176,9 +187,35 @@ def test_more_processes_take_the_steps_of_one(name: str, size: int) -> None:
     assert_agree(first, trained(KINDS[name], ALONE), tolerance=1e-9)
 
 
-def test_clipping_is_of_the_gradient_of_the_whole_batch() -> None:
+@pytest.mark.parametrize("name", ["vae", "vamp and flow", "geco, reconstruction", "geco, kl", "vqvae", "wavenet"])
+def test_recorded_steps_of_two_processes_are_those_of_one(name: str) -> None:
+    """Recorded in two pieces, the same bits as plain steps of two, and those of one to 1e-9."""
+    take = functools.partial(trained, KINDS[name], num_steps=40)
+    first, second = results_of(functools.partial(take, recorded=True), size=2)
+    assert_agree(first, second, tolerance=0.0)
+    assert_agree(first, results_of(take, size=2)[0], tolerance=0.0)
+    assert_agree(first, take(ALONE), tolerance=1e-9)
+    if name == "vqvae":
+        assert sum(row["codes_revived"] for row in first[1]) > 5
+
+
+def test_an_exchange_in_the_midst_of_a_loss_cannot_be_recorded() -> None:
+    """The stand-in sees it, and the step says so beforehand."""
+
+    def work(processes: Processes) -> None:
+        with pytest.raises(AssertionError, match="an exchange is recorded"):
+            trained(KINDS["cpc, batch"], processes, num_steps=5, recorded=True)
+
+    results_of(work, size=2)
+    for name, size, expected in (("cpc, batch", 2, True), ("cpc, batch", 1, False), ("wavenet", 2, False)):
+        model, objective = KINDS[name]()
+        assert make_train_step(model, objective, processes=Processes(0, size)).exchanges_in_loss == expected
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_clipping_is_of_the_gradient_of_the_whole_batch(recorded: bool) -> None:
     take = functools.partial(trained, KINDS["vae"], num_steps=20, max_gradient_norm=0.5)
-    found = results_of(take, size=2)[0]
+    found = results_of(functools.partial(take, recorded=recorded), size=2)[0]
     assert_agree(found, take(ALONE), tolerance=1e-9)
     assert all(row["gradient_norm"] > 0.5 for row in found[1])
 
@@ -191,10 +228,11 @@ class NanAtOne(NegativeELBO):
         return torch.where(batch[-1, 0] == 1, torch.nan, loss), metrics, observed
 
 
-def test_a_step_that_one_process_cannot_take_is_skipped_by_all() -> None:
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_step_that_one_process_cannot_take_is_skipped_by_all(recorded: bool) -> None:
     """The loss is not a number in the second process, whose part has the last image."""
     take = functools.partial(trained, lambda: (make_vae(), NanAtOne()), num_steps=40)
-    first, second = results_of(take, size=2)
+    first, second = results_of(functools.partial(take, recorded=recorded), size=2)
     assert_agree(first, second, tolerance=0.0)
     skipped = [int(row["skipped_steps"]) for row in first[1]]
     assert 2 <= skipped[-1] <= 38
