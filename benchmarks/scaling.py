@@ -20,7 +20,8 @@ import torch
 from benchmarks.measure import markdown_table
 from benchmarks.together import results_of
 from popgen.datasets.images import TrainBatches
-from popgen.distributed import ALONE, Processes, packed
+from popgen.distributed import ALONE, Processes
+from popgen.messages import packed
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow
 from popgen.nn.priors import StandardNormalPrior

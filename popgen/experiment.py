@@ -15,12 +15,7 @@ from tqdm import tqdm
 from popgen.datasets.data import Batches, Data, first_examples
 from popgen.description import Experiment
 from popgen.distributed import ALONE, Processes, check_divided
-from popgen.errors import (
-    ArgumentError,
-    DataError,
-    DivergedError,
-    StoppedError,
-)
+from popgen.errors import ArgumentError, DataError, DivergedError, StoppedError
 from popgen.evaluation.evaluator import EvaluationSettings
 from popgen.evaluation.image_table import ImageTable, Shard
 from popgen.evaluation.progress import show_mean
@@ -43,10 +38,7 @@ from popgen.training.state import (
     state_from_tensors,
     state_to_tensors,
 )
-from popgen.training.step import (
-    TrainStep,
-    make_train_step,
-)
+from popgen.training.step import TrainStep, make_train_step
 from popgen.training.weights import initialise, model_of_checkpoint
 
 

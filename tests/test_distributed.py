@@ -13,8 +13,9 @@ from torch import Tensor
 
 from benchmarks.together import results_of, together
 from popgen import distributed
-from popgen.distributed import ALONE, Processes, check_divided, joined, launched_together, packed, unpacked
+from popgen.distributed import ALONE, Processes, check_divided, joined, launched_together
 from popgen.errors import ArgumentError, CheckpointError, ProcessesError, StoppedError
+from popgen.messages import packed, unpacked
 
 
 @pytest.fixture(autouse=True)

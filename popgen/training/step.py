@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from popgen.distributed import ALONE, Processes, packed, unpacked
+from popgen.distributed import ALONE, Processes
 from popgen.errors import ArgumentError
 from popgen.execution import compile_or_fall_back, matrix_products
+from popgen.messages import packed, unpacked
 from popgen.optim.schedules import Schedule
 from popgen.optim.weight_average import effective_decay
 from popgen.training.objectives import Metrics, Objective, Result, Settings, Tensors
