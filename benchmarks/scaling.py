@@ -92,7 +92,7 @@ def seconds_of_steps(name: str, batch_size: int, exchange: bool, seconds: float,
             began = time.perf_counter()
             work()
             times.append(time.perf_counter() - began)
-            going = len(times) % 10 > 0 or processes.any(time.perf_counter() < end)
+            going = len(times) % 10 > 0 or processes.largest(end - time.perf_counter()) > 0
         return statistics.median(times)
 
     return {

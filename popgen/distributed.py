@@ -94,18 +94,18 @@ class Processes:
         """
         return part if self.size == 1 else _Whole.apply(part, self)
 
-    def any(self, flag: bool) -> bool:
-        """Returns whether any of them says so.
+    def largest(self, number: float) -> float:
+        """Returns the largest of their numbers.
 
         Raises:
             ProcessesError: if a process has ended.
         """
         if self.size == 1:
-            return flag
-        said = torch.tensor([int(flag)], dtype=torch.int32)
+            return number
+        held = torch.tensor(number, dtype=torch.float64)
         with _answered():
-            torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
-        return bool(said)
+            torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
+        return held.item()
 
     def from_first(self, value: T) -> T:
         """Returns what the first process has, tensors, numbers and collections of them; the others may give None.

@@ -28,7 +28,7 @@ from popgen.training.captured_step import CapturedStep
 from popgen.training.checkpoints import check_plain
 from popgen.training.checks import check_can_be_saved, check_can_skip, check_repeats, check_takes_plain_steps
 from popgen.training.diagnosis import with_replay
-from popgen.training.loop import DrawBatch, Hooks, MeanMetrics, Step, mean_metrics, train
+from popgen.training.loop import DrawBatch, Hooks, MeanMetrics, Step, StopTogether, mean_metrics, train
 from popgen.training.recorder import Follower, Recorder, fit_files
 from popgen.training.records import Configuration, EvaluationFiles
 from popgen.training.run_directory import Found, RunDirectory
@@ -54,7 +54,8 @@ def run(
     The caller, or that of the first of several processes, holds the directory's lock. Each of them calls this with the
     same experiment; the first one reads and writes all that there is in the directory.
 
-    `stop` is asked before every step, and while the final evaluation lasts; where it says so, the state is saved.
+    `stop` is asked before every step, by several processes about twice a second, and while the final evaluation lasts;
+    where it says so, the state is saved.
 
     Raises:
         DataError: if the data cannot be loaded or does not fit the model.
@@ -104,7 +105,7 @@ def run(
             functions,
             recorder,
             [directory],
-            stop=lambda: processes.any(stop()),
+            stop=StopTogether(stop, processes),
             quiet=not processes.first,
         )
         finish(experiment, model, data, directory, recorder, stop, processes)

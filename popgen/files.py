@@ -138,6 +138,8 @@ def held(
 ) -> Iterator[None]:
     """Creates a folder and holds it for this process; the operating system frees it when the process dies.
 
+    If nothing has been written when an error ends this, the folders that it created go again.
+
     Args:
         folder: to hold.
         in_use: the error where another process holds it.
@@ -156,6 +158,7 @@ def held(
         True
     """
     lock = FileLock(folder / LOCK_NAME, timeout=timeout)
+    created = [path for path in (folder, *(folder / name for name in subfolders)) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in subfolders:
@@ -167,6 +170,13 @@ def held(
         raise RunDirectoryError(not_writable(error.strerror or str(error))) from error
     try:
         yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # of a folder that is not empty
+            for path in reversed(created):
+                if path == folder and [entry.name for entry in folder.iterdir()] == [LOCK_NAME]:
+                    (folder / LOCK_NAME).unlink()
+                path.rmdir()
+        raise
     finally:
         lock.release()
 

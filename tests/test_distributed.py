@@ -1,11 +1,13 @@
 """What several processes exchange, and how they end when one of them does."""
 
+import math
 import os
 import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from popgen import distributed
 from popgen.distributed import ALONE, Processes, check_divided, joined, launched_together
 from popgen.errors import ArgumentError, CheckpointError, ProcessesError, StoppedError
 from popgen.messages import packed, unpacked
+from popgen.training.loop import StopTogether
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +50,7 @@ def test_one_process_alone_starts_nothing() -> None:
     means, sums = [torch.ones(2)], [torch.zeros(3)]
     ALONE.add_up([*means, *sums])
     assert torch.equal(means[0], torch.ones(2)) and torch.equal(sums[0], torch.zeros(3))
-    assert ALONE.from_first(means) is means and ALONE.gather(3) == [3] and ALONE.any(True) and not ALONE.any(False)
+    assert ALONE.from_first(means) is means and ALONE.gather(3) == [3] and ALONE.largest(2.5) == 2.5
     assert ALONE.part(means) is means
 
 
@@ -81,17 +84,17 @@ def test_processes_combine_and_tell() -> None:
         combined = combine(processes, own[:2], own[2:], weights[processes.rank])
         unweighted = combine(processes, own, [])
         told = processes.from_first({"rank": processes.rank, "values": own[1]})
-        return combined, unweighted, told, processes.gather(processes.rank), processes.any(processes.rank == 2)
+        return combined, unweighted, told, processes.gather(processes.rank), processes.largest(processes.rank / 2)
 
     results = results_of(work, size=3)
-    for (means, sums), (plain_means, no_sums), told, ranks, said in results:
+    for (means, sums), (plain_means, no_sums), told, ranks, largest in results:
         for place, mean in enumerate(means):
             expected = sum(w * one[place].double() for w, one in zip(weights, held, strict=True)) / sum(weights)
             torch.testing.assert_close(mean, expected.to(dtypes[place]))
         torch.testing.assert_close(sums[0], held[0][2] + held[1][2] + held[2][2])
         torch.testing.assert_close(plain_means[1], (held[0][1] + held[1][1] + held[2][1]) / 3)
         assert no_sums == [] and told["rank"] == 0 and torch.equal(told["values"], held[0][1])
-        assert ranks == [0, 1, 2] and said is True
+        assert ranks == [0, 1, 2] and largest == 1.0
     first, *others = ([*means, *sums, *plain] for (means, sums), (plain, _), *_ in results)
     assert all(torch.equal(one, two) for other in others for one, two in zip(first, other, strict=True))
 
@@ -130,10 +133,10 @@ def test_a_process_that_is_killed_takes_the_others_down() -> None:
     """At once, long before the timeout, with one line between them."""
 
     def work(processes: Processes) -> None:
-        processes.any(False)
+        processes.largest(0.0)
         if processes.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        processes.any(False)
+        processes.largest(0.0)
 
     started = time.perf_counter()
     outcomes = together(work, size=3, timeout=60.0)
@@ -149,7 +152,7 @@ def test_a_process_that_hangs_is_not_waited_for_longer_than_the_timeout() -> Non
         if processes.rank == 1:
             time.sleep(4.0)
             os._exit(9)
-        processes.any(False)
+        processes.largest(0.0)
 
     started = time.perf_counter()
     outcomes = together(work, size=2, timeout=1.0)
@@ -164,9 +167,9 @@ def test_the_first_alone_may_take_longer_than_the_timeout() -> None:
             with processes.first_alone():
                 if processes.first:
                     time.sleep(2.5)
-        return processes.any(processes.first)
+        return processes.largest(1.0 - processes.rank)
 
-    assert results_of(work, size=2, timeout=1.0) == [True, True]
+    assert results_of(work, size=2, timeout=1.0) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("last_words", [True, False])
@@ -181,7 +184,7 @@ def test_the_others_learn_that_the_first_has_gone_while_it_was_alone(
                 raise ArgumentError("the loss is bad")
             if processes.first:
                 os.kill(os.getpid(), signal.SIGKILL)
-        processes.any(False)
+        processes.largest(0.0)
 
     started = time.perf_counter()
     first, second = together(work, size=2, timeout=60.0)
@@ -199,7 +202,7 @@ def test_an_error_is_said_once(everywhere: bool) -> None:
     def work(processes: Processes) -> None:
         if everywhere or processes.rank == 1:
             raise CheckpointError("it is damaged")
-        processes.any(False)
+        processes.largest(0.0)
 
     outcomes = together(work, size=3)
     assert [outcome.status for outcome in outcomes] == [1, 1, 1]
@@ -216,12 +219,44 @@ def test_different_errors_are_all_said() -> None:
 
 def test_all_stop_with_the_status_of_one_that_stops() -> None:
     def work(processes: Processes) -> None:
-        if processes.any(processes.rank == 1):
+        stop = StopTogether(lambda: processes.rank == 1, processes)
+        if stop():
             raise StoppedError("stopped at step 3")
 
     outcomes = together(work, size=2)
     assert [outcome.status for outcome in outcomes] == [75, 75]
     assert sorted(outcome.said for outcome in outcomes) == ["", "stopped at step 3\n"]
+
+
+@pytest.mark.parametrize("asked_at", [3, 150])
+def test_processes_ask_each_other_about_twice_a_second(asked_at: int) -> None:
+    """A request stops all of them after the same call, soon after it was made, and few calls cost an exchange."""
+
+    def work(processes: Processes) -> tuple[int, int, float]:
+        calls, exchanges, asked = 0, 0, math.inf
+        largest = Processes.largest
+
+        def counted(processes: Processes, number: float) -> float:
+            nonlocal exchanges
+            exchanges += 1
+            return largest(processes, number)
+
+        def is_asked() -> bool:
+            return calls >= asked_at and processes.rank == 1
+
+        stop = StopTogether(is_asked, processes)
+        with mock.patch.object(Processes, "largest", counted):
+            while not stop():
+                calls += 1
+                asked = time.monotonic() if calls == asked_at else asked
+                time.sleep(0.01 + 0.01 * processes.rank)
+            assert stop(), "it stays so"
+        return calls, exchanges, time.monotonic() - asked
+
+    (calls, exchanges, seconds), other = results_of(work, size=2)
+    assert other[:2] == (calls, exchanges)
+    assert asked_at <= calls < asked_at + 60 and seconds < 2.0
+    assert exchanges < 8 + calls / 10
 
 
 @pytest.mark.parametrize("by_hand", [False, True])

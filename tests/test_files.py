@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from popgen.errors import RunDirectoryError
-from popgen.files import write_json
+from popgen.files import held, write_json
 
 
 def refuse(constant: str) -> None:
@@ -46,3 +46,23 @@ def test_what_cannot_be_written_leaves_the_old_file(
     with pytest.raises((RunDirectoryError, TypeError)):
         write_json(path, value)
     assert json.loads(path.read_text()) == [1] and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("existed", [False, True])
+@pytest.mark.parametrize("written", [None, "config.gin", "samples/best.png"])
+def test_a_folder_in_which_nothing_was_written_goes_again(
+    written: str | None, existed: bool, tmp_path: pathlib.Path
+) -> None:
+    """What was there before stays, and so does whatever was written."""
+    folder = tmp_path / "run"
+    if existed:
+        folder.mkdir()
+    with pytest.raises(ValueError), held(folder, "in use", str, subfolders=("checkpoints", "samples")):
+        if written is not None:
+            (folder / written).write_text("")
+        raise ValueError
+    assert folder.exists() == (existed or written is not None)
+    assert written is None or (folder / written).is_file()
+    with held(folder, "in use", str):
+        pass
+    assert folder.is_dir()

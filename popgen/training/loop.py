@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from popgen.distributed import ALONE, Processes
 from popgen.errors import DivergedError
 from popgen.training.objectives import Metrics
 from popgen.training.state import TrainState
+
+ASKING_SECONDS = 0.5  # between two times at which processes ask each other whether to stop
 
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 DrawBatch = Callable[[int, torch.Generator], Any]
@@ -77,6 +80,44 @@ class Hooks(NamedTuple):
     max_skipped_steps: int = 0
     quiet: bool = False
     mean: MeanMetrics = mean_metrics
+
+
+class StopTogether:
+    """Says whether any process has been asked to stop: the same in all of them, which call it equally often.
+
+    One alone is asked at every call. Several tell each other about every `ASKING_SECONDS`: how many calls that is
+    follows from the time that those before took in the slowest of them, and at most doubles.
+
+    Args:
+        asked: whether this process has been asked to, which stays so.
+        processes: of which it is one.
+
+    Example:
+        >>> stop = StopTogether(lambda: True)
+        >>> stop()
+        True
+    """
+
+    def __init__(self, asked: Callable[[], bool], processes: Processes = ALONE) -> None:
+        self.asked, self.processes = asked, processes
+        self._stopping, self._every, self._left, self._since = False, 1, 0, time.monotonic()
+
+    def __call__(self) -> bool:
+        """Returns whether to stop.
+
+        Raises:
+            ProcessesError: if a process has ended.
+        """
+        if self.processes.size == 1:
+            return self.asked()
+        if self._left == 0 and not self._stopping:
+            now = time.monotonic()
+            slowest = self.processes.largest(math.inf if self.asked() else now - self._since)
+            self._stopping, self._since = math.isinf(slowest), now
+            at_that_rate = int(ASKING_SECONDS * self._every / max(slowest, 1e-9))
+            self._every = self._left = max(1, min(at_that_rate, 2 * self._every))
+        self._left -= 1
+        return self._stopping
 
 
 def train(
