@@ -30,6 +30,11 @@ flags.DEFINE_integer("num_temperatures", 1_000, "Of that check.")
 flags.DEFINE_integer("num_chains", 16, "Of that check, for each image.")
 command.define_process_timeout()
 
+SAME = (  # in all of several processes
+    *("run_dir", "checkpoint", "weights", "num_samples", "num_examples", "precision", "shard"),
+    *("annealed_images", "num_temperatures", "num_chains"),
+)
+
 
 def main() -> None:
     """Evaluates a checkpoint and prints, logs and writes the record."""
@@ -41,6 +46,7 @@ def main() -> None:
 
 def evaluate_together(shard: Shard, processes: Processes) -> None:
     """Does the work of `main`, as one of several processes that share the images; the first one writes and prints."""
+    processes.check_same({f"--{name}": FLAGS[name].value for name in SAME})
     directory, experiment, tensors = command.existing_run(FLAGS.run_dir, FLAGS.checkpoint, FLAGS.trust_config)
     tensors = processes.from_first(tensors)
     device = processes.device("Experiment.device", experiment.torch_device())

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -132,6 +132,20 @@ class Processes:
         with _answered():
             torch.distributed.all_gather_object(held, value)
         return held
+
+    def check_same(self, settings: Mapping[str, Any]) -> None:
+        """Compares what they have been asked for, by name.
+
+        Raises:
+            ArgumentError: in all of them, with what differs, if that is not the same.
+            ProcessesError: if a process has ended.
+        """
+        first, *others = self.gather(dict(settings))
+        for rank, other in enumerate(others, 1):
+            names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+            if names:
+                listed = "; ".join(f"{name}: {first.get(name)} -> {other.get(name)}" for name in names)
+                raise ArgumentError(f"process {rank} was asked for something else than process 0 ({listed})")
 
     @contextlib.contextmanager
     def first_goes_ahead(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """The commands, as a user runs them: each test starts `python -m launch.…` in a process of its own."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -11,6 +12,8 @@ import torch
 from filelock import FileLock
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from benchmarks.together import free_port
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -159,6 +162,25 @@ def test_shards_of_an_evaluation_make_one_record(trained):
     with Image.open(path.with_suffix(".png")) as picture:
         assert picture.width > 1_000
     assert "shard must be a part" in trained.fail(*arguments, "--shard=3/2")
+
+
+def test_processes_are_asked_for_the_same_evaluation(trained):
+    """Else all end before any work, with one line that says what differs."""
+    before = set((trained.path / "run").iterdir())
+    arguments = ("evaluate", "--run_dir=run", "--num_examples=10")
+    own = (("--num_samples=20",), ("--num_samples=50", "--weights=averaged", "--num_chains=3"))
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        ended = [
+            threads.submit(trained.run, *arguments, *options, RANK=str(rank), **together)
+            for rank, options in enumerate(own)
+        ]
+    assert [done.result().returncode for done in ended] == [1, 1]
+    assert "".join(done.result().stderr for done in ended) == (
+        "error: process 1 was asked for something else than process 0 "
+        "(--weights: raw -> averaged; --num_samples: 20 -> 50; --num_chains: 16 -> 3)\n"
+    )
+    assert set((trained.path / "run").iterdir()) == before
 
 
 def test_evaluate_by_checkpoint_and_averaged_weights(trained):

@@ -213,6 +213,34 @@ def test_an_evaluation_shared_out_is_that_of_one_process(size: int, tmp_path: pa
     assert names(tmp_path) == ["images.csv"] and len(read_table(path).rows) == 330
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"identity": {"num_samples": 50}},
+            "process 1 was asked for something else than process 0 (num_samples: 20 -> 50)",
+        ),
+        ({"identity": {}}, "process 1 was asked for something else than process 0 (num_samples: 20 -> None)"),
+        ({"column": "cube"}, "forms the columns "),
+    ],
+    ids=["other", "missing", "columns"],
+)
+def test_processes_that_evaluate_different_things_make_no_table(
+    changes: dict[str, Any], said: str, tmp_path: pathlib.Path
+) -> None:
+    """One line, from one of them, and nothing is written where that can be known before."""
+
+    def work(processes: Processes) -> None:
+        own = {"identity": {"num_samples": 20}, "column": "square"} | (changes if processes.rank else {})
+        table = ImageTable(tmp_path / "images.csv", processes=processes)
+        table.fill(own["identity"], 330, lambda images: {own["column"]: torch.tensor(images).square()})
+
+    outcomes = together(work, size=2)
+    assert [outcome.status for outcome in outcomes] == [1, 1]
+    assert said in "".join(outcome.said for outcome in outcomes) and not (tmp_path / "images.csv").is_file()
+    assert names(tmp_path) == [] or "column" in changes
+
+
 def test_an_evaluation_goes_on_with_another_number_of_processes(tmp_path: pathlib.Path) -> None:
     """What a shard has left is not computed again."""
     path = tmp_path / "images.csv"

@@ -112,10 +112,11 @@ class ImageTable:
 
         Raises:
             UnfinishedEvaluationError: if images of other shards are missing; this shard is done.
-            DataError: if what is on file has other columns.
+            ArgumentError: if processes that run together differ in the identity.
+            DataError: if what is on file, or another process finds, has other columns.
         """
         rows, names = self._read(identity)
-        self.processes.gather(None)  # all have read before any writes
+        self.processes.check_same(identity)  # and all have read before any writes
         self._begin_part(identity)
         for chunk in range(math.ceil(count / IMAGES_IN_CHUNK)):
             images = range(chunk * IMAGES_IN_CHUNK, min(count, (chunk + 1) * IMAGES_IN_CHUNK))
@@ -137,7 +138,9 @@ class ImageTable:
             found = dict(zip(images, torch.stack(list(columns.values()), dim=1).tolist(), strict=True))
             self._append(identity, names, found)
             rows |= found
-        for other_rows, other_names in self.processes.gather((rows, names)):
+        for rank, (other_rows, other_names) in enumerate(self.processes.gather((rows, names))):
+            if names and other_names and names != other_names:
+                raise DataError(f"process {rank} forms the columns {', '.join(other_names)}, not {', '.join(names)}")
             rows, names = rows | other_rows, names or other_names
         missing = [image for image in range(count) if image not in rows]
         if missing:
