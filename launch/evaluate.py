@@ -3,6 +3,9 @@
 Several processes share the images if torchrun starts them: torchrun --nproc_per_node=2 -m launch.evaluate --run_dir=...
 """
 
+import contextlib
+from typing import Any
+
 from absl import flags
 
 from launch import command
@@ -58,24 +61,32 @@ def evaluate_together(shard: Shard, processes: Processes) -> None:
     num_samples = experiment.evaluator.default_num_samples if FLAGS.num_samples is None else FLAGS.num_samples
     num_examples = len(first_examples(data, FLAGS.num_examples))
     files = EvaluationFiles(directory.path, tensors["step"], FLAGS.weights, num_samples, num_examples)
-    table = ImageTable(files.images_path, shard, processes)
+    tables = [ImageTable(path, shard, processes) for path in (files.images_path, files.annealed_path)]
+
+    def evaluated() -> dict[str, Any]:
+        step, precision = tensors["step"], FLAGS.precision
+        return evaluate_model(experiment, model, data, num_samples, num_examples, step, precision, tables[0])
+
+    def checked() -> dict[str, float | int]:
+        if not FLAGS.annealed_images:
+            return {}
+        images = data.test[: min(FLAGS.annealed_images, num_examples)]
+        settings = {"num_temperatures": FLAGS.num_temperatures, "num_chains": FLAGS.num_chains}
+        return check_by_annealing(model, images, num_samples, **settings, seed=experiment.seed, table=tables[1])
+
     try:
-        record = evaluate_model(
-            experiment, model, data, num_samples, num_examples, tensors["step"], FLAGS.precision, table
-        )
+        record = {}
+        with contextlib.suppress(UnfinishedEvaluationError):
+            record = evaluated()
+        check = checked()
+        record = record or evaluated()  # other shards may have finished meanwhile
     except UnfinishedEvaluationError as unfinished:
         print(unfinished)
         return
     if not processes.first:
         return
     record |= {"checkpoint": FLAGS.checkpoint, "weights": FLAGS.weights, "command": command.as_typed()}
-    if FLAGS.annealed_images:
-        images = data.test[: min(FLAGS.annealed_images, record["num_examples"])]
-        record |= check_by_annealing(
-            model, images, num_samples, FLAGS.num_temperatures, FLAGS.num_chains, experiment.seed
-        )
-    else:
-        record |= files.annealing_on_file(record)
+    record |= check or files.annealing_on_file(record)
     writer = Writer(directory.path)
     files.write(writer, record, experiment.evaluator)
     writer.close()

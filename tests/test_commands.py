@@ -149,10 +149,11 @@ def test_evaluate_checks_itself_by_annealing(trained):
 
 
 def test_shards_of_an_evaluation_make_one_record(trained):
-    """All 9 images belong to the first shard, and the second one waits for it."""
+    """All 9 images belong to the first shard, and the second one waits for it; both have a part of the check."""
     arguments = ("evaluate", "--run_dir=run", "--num_samples=6", "--num_examples=9")
-    assert "shard 2/2 is finished, and 9 of 9 images" in trained.succeed(*arguments, "--shard=2/2")
-    assert not list((trained.path / "run").glob("evaluation_*6x9*"))
+    arguments += ("--annealed_images=7", "--num_temperatures=3", "--num_chains=2")
+    assert "shard 2/2 is finished, and 5 of 7 images" in trained.succeed(*arguments, "--shard=2/2")
+    assert not list((trained.path / "run").glob("evaluation_*6x9.json"))
     trained.succeed(*arguments, "--shard=1/2")
     (path,) = (trained.path / "run").glob("evaluation_*6x9.json")
     record = json.loads(path.read_text())
@@ -161,6 +162,12 @@ def test_shards_of_an_evaluation_make_one_record(trained):
     assert len(table) == 2 + 9 and table[1].startswith("image,log_p_x,")
     with Image.open(path.with_suffix(".png")) as picture:
         assert picture.width > 1_000
+    for file in (trained.path / "run").glob("evaluation_*6x9*"):
+        file.unlink()
+    trained.succeed(*arguments)
+    alone = json.loads(path.read_text())
+    results = [name for name in alone if "log_p_x" in name or name.startswith(("annealed_", "simulated_"))]
+    assert {name: alone[name] for name in results} == {name: record[name] for name in results} and len(results) > 12
     assert "shard must be a part" in trained.fail(*arguments, "--shard=3/2")
 
 

@@ -20,6 +20,7 @@ from launch.train import check_same_configuration
 from popgen.datasets.images import ImageData
 from popgen.distributed import ALONE, Processes
 from popgen.errors import ConfigError, UnfinishedEvaluationError
+from popgen.evaluation.annealed import check_by_annealing
 from popgen.evaluation.image_table import ImageTable, Shard, read_table
 from popgen.experiment import Configuration, Experiment, evaluate_model, prepare, run
 from popgen.training import loop
@@ -239,6 +240,21 @@ def test_processes_that_evaluate_different_things_make_no_table(
     assert [outcome.status for outcome in outcomes] == [1, 1]
     assert said in "".join(outcome.said for outcome in outcomes) and not (tmp_path / "images.csv").is_file()
     assert names(tmp_path) == [] or "column" in changes
+
+
+def test_a_check_by_annealing_is_shared_out_too(tmp_path: pathlib.Path) -> None:
+    """Each process has a chunk of its own, and all have the numbers of one alone."""
+    experiment = make_experiment("vae", dataset=Values())
+    data, model = prepare(experiment, torch.device("cpu"))
+
+    def checked(processes: Processes) -> dict[str, Any]:
+        path = None if processes is ALONE else tmp_path / "annealed.csv"
+        table = ImageTable(path, processes=processes)
+        return check_by_annealing(model, data.test[:8], 20, 3, 2, num_leapfrog_steps=2, table=table)
+
+    alone = checked(ALONE)
+    assert results_of(checked, 2) == [alone, alone]
+    assert names(tmp_path) == ["annealed.csv"] and len(read_table(tmp_path / "annealed.csv").rows) == 8
 
 
 def test_an_evaluation_goes_on_with_another_number_of_processes(tmp_path: pathlib.Path) -> None:

@@ -4,9 +4,12 @@ Chains go from the prior to the posterior along f_β(z) = p(z) p(x | z)^β, by H
 (Neal 2001, https://arxiv.org/abs/physics/9803008; Wu et al. 2017, https://arxiv.org/abs/1611.04273). On data that the
 model itself has drawn, a chain back from the exact posterior sample bounds log p(x) from above (BDMC, Grosse et al.
 2015, https://arxiv.org/abs/1511.02543).
+
+All noise is keyed by the seed and the image's index, or that of the simulated one, and step sizes are tuned for each
+image on its own, so that the answer does not depend on how the work is cut up.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +18,9 @@ from torch import Tensor
 
 from popgen.datasets.images import as_values
 from popgen.errors import ArgumentError, check_integer
-from popgen.evaluation.likelihood import estimate_log_likelihood
+from popgen.evaluation.evaluator import identity_of
+from popgen.evaluation.image_table import ImageTable
+from popgen.evaluation.likelihood import importance_estimate
 from popgen.evaluation.statistics import standard_error
 from popgen.losses import iwae
 from popgen.models.model import Model
@@ -26,6 +31,10 @@ TARGET_ACCEPTANCE = 0.65  # of proposals, for which step sizes are tuned (Neal 2
 INITIAL_STEP_SIZE = 0.1
 TUNING_RATE = 0.2  # acceptance is within [0, 1], so a temperature changes a step size by exp(-0.13) to exp(0.07)
 SIGMOID_RANGE = 4.0
+# Images whose chains go together: on a CPU they fill a core, on a GPU they make each launch worth its while. They are
+# always as many, each at the same place, if need be beside copies: chains amplify rounding, which depends on that.
+IMAGES_AT_ONCE = {"cpu": 5, "cuda": 100}
+ESTIMATOR_VERSION = 1  # raised with every change to what a row is made of: rows on file are used no more
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -78,7 +87,7 @@ def anneal(
     target: Target,
     start: Float[Tensor, "chains count latent"],
     betas: Float[Tensor, " temperatures"],
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     num_leapfrog_steps: int = 10,
     step_sizes: Float[Tensor, "transitions count"] | None = None,
     backward: bool = False,
@@ -92,7 +101,7 @@ def anneal(
         target: what is annealed.
         start: draws from the prior; backward, from the posterior.
         betas: from 0 to 1.
-        generator: of momenta and acceptances.
+        generators: of momenta and acceptances, one for each example.
         num_leapfrog_steps: of a proposal.
         step_sizes: of the leapfrog steps at each temperature but the first, for each example. None tunes them on the
             way: only chains with step sizes that were fixed before have unbiased weights.
@@ -100,7 +109,7 @@ def anneal(
 
     Example:
         >>> flat = Target(lambda z: -0.5 * z.square().sum(-1), lambda z: torch.zeros(z.shape[:-1]))
-        >>> anneal(flat, torch.randn(3, 2, 4), temperatures(5), torch.Generator()).log_w
+        >>> anneal(flat, torch.randn(3, 2, 4), temperatures(5), [torch.Generator(), torch.Generator()]).log_w
         tensor([[0., 0.],
                 [0., 0.],
                 [0., 0.]], dtype=torch.float64)
@@ -114,7 +123,7 @@ def anneal(
         if not backward:
             log_w += increase * target.log_likelihood(z)
         sizes[index] = tuned if step_sizes is None else step_sizes[index]
-        z, accepted = _transition(target, z, beta, sizes[index], num_leapfrog_steps, generator)
+        z, accepted = _transition(target, z, beta, sizes[index], num_leapfrog_steps, generators)
         acceptance[index] = accepted.mean(0)
         tuned = tuned * torch.exp(TUNING_RATE * (acceptance[index] - TARGET_ACCEPTANCE))
         if backward:
@@ -123,11 +132,11 @@ def anneal(
 
 
 def _transition(
-    target: Target, z: Tensor, beta: float, step_size: Tensor, num_steps: int, generator: torch.Generator
+    target: Target, z: Tensor, beta: float, step_size: Tensor, num_steps: int, generators: Sequence[torch.Generator]
 ) -> tuple[Tensor, Tensor]:
     """Returns where a step of Hamiltonian Monte Carlo goes, and the probability of its acceptance, for each chain."""
     size = step_size[:, None]
-    momentum = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+    momentum = _draw(torch.randn, generators, (len(z), z.shape[-1]), z)
     log_density, gradient = _density_and_gradient(target, z, beta)
     before = log_density - 0.5 * momentum.square().sum(-1)
     place = z
@@ -138,7 +147,7 @@ def _transition(
         momentum = momentum + 0.5 * size * gradient
     after = log_density - 0.5 * momentum.square().sum(-1)
     probability = (after - before).clamp_max(0.0).exp().nan_to_num(0.0)
-    uniform = torch.rand(probability.shape, generator=generator, device=z.device, dtype=z.dtype)
+    uniform = _draw(torch.rand, generators, (len(z),), z)
     return torch.where((uniform < probability)[..., None], place, z), probability
 
 
@@ -148,6 +157,12 @@ def _density_and_gradient(target: Target, z: Tensor, beta: float) -> tuple[Tenso
         log_density = target.log_prior(place) + beta * target.log_likelihood(place)
         (gradient,) = torch.autograd.grad(log_density.sum(), place)
     return log_density.detach(), gradient
+
+
+def _draw(sample: Callable[..., Tensor], generators: Sequence[torch.Generator], shape: tuple, like: Tensor) -> Tensor:
+    """Returns a draw of each generator, side by side along the second axis."""
+    draws = [sample(shape, generator=generator, device=like.device, dtype=like.dtype) for generator in generators]
+    return torch.stack(draws, dim=1)
 
 
 def target_of(model: VAE, x: Float[Tensor, "count input"]) -> Target:
@@ -167,10 +182,11 @@ def annealed_estimate(
     num_chains: int = 16,
     num_leapfrog_steps: int = 10,
     seed: int = 0,
+    first_image: int = 0,
 ) -> tuple[Float[Tensor, " count"], Chains]:
     """Returns log p(x) of images by annealed importance sampling, a lower bound in expectation, nats; and its chains.
 
-    A first run with other noise tunes the step sizes.
+    A first run with other noise tunes the step sizes. Memory grows with `num_chains`, for a few images at a time.
 
     Args:
         model: the VAE, on the device of the images.
@@ -179,6 +195,7 @@ def annealed_estimate(
         num_chains: for each image.
         num_leapfrog_steps: of a transition.
         seed: of the noise.
+        first_image: index in the data set of the first of these images, to which their noise belongs.
 
     Raises:
         ArgumentError: if an argument is below 1.
@@ -192,14 +209,19 @@ def annealed_estimate(
     """
     check_integer("num_chains", num_chains, minimum=1)
     check_integer("num_leapfrog_steps", num_leapfrog_steps, minimum=1)
-    betas, target = temperatures(num_temperatures), target_of(model, as_values(images, model.dtype))
-    shape = (num_chains, len(images), model.latent_dim)
-    step_sizes = None
-    for purpose in ("tuning", "chains"):
-        generator = make_generator(images.device, seed, "annealing", purpose)
-        start = _prior_sample(model, shape, generator)
-        chains = anneal(target, start, betas, generator, num_leapfrog_steps, step_sizes)
-        step_sizes = chains.step_sizes
+    betas = temperatures(num_temperatures)
+    parts = []
+    groups, own = _groups(range(first_image, first_image + len(images)), images.device)
+    for group in groups:
+        places = (torch.arange(group.start, group.stop, device=images.device) - first_image).clamp(0, len(images) - 1)
+        target, step_sizes = target_of(model, as_values(images[places], model.dtype)), None
+        for purpose in ("tuning", "chains"):
+            generators = _generators(images.device, seed, purpose, group)
+            start = _prior_sample(model, num_chains, generators)
+            chains = anneal(target, start, betas, generators, num_leapfrog_steps, step_sizes)
+            step_sizes = chains.step_sizes
+        parts.append(chains)
+    chains = Chains(*(torch.cat(fields, dim=1)[:, own] for fields in zip(*parts, strict=True)))
     return iwae(chains.log_w), chains
 
 
@@ -225,6 +247,7 @@ def simulated_sandwich(
     num_chains: int = 16,
     num_leapfrog_steps: int = 10,
     seed: int = 0,
+    first_image: int = 0,
 ) -> Sandwich:
     """Returns bounds from both sides on log p(x) of images that the model draws (bidirectional Monte Carlo).
 
@@ -237,6 +260,7 @@ def simulated_sandwich(
         num_chains: for each image, forward.
         num_leapfrog_steps: of a transition.
         seed: of the noise.
+        first_image: index of the first of these images among all that the model draws with the seed.
 
     Raises:
         ArgumentError: if an argument is below 1.
@@ -249,29 +273,46 @@ def simulated_sandwich(
         torch.Size([3])
     """
     check_integer("count", count, minimum=1)
-    reference = next(model.parameters())
-    generator = make_generator(reference.device, seed, "annealing", "simulation")
-    z = _prior_sample(model, (1, count, model.latent_dim), generator)
-    density = model.decoder(z[0])
-    images = density.sample(torch.rand(density.mean.shape, generator=generator, device=z.device, dtype=z.dtype))
-    lower, chains = annealed_estimate(model, images, num_temperatures, num_chains, num_leapfrog_steps, seed)
-    back = anneal(
-        target_of(model, images),
-        z,
-        temperatures(num_temperatures),
-        make_generator(reference.device, seed, "annealing", "back"),
-        num_leapfrog_steps,
-        chains.step_sizes,
-        backward=True,
-    )
-    return Sandwich(images, lower, -iwae(-back.log_w))
+    device, betas = next(model.parameters()).device, temperatures(num_temperatures)
+    parts = []
+    groups, own = _groups(range(first_image, first_image + count), device)
+    for group in groups:
+        generators = _generators(device, seed, "simulation", group)
+        z = _prior_sample(model, 1, generators)
+        density = model.decoder(z)
+        images = density.sample(_draw(torch.rand, generators, (1, model.input_dim), z))[0]
+        lower, chains = annealed_estimate(
+            model, images, num_temperatures, num_chains, num_leapfrog_steps, seed, group.start
+        )
+        generators = _generators(device, seed, "back", group)
+        target, step_sizes = target_of(model, images), chains.step_sizes
+        back = anneal(target, z, betas, generators, num_leapfrog_steps, step_sizes, backward=True)
+        parts.append(Sandwich(images, lower, -iwae(-back.log_w)))
+    return Sandwich(*(torch.cat(fields)[own] for fields in zip(*parts, strict=True)))
 
 
-def _prior_sample(model: VAE, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+def _images_at_once(device: torch.device) -> int:
+    return IMAGES_AT_ONCE.get(device.type, IMAGES_AT_ONCE["cpu"])
+
+
+def _groups(indices: range, device: torch.device) -> tuple[list[range], slice]:
+    """Returns the whole groups that some images belong to, and where in these groups side by side the images are."""
+    size = _images_at_once(device)
+    first = indices.start - indices.start % size
+    groups = [range(start, start + size) for start in range(first, indices.stop, size)]
+    return groups, slice(indices.start - first, indices.stop - first)
+
+
+def _generators(device: torch.device, seed: int, purpose: str, group: range) -> list[torch.Generator]:
+    """Returns a generator for each image of a group, at the start of a stream of its own."""
+    return [make_generator(device, seed, "annealing", purpose, index) for index in group]
+
+
+def _prior_sample(model: VAE, num_chains: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Returns draws from the prior, shape `(chains, count, latent)`."""
     reference = next(model.parameters())
-    noise = torch.randn(shape, generator=generator, device=reference.device, dtype=reference.dtype)
-    uniform = torch.rand(shape[:2], generator=generator, device=reference.device, dtype=reference.dtype)
-    return model.prior_density().sample(noise, uniform)
+    noise = _draw(torch.randn, generators, (num_chains, model.latent_dim), reference)
+    return model.prior_density().sample(noise, _draw(torch.rand, generators, (num_chains,), reference))
 
 
 def check_can_anneal(model: Model, num_temperatures: int, num_chains: int) -> VAE:
@@ -297,7 +338,14 @@ def check_can_anneal(model: Model, num_temperatures: int, num_chains: int) -> VA
 
 
 def check_by_annealing(
-    model: Model, images: Tensor, num_samples: int, num_temperatures: int, num_chains: int, seed: int = 0
+    model: Model,
+    images: Tensor,
+    num_samples: int,
+    num_temperatures: int,
+    num_chains: int,
+    num_leapfrog_steps: int = 10,
+    seed: int = 0,
+    table: ImageTable | None = None,
 ) -> dict[str, float | int]:
     """Returns what annealed importance sampling says of the importance-weighted bound, means over images, nats.
 
@@ -311,10 +359,13 @@ def check_by_annealing(
         num_samples: of the importance-weighted bound.
         num_temperatures: transitions of a chain.
         num_chains: for each image.
+        num_leapfrog_steps: of a transition.
         seed: of the noise.
+        table: keeps what is found of every image, and of the simulated image of the same index.
 
     Raises:
         ArgumentError: if the model is no VAE, or an argument is below 1.
+        UnfinishedEvaluationError: if the table's other shards are not finished.
 
     Example:
         >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
@@ -325,21 +376,43 @@ def check_by_annealing(
         (5, True)
     """
     vae = check_can_anneal(model, num_temperatures, num_chains)
-    annealed, chains = annealed_estimate(vae, images, num_temperatures, num_chains, seed=seed)
-    weighted = estimate_log_likelihood(vae, images, num_samples, seed)
-    sandwich = simulated_sandwich(vae, len(images), num_temperatures, num_chains, seed=seed)
-    difference, gap = annealed - weighted.double(), sandwich.upper - sandwich.lower
+    settings = {
+        "num_temperatures": num_temperatures,
+        "num_chains": num_chains,
+        "num_leapfrog_steps": num_leapfrog_steps,
+    }
+
+    def columns_of(indices: range) -> dict[str, Tensor]:
+        own, first = images[indices.start : indices.stop], indices.start
+        annealed, chains = annealed_estimate(vae, own, **settings, seed=seed, first_image=first)
+        simulated = simulated_sandwich(vae, len(own), **settings, seed=seed, first_image=first)
+        return {
+            "annealed": annealed,
+            "importance": importance_estimate(vae, own, num_samples, seed, first_image=first).log_p_x,
+            "acceptance": chains.acceptance.mean(0),
+            "simulated_lower": simulated.lower,
+            "simulated_importance": importance_estimate(
+                vae, simulated.images, num_samples, seed, first_image=first
+            ).log_p_x,
+            "simulated_upper": simulated.upper,
+        }
+
+    identity = identity_of(
+        vae, images, **settings, num_samples=num_samples, seed=seed, estimator_version=ESTIMATOR_VERSION
+    )
+    chunk = _images_at_once(images.device)
+    columns = (table or ImageTable()).fill(identity, len(images), columns_of, images_in_chunk=chunk)
+    means = {name: column.mean().item() for name, column in columns.items()}
+    difference = columns["annealed"] - columns["importance"]
+    gap = columns["simulated_upper"] - columns["simulated_lower"]
     return {
         "annealed_num_images": len(images),
-        "annealed_num_temperatures": num_temperatures,
-        "annealed_num_chains": num_chains,
-        "annealed_acceptance": chains.acceptance.mean().item(),
-        "annealed_log_p_x": annealed.mean().item(),
+        **{f"annealed_{name}": value for name, value in settings.items()},
+        "annealed_acceptance": means["acceptance"],
+        "annealed_log_p_x": means["annealed"],
         "annealed_minus_importance": difference.mean().item(),
         "annealed_minus_importance_standard_error": standard_error(difference),
-        "simulated_lower": sandwich.lower.mean().item(),
-        "simulated_importance": estimate_log_likelihood(vae, sandwich.images, num_samples, seed).mean().item(),
-        "simulated_upper": sandwich.upper.mean().item(),
+        **{name: mean for name, mean in means.items() if name.startswith("simulated_")},
         "simulated_gap": gap.mean().item(),
         "simulated_gap_standard_error": standard_error(gap),
     }

@@ -158,16 +158,14 @@ class ImageEvaluator(Evaluator, abc.ABC):
             columns = bounds(images, parts, indices.start)
             return {"log_p_x": columns.pop("log_p_x"), **columns, **parts}
 
-        identity = {
-            "model_sha256": checksum(*model.state_dict().values()),
-            "images_sha256": checksum(examples),
-            "num_samples": settings.num_samples,
-            "seed": settings.seed,
-            "precision": settings.precision,
-            "device": examples.device.type,
-            "torch_version": torch.__version__,
-            "estimator_version": ESTIMATOR_VERSION,
-        }
+        identity = identity_of(
+            model,
+            examples,
+            num_samples=settings.num_samples,
+            seed=settings.seed,
+            precision=settings.precision,
+            estimator_version=ESTIMATOR_VERSION,
+        )
         columns = settings.table.fill(identity, len(examples), columns_of, settings.progress)
         parts = {name: columns[name] for name in PARTS}
         log_p_x = columns["log_p_x"]
@@ -325,6 +323,27 @@ class VAEEvaluator(ImageEvaluator):
         """Returns pictures of prior samples, reconstructions, interpolations and pseudo-inputs."""
         pictures: dict[str, Picture] = all_pictures(model, data.test, data.image_shape, num_samples, generator)
         return dict(pictures)
+
+
+def identity_of(model: torch.nn.Module, images: Tensor, **settings: int | str) -> dict[str, int | str]:
+    """Returns everything that the numbers of some images depend on, for an `ImageTable`.
+
+    Args:
+        model: evaluated.
+        images: all of them.
+        settings: of the estimate, and its version.
+
+    Example:
+        >>> list(identity_of(torch.nn.Linear(4, 4), torch.zeros(3, 4), seed=0))
+        ['model_sha256', 'images_sha256', 'seed', 'device', 'torch_version']
+    """
+    return {
+        "model_sha256": checksum(*model.state_dict().values()),
+        "images_sha256": checksum(images),
+        **settings,
+        "device": images.device.type,
+        "torch_version": torch.__version__,
+    }
 
 
 def checksum(*tensors: Tensor) -> str:

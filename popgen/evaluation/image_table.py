@@ -1,8 +1,8 @@
 """What an evaluation says of every image, in a file that an interrupted evaluation continues and several share.
 
-Images are evaluated in chunks of a hundred, each on its own, with noise of its own. So it does not matter which process
-evaluates a chunk, or when: parts of the file by different processes make one table. Processes that run together also
-tell each other what they have found, and the first one writes the table.
+Images are evaluated in chunks, most often of a hundred, each on its own, with noise of its own. So it does not matter
+which process evaluates a chunk, or when: parts of the file by different processes make one table. Processes that run
+together also tell each other what they have found, and the first one writes the table.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from popgen.errors import ArgumentError, DataError, UnfinishedEvaluationError
 from popgen.evaluation.progress import Progress
 from popgen.files import write_whole
 
-IMAGES_IN_CHUNK = 100  # written at once, so that an interruption loses no more; what shards take in turn
+IMAGES_IN_CHUNK = 100  # an interruption loses no more
 MAX_DIGITS = 20  # of a shard
 
 Columns = dict[str, Tensor]
@@ -99,6 +99,7 @@ class ImageTable:
         count: int,
         compute: Callable[[range], Mapping[str, Tensor]],
         progress: Progress | None = None,
+        images_in_chunk: int = IMAGES_IN_CHUNK,
     ) -> Columns:
         """Returns the columns of all images, float64, shape `(count,)`; those on file are not computed again.
 
@@ -109,6 +110,7 @@ class ImageTable:
             count: of images.
             compute: returns the columns of a range of images.
             progress: called with the first column of images that were on file.
+            images_in_chunk: written at once, and what shards take in turn.
 
         Raises:
             UnfinishedEvaluationError: if images of other shards are missing; this shard is done.
@@ -118,8 +120,8 @@ class ImageTable:
         rows, names = self._read(identity)
         self.processes.check_same(identity)  # and all have read before any writes
         self._begin_part(identity)
-        for chunk in range(math.ceil(count / IMAGES_IN_CHUNK)):
-            images = range(chunk * IMAGES_IN_CHUNK, min(count, (chunk + 1) * IMAGES_IN_CHUNK))
+        for chunk in range(math.ceil(count / images_in_chunk)):
+            images = range(chunk * images_in_chunk, min(count, (chunk + 1) * images_in_chunk))
             if not self.shard.owns(chunk):
                 continue
             if all(image in rows for image in images):

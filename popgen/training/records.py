@@ -79,6 +79,11 @@ class EvaluationFiles:
         return self.record_path.with_name(f"{self.record_path.stem}_images.csv")
 
     @property
+    def annealed_path(self) -> pathlib.Path:
+        """The table of the images that are checked by annealing, see `popgen.evaluation.annealed`."""
+        return self.record_path.with_name(f"{self.record_path.stem}_annealed.csv")
+
+    @property
     def figure_path(self) -> pathlib.Path:
         """The figure of the table."""
         return self.record_path.with_suffix(".png")
