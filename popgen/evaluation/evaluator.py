@@ -183,11 +183,12 @@ class ImageEvaluator(Evaluator, abc.ABC):
         }
 
     def describe(self, record: Mapping[str, Any]) -> str:
-        """Returns a line for the bound, the ELBO, each part of it and each statistic."""
+        """Returns a line for the bound, for that in bits, for the ELBO, each part of it and each statistic."""
         return "\n".join(
             [
                 f"log p(x)        {record['log_p_x']:9.3f} ± {record['log_p_x_standard_error']:.3f} nats "
                 f"({self.bound_name}, {record['num_samples']} samples, {record['num_examples']} test images)",
+                f"bits/dimension  {record['bits_per_dimension']:9.4f}",
                 f"ELBO            {record['elbo']:9.3f} ± {record['elbo_standard_error']:.3f}",
                 f"reconstruction  {record['reconstruction']:9.3f}",
                 f"KL              {record['kl']:9.3f}",

@@ -98,6 +98,9 @@ def test_values(experiment: Experiment) -> None:
     expected |= {"popgen_version": popgen.__version__, "torch_version": torch.__version__}
     assert {name: record[name] for name in expected} == expected
     assert record["bits_per_dimension"] == pytest.approx(-record["log_p_x"] / 16 / math.log(2))
+    lines = experiment.evaluator.describe(record).splitlines()
+    assert lines[1].split() == ["bits/dimension", f"{record['bits_per_dimension']:.4f}"]
+    assert ["active", "units", str(record["active_units"])] in [line.split() for line in lines]
     assert record["seconds"] >= record["seconds_of_images"] - 0.1 and record["active_units"] in (0, 1, 2)
     assert record["log_p_x_of_1_samples"] < record["log_p_x_of_7_samples"] == record["log_p_x"]
     assert record["monte_carlo_error"] > 0.0 and 1.0 < record["effective_sample_size_median"] < 7.0
