@@ -414,6 +414,7 @@ def evaluate_model(
     reference = next(model.parameters())
     check_precision("precision", precision, reference.device)
     evaluator, started = experiment.evaluator, time.perf_counter()
+    where = surroundings(reference.device)  # the commit is that of the start
     evaluator.check_num_samples("num_samples", num_samples)
     table = ImageTable() if table is None else table
     processes = table.processes
@@ -441,5 +442,5 @@ def evaluate_model(
         "dtype": str(reference.dtype).removeprefix("torch."),
         "processes": processes.size,
         "seconds": round(time.perf_counter() - started, 1),
-        **surroundings(reference.device),
+        **where,
     }

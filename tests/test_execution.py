@@ -17,6 +17,7 @@ from popgen.distributions import Bernoulli, DiagonalNormal, GaussianMixture, Sta
 from popgen.errors import ArgumentError
 from popgen.execution import (
     check_precision,
+    commit,
     compile_or_fall_back,
     full_precision,
     matrix_products,
@@ -407,3 +408,29 @@ def test_tf32_is_not_compiled_where_densities_would_not_stay_exact(capsys):
         assert square(torch.ones(3)).item() == 3.0
     assert calls == ["plain"], "neither compared nor compiled"
     assert capsys.readouterr().err.startswith("torch.compile is not used: it cannot keep densities exact")
+
+
+def git(folder: pathlib.Path, *arguments: str) -> str:
+    own = ("-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+    done = subprocess.run(["git", "-C", str(folder), *own, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_the_commit_is_that_of_the_code(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its own checkout alone: not of one that it is installed in, nor of what was edited after the first call."""
+    package, installed = tmp_path / "package", tmp_path / "environment" / "package"
+    for folder in (package, installed):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("")
+    git(tmp_path, "init")
+    assert commit.__wrapped__(package) is None, "nothing is committed"
+    git(tmp_path, "add", "package")
+    git(tmp_path, "commit", "--message=First")
+    git(tmp_path, "tag", "v1")
+    name = git(tmp_path, "rev-parse", "HEAD")
+    (package / "untracked.py").write_text("")
+    assert commit(package) == name and len(name) == 40 and commit(installed) is None
+    (package / "__init__.py").write_text("x = 1")
+    assert commit.__wrapped__(package) == f"{name}-dirty" and commit(package) == name
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit.__wrapped__(package) is None, "there is no git"

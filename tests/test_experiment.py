@@ -126,6 +126,7 @@ def test_record_of_the_final_evaluation(finished):
     (path,) = finished.path.glob("evaluation_*.json")
     record = json.loads(path.read_text())
     assert (record["num_samples"], record["num_examples"], record["binarisation_protocol"]) == (30, 20, "dynamic")
+    assert record["binarisation_seed"] == 0
     assert record["step"] == finished.load_checkpoint("best")["step"]
     assert record["elbo"] == pytest.approx(record["reconstruction"] - record["kl"], rel=1e-6)
     assert abs(record["elbo"] - record["log_p_x"]) < 1.0 and record["log_p_x_standard_error"] > 0

@@ -70,7 +70,7 @@ class BinaryMNIST:
         data_dir = data_folder(self.data_dir)
         if self.protocol == "larochelle":
             splits = {name: _read_amat(data_dir, *file) for name, file in LAROCHELLE_FILES.items()}
-            return ImageData(image_shape=IMAGE_SHAPE, protocol=self.protocol, **splits)
+            return ImageData(image_shape=IMAGE_SHAPE, protocol=self.protocol, binarisation_seed=None, **splits)
         train, test = read_mnist_images(data_dir, self.download, "BinaryMNIST")
         return prepare_images(train, test, IMAGE_SHAPE, self.protocol, self.binarisation_seed, self.validation_size)
 

@@ -33,6 +33,7 @@ class ImageData:
         validation: like `test`, or None.
         image_shape: height and width.
         protocol: how the images were binarised; recorded with every result.
+        binarisation_seed: of the draws made once, recorded too; None where there were none.
 
     Raises:
         DataError: if a split is empty or its shape does not fit `image_shape`.
@@ -49,6 +50,7 @@ class ImageData:
     image_shape: tuple[int, int]
     protocol: str
     validation: Tensor | None = None
+    binarisation_seed: int | None = None
 
     def __post_init__(self) -> None:
         size = self.image_shape[0] * self.image_shape[1]
@@ -99,8 +101,9 @@ class ImageData:
         return bernoulli_thresholds(self.train) if self.train.dtype == torch.uint8 else self.train
 
     def facts(self) -> dict[str, Any]:
-        """Returns the binarisation protocol."""
-        return {"binarisation_protocol": self.protocol}
+        """Returns the binarisation protocol, and its seed if there is one."""
+        seed = {} if self.binarisation_seed is None else {"binarisation_seed": self.binarisation_seed}
+        return {"binarisation_protocol": self.protocol, **seed}
 
 
 def bernoulli_thresholds(levels: UInt8[Tensor, "*shape"]) -> Int16[Tensor, "*shape"]:
@@ -221,7 +224,8 @@ def prepare_images(
         train = fix_binarisation(train, protocol, binarisation_seed + 1)
     if validation is not None:
         validation = fix_binarisation(validation, protocol, binarisation_seed + 2)
-    return ImageData(train, fix_binarisation(test, protocol, binarisation_seed), image_shape, protocol, validation)
+    test = fix_binarisation(test, protocol, binarisation_seed)
+    return ImageData(train, test, image_shape, protocol, validation, binarisation_seed)
 
 
 def hold_out(train: Tensor, validation_size: int, seed: int) -> tuple[Tensor, Tensor | None]:

@@ -15,6 +15,7 @@ from popgen.datasets.images import ImageData
 from popgen.errors import ArgumentError
 from popgen.evaluation.evaluator import VAEEvaluator
 from popgen.evaluation.likelihood import estimate_log_likelihood, evaluate_elbo, importance_estimate
+from popgen.execution import commit
 from popgen.experiment import Experiment, evaluate_model
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.priors import GaussianMixturePrior
@@ -36,6 +37,7 @@ KEYS = {
         "device",
         "seconds",
         "popgen_version",
+        "commit",
         "torch_version",
         "python_version",
         "hardware",
@@ -95,7 +97,7 @@ def test_values(experiment: Experiment) -> None:
     expected = {"num_samples": 7, "num_examples": 6, "step": 40, "split": "test", "seed": 5, "device": "cpu"}
     expected |= {"dataset": "Noise()", "binarisation_protocol": "noise", "precision": "fp32", "log_det": 0.0}
     expected |= {"dtype": "float32"}
-    expected |= {"popgen_version": popgen.__version__, "torch_version": torch.__version__}
+    expected |= {"popgen_version": popgen.__version__, "commit": commit(), "torch_version": torch.__version__}
     assert {name: record[name] for name in expected} == expected
     assert record["bits_per_dimension"] == pytest.approx(-record["log_p_x"] / 16 / math.log(2))
     lines = experiment.evaluator.describe(record).splitlines()
