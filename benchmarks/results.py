@@ -174,8 +174,8 @@ def table(results: pathlib.Path = RESULTS) -> str:
 
 
 def _trained_on(row: dict[str, Any]) -> str:
-    """Returns where a run was trained, or else evaluated, and the precision of its products."""
-    return f"{row.get('trained_on', row['hardware'])}, {row['training_precision']}"
+    """Returns where a run was trained, a dash if that is not recorded, and the precision of its products."""
+    return f"{row.get('trained_on', '—')}, {row['training_precision']}"
 
 
 def _signed(number: str) -> str:
