@@ -413,8 +413,7 @@ def evaluate_model(
     examples = first_examples(data, num_examples)
     reference = next(model.parameters())
     check_precision("precision", precision, reference.device)
-    evaluator, started = experiment.evaluator, time.perf_counter()
-    where = surroundings(reference.device)  # the commit is that of the start
+    evaluator, started, where = experiment.evaluator, time.perf_counter(), surroundings(reference.device)
     evaluator.check_num_samples("num_samples", num_samples)
     table = ImageTable() if table is None else table
     processes = table.processes
