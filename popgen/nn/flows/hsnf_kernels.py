@@ -194,6 +194,16 @@ def _transformation(
 
 @triton.jit
 @no_type_check
+def _hidden(z, lower, units, r_tilde, bias, rows, reflections):
+    """Returns Qᵀ z and tanh(R̃ Qᵀ z + b)."""
+    rotated = z
+    for index in range(reflections):
+        rotated = _reflect(rotated, _row(units, rows, index))
+    return rotated, _tanh(tl.sum(lower * rotated[:, None], axis=0) + r_tilde * rotated + bias)
+
+
+@triton.jit
+@no_type_check
 def _move_kernel(
     points, parameters, moved, log_det, path, programs, batch, flows, latent, reflections, max_diagonal,
     latent_block: tl.constexpr, reflection_block: tl.constexpr,
@@ -209,10 +219,7 @@ def _move_kernel(
         upper, lower, units, _, r, r_tilde, bias = _transformation(
             base, latent, reflections, max_diagonal, latent_block, reflection_block
         )
-        rotated = z  # becomes Qᵀ z
-        for index in range(reflections):
-            rotated = _reflect(rotated, _row(units, h, index))
-        hidden = _tanh(tl.sum(lower * rotated[:, None], axis=0) + r_tilde * rotated + bias)
+        _, hidden = _hidden(z, lower, units, r_tilde, bias, h, reflections)
         total += tl.sum(tl.log(1.0 + (1.0 - hidden * hidden) * r * r_tilde))
         step = tl.sum(upper * hidden[None, :], axis=1) + r * hidden  # becomes Q R tanh(·)
         for index in range(reflections):
@@ -254,10 +261,8 @@ def _move_backward_kernel(
         upper, lower, units, lengths, r, r_tilde, bias = _transformation(
             base, latent, reflections, max_diagonal, latent_block, reflection_block
         )
-        rotated = tl.load(path + ((2 * k) * programs + program) * latent + i, mask=here, other=0.0)
-        for index in range(reflections):
-            rotated = _reflect(rotated, _row(units, h, index))
-        hidden = _tanh(tl.sum(lower * rotated[:, None], axis=0) + r_tilde * rotated + bias)
+        z = tl.load(path + ((2 * k) * programs + program) * latent + i, mask=here, other=0.0)
+        rotated, hidden = _hidden(z, lower, units, r_tilde, bias, h, reflections)
         slope = 1.0 - hidden * hidden
         of_slope = of_log_det / (1.0 + slope * r * r_tilde)  # beside a factor r r̃
 
