@@ -152,6 +152,12 @@ def _resident(field: str) -> float:
 
 
 def markdown_table(headings: list[str], rows: list[list[str]]) -> str:
-    """Returns a Markdown table."""
+    """Returns a Markdown table; every row has a cell under each heading.
+
+    Raises:
+        ValueError: if one has not.
+    """
+    if any(len(cells) != len(headings) for cells in rows):
+        raise ValueError(f"rows must have {len(headings)} cells, one under each heading of {headings}")
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

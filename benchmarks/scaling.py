@@ -302,16 +302,7 @@ def main() -> None:
         parser.error(f"--device_ms must be {len(names)} numbers, one for each of {', '.join(names)}")
     if "scaling" in arguments.only:
         print(f"{cores} cores; one thread a process; ms a step\n", flush=True)
-        headings = [
-            "model",
-            "scaling",
-            "processes",
-            "batch",
-            "step",
-            "of it draw",
-            "exchange alone",
-            "step, no exchange",
-        ]
+        headings = ["model", "scaling", "processes", "batch", "step", "of it draw", "exchange alone"]
         rows = [row for name in names for row in measured(name, sizes, arguments.batch_size, arguments.seconds)]
         print(markdown_table([*headings, "step, no exchange", "efficiency", "of the machine"], rows), flush=True)
     if "overlap" in arguments.only:

@@ -85,6 +85,8 @@ def hold_and_pass() -> float:
 
 def test_table():
     assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    with pytest.raises(ValueError, match="rows must have 2 cells"):
+        markdown_table(["a", "b"], [["1"]])
 
 
 @pytest.mark.parametrize("name", ["speed", "growth", "profile", "precision", "kills", "soak", "replicas", "scaling"])
