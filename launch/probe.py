@@ -14,6 +14,7 @@ from popgen.evaluation.representations import (
     representations,
     unseen_labels,
 )
+from popgen.execution import surroundings
 from popgen.experiment import prepare
 from popgen.files import write_json
 from popgen.summaries import Writer
@@ -66,6 +67,8 @@ def main() -> None:
         "seed": experiment.seed,
         "dataset": repr(experiment.dataset),
         **data.facts(),
+        **surroundings(experiment.torch_device()),
+        "command": command.as_typed(),
     }
     writer = Writer(directory.path)
     for row in rows:

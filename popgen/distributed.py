@@ -278,13 +278,29 @@ def check_divided(name: str, count: int, processes: Processes) -> None:
 def launched_together() -> bool:
     """Returns whether torchrun, or whoever sets its variables, has started this process as one of several.
 
+    Raises:
+        ProcessesError: if WORLD_SIZE is no integer.
+
     Example:
         >>> from unittest import mock
         >>> with mock.patch.dict(os.environ, RANK="0", WORLD_SIZE="2"):
         ...     launched_together()
         True
     """
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return "RANK" in os.environ and _set_by_torchrun("WORLD_SIZE", 1) > 1
+
+
+def _set_by_torchrun(name: str, otherwise: int) -> int:
+    """Returns an integer of the environment.
+
+    Raises:
+        ProcessesError: if something else is there.
+    """
+    text = os.environ.get(name, str(otherwise))
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ProcessesError(f"{name} must be an integer, as torchrun sets it, got {text!r}") from error
 
 
 @contextlib.contextmanager
@@ -297,7 +313,7 @@ def joined(timeout: float) -> Iterator[Processes]:
         timeout: seconds that a process waits for the others, at first and whenever they exchange something.
 
     Raises:
-        ProcessesError: if they do not come together in that time.
+        ProcessesError: if they do not come together in that time, or the variables that torchrun sets make no sense.
 
     Example:
         >>> with joined(timeout=60.0) as processes:
@@ -308,7 +324,8 @@ def joined(timeout: float) -> Iterator[Processes]:
         yield ALONE
         return
     limit, deadline = datetime.timedelta(seconds=timeout), time.monotonic() + timeout
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = _set_by_torchrun("RANK", 0), _set_by_torchrun("WORLD_SIZE", 1)
+    local_rank, local_size = _set_by_torchrun("LOCAL_RANK", 0), _set_by_torchrun("LOCAL_WORLD_SIZE", 1)
     if not 0 <= rank < size:
         raise ProcessesError(f"RANK must be at least 0 and below WORLD_SIZE, which is {size}, got {rank}")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -318,7 +335,6 @@ def joined(timeout: float) -> Iterator[Processes]:
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise ProcessesError(f"process {rank} of {size} did not find the others ({reason_of(error)})") from error
-    local_rank, local_size = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     try:
         yield Processes(rank, size, local_rank, local_size)
     except PopgenError as error:

@@ -320,6 +320,9 @@ def test_what_was_said_of_an_earlier_start_is_not_heeded() -> None:
         ({"MASTER_PORT": ""}, "must be the address and a port of process 0, got '127.0.0.1' and ''"),
         ({"MASTER_PORT": "port"}, "got '127.0.0.1' and 'port'"),
         ({"RANK": "2"}, "RANK must be at least 0 and below WORLD_SIZE, which is 2, got 2"),
+        ({"RANK": "one"}, "RANK must be an integer, as torchrun sets it, got 'one'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE must be an integer, as torchrun sets it, got ''"),
+        ({"LOCAL_RANK": "0.5"}, "LOCAL_RANK must be an integer, as torchrun sets it, got '0.5'"),
     ],
 )
 def test_variables_that_make_no_sense(changes: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:

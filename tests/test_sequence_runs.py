@@ -127,6 +127,8 @@ def test_a_cpc_is_scored_and_probed(trained: SequenceWorkspace) -> None:
         "encoding, untrained",
     ]
     assert probed["step"] == 6 and probed["unseen"] == []
+    assert probed["torch_version"] == torch.__version__ and probed["commit"] == record["commit"]
+    assert "launch.probe --run_dir=cpc --target=chord" in probed["command"]
     for row in probed["rows"]:
         assert row["num_frames"] == 1_000 and row["unseen_accuracy"] is None
         assert 0.0 <= row["accuracy"] <= 1.0 and f"{row['accuracy']:.3f}" in printed
