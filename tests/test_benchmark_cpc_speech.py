@@ -3,12 +3,11 @@
 import json
 import pathlib
 import statistics
-import subprocess
-import sys
 
 import pytest
 
 from benchmarks.cpc_speech import SPEAKERS, Run, accuracies, summary, text
+from tests.commands import run_module
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -49,6 +48,5 @@ def test_a_run_that_was_not_probed_has_no_accuracies(tmp_path: pathlib.Path) -> 
 
 
 def test_the_command_parses() -> None:
-    command = [sys.executable, "-m", "benchmarks.cpc_speech", "--help"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    done = run_module("benchmarks.cpc_speech", ["--help"])
     assert done.returncode == 0 and "--part" in done.stdout, done.stderr

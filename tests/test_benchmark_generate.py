@@ -3,14 +3,13 @@
 import argparse
 import functools
 import pathlib
-import subprocess
-import sys
 
 import torch
 
 from benchmarks import generate
 from benchmarks.generate import positions, random_model, recomputed, speed, stepping
 from benchmarks.measure import interleaved
+from tests.commands import run_module
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -53,8 +52,7 @@ def test_rows_have_what_their_headings_say(monkeypatch):
 
 
 def test_command_parses():
-    command = [sys.executable, "-m", "benchmarks.generate"]
-    done = subprocess.run([*command, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    done = run_module("benchmarks.generate", ["--help"])
     assert done.returncode == 0 and "python -m benchmarks.generate" in done.stdout
-    wrong = subprocess.run([*command, "--nonsense"], cwd=REPOSITORY, capture_output=True, text=True)
+    wrong = run_module("benchmarks.generate", ["--nonsense"])
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr

@@ -1,13 +1,12 @@
 """The benchmark of several processes: its arithmetic, and that it runs."""
 
 import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from benchmarks.scaling import Network, exchanges, measured, on_paper
+from tests.commands import run_module
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -43,8 +42,7 @@ def test_what_does_not_scale_on_paper() -> None:
 
 
 def test_the_table_on_paper_is_what_the_command_prints() -> None:
-    command = [sys.executable, "-m", "benchmarks.scaling", "--only", "paper"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = run_module("benchmarks.scaling", ["--only", "paper"])
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert done.returncode == 0 and len(table) == 14
     assert "\n".join(table) in (REPOSITORY / "docs" / "processes.md").read_text()
@@ -70,6 +68,5 @@ def test_it_measures() -> None:
 
 
 def test_the_command_parses() -> None:
-    command = [sys.executable, "-m", "benchmarks.scaling", "--help"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = run_module("benchmarks.scaling", ["--help"])
     assert done.returncode == 0 and "python -m benchmarks.scaling" in done.stdout

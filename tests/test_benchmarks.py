@@ -1,8 +1,6 @@
 """The benchmarks: what they count and how they compare; their commands parse."""
 
 import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from benchmarks import replicas
 from benchmarks.measure import bare_products, in_fresh_process, interleaved, markdown_table, prepared, ratio
 from benchmarks.speed import CONFIGS, one_step
 from popgen.training.loop import Hooks
+from tests.commands import run_module
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -91,8 +90,7 @@ def test_table():
 
 @pytest.mark.parametrize("name", ["speed", "growth", "profile", "precision", "kills", "soak", "replicas", "scaling"])
 def test_commands_parse(name: str):
-    command = [sys.executable, "-m", f"benchmarks.{name}"]
-    done = subprocess.run([*command, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    done = run_module(f"benchmarks.{name}", ["--help"])
     assert done.returncode == 0 and "python -m benchmarks." in done.stdout
-    wrong = subprocess.run([*command, "--nonsense"], cwd=REPOSITORY, capture_output=True, text=True)
+    wrong = run_module(f"benchmarks.{name}", ["--nonsense"])
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr

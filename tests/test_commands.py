@@ -1,11 +1,10 @@
-"""The commands, as a user runs them: each test starts `python -m launch.…` in a process of its own."""
+"""The commands, as a user runs them: `python -m launch.…` in processes of their own, see `tests.commands`."""
 
 import concurrent.futures
 import json
 import os
 import pathlib
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.together import free_port
+from tests.commands import run_module
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -61,14 +61,8 @@ class Workspace:
             arguments = (*arguments, "--trust_config")  # the dataset is of these tests' own module
         path = os.pathsep.join((str(REPOSITORY), str(self.path)))
         inherited = {name: value for name, value in os.environ.items() if name not in ("EXPERIMENT_DIR", "POPGEN_DATA")}
-        return subprocess.run(
-            [sys.executable, "-m", f"launch.{command}", *arguments],
-            cwd=self.path,
-            env={**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        variables = {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+        return run_module(f"launch.{command}", arguments, self.path, variables)
 
     def succeed(self, command: str, *arguments: str, **environment: str) -> str:
         done = self.run(command, *arguments, **environment)

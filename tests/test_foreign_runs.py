@@ -31,6 +31,7 @@ from popgen.experiment import Experiment
 from popgen.training import checkpoints
 from popgen.training.run_directory import RunDirectory
 from popgen.training.state import initial_state, state_to_tensors
+from tests.commands import run_module
 
 pytestmark = pytest.mark.usefixtures("as_a_user")
 
@@ -246,13 +247,7 @@ def test_the_commands_refuse_in_one_line(name: str, run: pathlib.Path) -> None:
     with (run / "config.gin").open("a") as file:
         file.write("experiment.Experiment.seed = @torch.os.makedirs()\ntorch.os.makedirs.name = 'trace'\n")
     extra = {"sample": ["--out=a.png"], "probe": ["--target=a", "--checkpoint=best"]}.get(name, [])
-    done = subprocess.run(
-        [sys.executable, "-m", f"launch.{name}", f"--run_dir={run}", *extra],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_module(f"launch.{name}", [f"--run_dir={run}", *extra])
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "torch.os.makedirs" in done.stderr and "--trust_config" in done.stderr
     assert not pathlib.Path("trace").exists()

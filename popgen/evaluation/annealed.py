@@ -30,11 +30,12 @@ from popgen.streams import make_generator
 TARGET_ACCEPTANCE = 0.65  # of proposals, for which step sizes are tuned (Neal 2011)
 INITIAL_STEP_SIZE = 0.1
 TUNING_RATE = 0.2  # acceptance is within [0, 1], so a temperature changes a step size by exp(-0.13) to exp(0.07)
+TUNING_CHAINS = 4  # of an image, at most: they keep its step size within a few per cent of what it should be
 SIGMOID_RANGE = 4.0
 # Images whose chains go together: on a CPU they fill a core, on a GPU they make each launch worth its while. They are
 # always as many, each at the same place, if need be beside copies: chains amplify rounding, which depends on that.
 IMAGES_AT_ONCE = {"cpu": 5, "cuda": 100}
-ESTIMATOR_VERSION = 1  # raised with every change to what a row is made of: rows on file are used no more
+ESTIMATOR_VERSION = 2  # raised with every change to what a row is made of: rows on file are used no more
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -186,7 +187,7 @@ def annealed_estimate(
 ) -> tuple[Float[Tensor, " count"], Chains]:
     """Returns log p(x) of images by annealed importance sampling, a lower bound in expectation, nats; and its chains.
 
-    A first run with other noise tunes the step sizes. Memory grows with `num_chains`, for a few images at a time.
+    A few chains with other noise tune the step sizes first. Memory grows with `num_chains`, for a few images at a time.
 
     Args:
         model: the VAE, on the device of the images.
@@ -215,9 +216,9 @@ def annealed_estimate(
     for group in groups:
         places = (torch.arange(group.start, group.stop, device=images.device) - first_image).clamp(0, len(images) - 1)
         target, step_sizes = target_of(model, as_values(images[places], model.dtype)), None
-        for purpose in ("tuning", "chains"):
+        for purpose, number in (("tuning", min(num_chains, TUNING_CHAINS)), ("chains", num_chains)):
             generators = _generators(images.device, seed, purpose, group)
-            start = _prior_sample(model, num_chains, generators)
+            start = _prior_sample(model, number, generators)
             chains = anneal(target, start, betas, generators, num_leapfrog_steps, step_sizes)
             step_sizes = chains.step_sizes
         parts.append(chains)
