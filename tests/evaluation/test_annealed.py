@@ -256,9 +256,10 @@ def test_rows_are_used_again_only_by_the_same_check(change: str, tmp_path: pathl
     table = ImageTable(tmp_path / "annealed.csv")
     first = checked(table, count=5)
     assert checked(table, count=5) == first and not capsys.readouterr().err
-    again = checked(table, 5, **{change: 7})
+    again = checked(table, count=5, **{change: 7})
     assert "is of another evaluation and is not used" in capsys.readouterr().err
-    assert again == checked(None, 5, **{change: 7}) and again["annealed_minus_importance"] != first["annealed_minus_importance"]
+    assert again == checked(count=5, **{change: 7})
+    assert again["annealed_minus_importance"] != first["annealed_minus_importance"]
     assert again.get(f"annealed_{change}", 7) == 7
 
 
