@@ -143,20 +143,20 @@ def test_evaluate_checks_itself_by_annealing(trained):
 
 
 def test_shards_of_an_evaluation_make_one_record(trained):
-    """All 9 images belong to the first shard, and the second one waits for it; both have a part of the check."""
-    arguments = ("evaluate", "--run_dir=run", "--num_samples=6", "--num_examples=9")
-    arguments += ("--annealed_images=7", "--num_temperatures=3", "--num_chains=2")
-    assert "shard 2/2 is finished, and 5 of 7 images" in trained.succeed(*arguments, "--shard=2/2")
-    assert not list((trained.path / "run").glob("evaluation_*6x9.json"))
+    """All 14 images belong to the first shard, and the second one waits for it; both have a part of the check."""
+    arguments = ("evaluate", "--run_dir=run", "--num_samples=6", "--num_examples=14")
+    arguments += ("--annealed_images=12", "--num_temperatures=3", "--num_chains=2")
+    assert "shard 2/2 is finished, and 10 of 12 images" in trained.succeed(*arguments, "--shard=2/2")
+    assert not list((trained.path / "run").glob("evaluation_*6x14.json"))
     trained.succeed(*arguments, "--shard=1/2")
-    (path,) = (trained.path / "run").glob("evaluation_*6x9.json")
+    (path,) = (trained.path / "run").glob("evaluation_*6x14.json")
     record = json.loads(path.read_text())
     assert record["command"].startswith("python -m launch.evaluate --run_dir=run --num_samples=6")
     table = path.with_name(f"{path.stem}_images.csv").read_text().splitlines()
-    assert len(table) == 2 + 9 and table[1].startswith("image,log_p_x,")
+    assert len(table) == 2 + 14 and table[1].startswith("image,log_p_x,")
     with Image.open(path.with_suffix(".png")) as picture:
         assert picture.width > 1_000
-    for file in (trained.path / "run").glob("evaluation_*6x9*"):
+    for file in (trained.path / "run").glob("evaluation_*6x14*"):
         file.unlink()
     trained.succeed(*arguments)
     alone = json.loads(path.read_text())

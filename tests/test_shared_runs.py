@@ -250,11 +250,11 @@ def test_a_check_by_annealing_is_shared_out_too(tmp_path: pathlib.Path) -> None:
     def checked(processes: Processes) -> dict[str, Any]:
         path = None if processes is ALONE else tmp_path / "annealed.csv"
         table = ImageTable(path, processes=processes)
-        return check_by_annealing(model, data.test[:8], 20, 3, 2, num_leapfrog_steps=2, table=table)
+        return check_by_annealing(model, data.test[:12], 20, 3, 2, num_leapfrog_steps=2, table=table)
 
     alone = checked(ALONE)
     assert results_of(checked, 2) == [alone, alone]
-    assert names(tmp_path) == ["annealed.csv"] and len(read_table(tmp_path / "annealed.csv").rows) == 8
+    assert names(tmp_path) == ["annealed.csv"] and len(read_table(tmp_path / "annealed.csv").rows) == 12
 
 
 def test_an_evaluation_goes_on_with_another_number_of_processes(tmp_path: pathlib.Path) -> None:

@@ -34,7 +34,7 @@ TUNING_CHAINS = 4  # of an image, at most: they keep its step size within a few 
 SIGMOID_RANGE = 4.0
 # Images whose chains go together: on a CPU they fill a core, on a GPU they make each launch worth its while. They are
 # always as many, each at the same place, if need be beside copies: chains amplify rounding, which depends on that.
-IMAGES_AT_ONCE = {"cpu": 5, "cuda": 100}
+IMAGES_AT_ONCE = {"cpu": 10, "cuda": 100}
 ESTIMATOR_VERSION = 2  # raised with every change to what a row is made of: rows on file are used no more
 
 LogDensity = Callable[[Tensor], Tensor]

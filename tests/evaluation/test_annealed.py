@@ -153,6 +153,12 @@ def all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(IMAGES_AT_ONCE, "cpu", 40)
 
 
+@pytest.fixture
+def five_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few images are several groups then."""
+    monkeypatch.setitem(IMAGES_AT_ONCE, "cpu", 5)
+
+
 @pytest.mark.parametrize("prior", PRIORS)
 def test_it_agrees_with_the_importance_weighted_bound(prior: str) -> None:
     vae, images = make_vae(prior), torch.rand(5, 16, generator=generator(1), dtype=torch.float64).round()
@@ -184,6 +190,7 @@ def binary_images(count: int) -> torch.Tensor:
     return torch.rand(count, 16, generator=generator(1), dtype=torch.float64).round()
 
 
+@pytest.mark.usefixtures("five_at_once")
 def test_an_image_is_alone_whatever_is_evaluated_with_it() -> None:
     """To the last bit, whether it is one of few or of many; so is a simulated one."""
     vae, images = make_vae("mixture").float(), binary_images(12).float()
@@ -226,6 +233,7 @@ def checked(table: ImageTable | None = None, count: int = 12, **changes: Any) ->
     return check_by_annealing(make_vae("standard").float(), binary_images(count).float(), **settings, table=table)
 
 
+@pytest.mark.usefixtures("five_at_once")
 def test_a_check_does_not_depend_on_how_it_was_cut_up(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one piece, in shards, or interrupted and continued: the same numbers, none found twice."""
     whole, path = checked(), tmp_path / "annealed.csv"
