@@ -13,10 +13,11 @@ import argparse
 import csv
 import json
 import pathlib
+import re
 import shutil
 import statistics
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -31,21 +32,34 @@ RESULTS = REPOSITORY / "results"
 README = REPOSITORY / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PUBLISHED = {"vae": -84.04, "vamp": -81.96, "vamp_hsnf": -80.69}  # at a million steps, nats
-SAME = ("config", "steps", "chosen", "weights", "num_samples", "num_examples", "precision", "training_precision")
+SAME = ("config", "steps", "chosen", "weights", "num_samples", "num_examples", "precision", "trained_at")
 SAME += ("dtype", "device", "binarisation_protocol", "images_sha256")
 COLUMNS = ["config", "seed", "steps", "checkpoint", "chosen by", "weights", "published", "log p(x)"]
 COLUMNS += ["samples × images", "last rise", "k̂ < 0.7", "hours", "trained on"]
 CURVES = ("train/loss", "test/loss", "validation/loss", "validation/elbo", "validation/iwae", "best/loss")
 
 
-def curves_of(path: pathlib.Path) -> tuple[dict[int, dict[str, float]], float, str]:
-    """Returns the curves of a run by step, at its evaluations, the seconds that its training steps took, and where.
+class Training(NamedTuple):
+    """What the event files of a run tell of its training.
 
-    The last is what `popgen.execution.hardware` says, each once; empty for a run that does not tell.
+    Attributes:
+        curves: values by step, at its evaluations.
+        seconds: that its steps took.
+        hardware: what `popgen.execution.hardware` said at each start, once; empty for a run that does not tell.
+        precision: of the products, and the steps from which it was another; empty too where nothing tells.
     """
+
+    curves: dict[int, dict[str, float]]
+    seconds: float
+    hardware: str
+    precision: str
+
+
+def training_of(path: pathlib.Path) -> Training:
+    """Returns what the event files of a run tell."""
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})
     events.Reload()
-    tags, tags_of_text = events.Tags()["scalars"], events.Tags()["tensors"]
+    tags = events.Tags()["scalars"]
     if "best/loss" not in tags:
         raise RunDirectoryError(f"there are no curves of a run in {str(path)!r}")
     points: dict[int, dict[str, float]] = {event.step: {} for event in events.Scalars("best/loss")}
@@ -57,12 +71,22 @@ def curves_of(path: pathlib.Path) -> tuple[dict[int, dict[str, float]], float, s
     for event in events.Scalars("train/steps_per_second"):
         seconds += (event.step - before) / event.value
         before = event.step
-    tag = "trained_on/text_summary"
-    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)] if tag in tags_of_text else []
-    lines = [
-        line.strip().removeprefix("hardware: ") for text in texts for line in text.splitlines() if "hardware: " in line
-    ]
-    return dict(sorted(points.items())), seconds, " and ".join(dict.fromkeys(lines))
+    hardware = " and ".join(dict.fromkeys(name for _, name in _said(events, "trained_on", r"hardware: (.+)")))
+    precision = ""
+    for step, name in _said(events, "operative_config", r"\.Experiment\.precision = '(\w+)'"):
+        if precision.rpartition(" ")[2] != name:
+            precision += f" to step {step:,}, then {name}" if precision else name
+    return Training(dict(sorted(points.items())), seconds, hardware, precision)
+
+
+def _said(events: EventAccumulator, name: str, pattern: str) -> list[tuple[int, str]]:
+    """Returns what a pattern finds in a text that was written at each start of a run, and the steps of these starts."""
+    tag = f"{name}/text_summary"
+    found = []
+    for event in events.Tensors(tag) if tag in events.Tags()["tensors"] else ():
+        text = event.tensor_proto.string_val[0].decode()
+        found += [(event.step, match) for match in re.findall(pattern, text)]
+    return found
 
 
 def collect(run_dir: pathlib.Path, name: str, trained_on: str | None = None) -> pathlib.Path:
@@ -77,7 +101,7 @@ def collect(run_dir: pathlib.Path, name: str, trained_on: str | None = None) -> 
     records = evaluation_records(run_dir)
     if not records:
         raise RunDirectoryError(f"{str(run_dir)!r} has no evaluation; python -m launch.evaluate --run_dir makes one")
-    points, seconds, hardware = curves_of(run_dir)
+    told = training_of(run_dir)
     folder = RESULTS / name / f"seed_{json.loads(records[0].read_text())['seed']}"
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("evaluation_*"):
@@ -92,12 +116,13 @@ def collect(run_dir: pathlib.Path, name: str, trained_on: str | None = None) -> 
     for path in run_dir.glob("evaluation_step*.png"):
         shutil.copyfile(path, folder / path.name)
     with (folder / "curve.csv").open("w", newline="") as file:
-        tags = [tag for tag in CURVES if any(tag in point for point in points.values())]
+        tags = [tag for tag in CURVES if any(tag in point for point in told.curves.values())]
         writer = csv.DictWriter(file, ["step", *tags], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({"step": step, **point} for step, point in points.items())
-    training = {"steps": max(points), "seconds_of_steps": round(seconds, 1)}
-    training |= {"trained_on": hardware or trained_on} if hardware or trained_on else {}
+        writer.writerows({"step": step, **point} for step, point in told.curves.items())
+    training = {"steps": max(told.curves), "seconds_of_steps": round(told.seconds, 1)}
+    training |= {"trained_on": told.hardware or trained_on} if told.hardware or trained_on else {}
+    training |= {"trained_at": told.precision} if told.precision else {}
     (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
     return folder
 
@@ -110,7 +135,10 @@ def rows_of(folder: pathlib.Path) -> list[dict[str, Any]]:
     training = json.loads((folder / "training.json").read_text())
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("evaluation_*.json"))]
     best = max((record["step"] for record in records if record["checkpoint"] == "best"), default=0)
-    rows = [{"config": folder.parent.name, **training, **record} for record in records]
+    rows = [
+        {"config": folder.parent.name, "trained_at": record["training_precision"], **training, **record}
+        for record in records
+    ]
     return [{**row, "chosen": _chosen(row)} for row in rows if row["checkpoint"] != "best" or row["step"] == best]
 
 
@@ -175,7 +203,7 @@ def table(results: pathlib.Path = RESULTS) -> str:
 
 def _trained_on(row: dict[str, Any]) -> str:
     """Returns where a run was trained, a dash if that is not recorded, and the precision of its products."""
-    return f"{row.get('trained_on', '—')}, {row['training_precision']}"
+    return f"{row.get('trained_on', '—')}, {row['trained_at']}"
 
 
 def _signed(number: str) -> str:

@@ -67,10 +67,10 @@ def test_a_run_is_collected(trained: RunDirectory) -> None:
 
 def test_the_table_says_where_a_run_was_trained(trained: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not where it was evaluated: as the run tells, on each machine that went on with it, or as one is told."""
-    curves = results.curves_of
+    training_of = results.training_of
 
     def told(told_by_run: str, trained_on: str | None) -> str:
-        monkeypatch.setattr(results, "curves_of", lambda path: (*curves(path)[:2], told_by_run))
+        monkeypatch.setattr(results, "training_of", lambda path: training_of(path)._replace(hardware=told_by_run))
         results.collect(trained.path, "vae", trained_on)
         return results.table(results.RESULTS).splitlines()[2].split(" | ")[-1]
 
@@ -81,7 +81,19 @@ def test_the_table_says_where_a_run_was_trained(trained: RunDirectory, monkeypat
     with trained.locked():
         experiment = dataclasses.replace(make_experiment(), num_steps=12)
         run(experiment, trained, Configuration("given", "operative", {}))
-    assert results.curves_of(trained.path)[2] == f"{hardware(torch.device('cpu'))} and another machine"
+    assert results.training_of(trained.path).hardware == f"{hardware(torch.device('cpu'))} and another machine"
+
+
+def test_the_table_says_at_which_precision_a_run_was_trained(trained: RunDirectory) -> None:
+    """Where that has changed, at which step; an evaluation knows the last one alone."""
+    with trained.locked():
+        for num_steps, precision in ((8, "fp32"), (12, "bf16"), (14, "bf16")):
+            experiment = dataclasses.replace(make_experiment(), num_steps=num_steps, precision=precision)
+            run(experiment, trained, Configuration("given", f"a.Experiment.precision = '{precision}'", {}))
+    folder = results.collect(trained.path, "vae")
+    assert {row["training_precision"] for row in results.rows_of(folder)} <= {"fp32", "bf16"}
+    expected = f"{hardware(torch.device('cpu'))}, fp32 to step 8, then bf16 |"
+    assert results.table(results.RESULTS).splitlines()[2].split(" | ")[-1] == expected
 
 
 def test_the_table_has_a_row_for_each_evaluation(trained: RunDirectory) -> None:
