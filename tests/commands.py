@@ -17,7 +17,6 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 IDLE: list["Server"] = []
@@ -87,16 +86,19 @@ def become(
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in enumerate(streams, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = [cwd, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv[1:] = arguments
-    code: Any = None
+    code = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
-        code = ended.code
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if ended.code != code and ended.code is not None:
+            print(ended.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -104,7 +106,7 @@ def become(
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))
+    os._exit(code)
 
 
 if __name__ == "__main__":
