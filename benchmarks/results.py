@@ -11,6 +11,7 @@ last.
 
 import argparse
 import csv
+import itertools
 import json
 import pathlib
 import re
@@ -72,10 +73,11 @@ def training_of(path: pathlib.Path) -> Training:
         seconds += (event.step - before) / event.value
         before = event.step
     hardware = " and ".join(dict.fromkeys(name for _, name in _said(events, "trained_on", r"hardware: (.+)")))
-    precision = ""
-    for step, name in _said(events, "operative_config", r"\.Experiment\.precision = '(\w+)'"):
-        if precision.rpartition(" ")[2] != name:
-            precision += f" to step {step:,}, then {name}" if precision else name
+    starts = _said(events, "operative_config", r"\.Experiment\.precision = '(\w+)'")
+    changes = [next(same) for _, same in itertools.groupby(starts, key=lambda start: start[1])]
+    precision = "".join(
+        f" to step {step:,}, then {name}" if index else name for index, (step, name) in enumerate(changes)
+    )
     return Training(dict(sorted(points.items())), seconds, hardware, precision)
 
 

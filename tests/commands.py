@@ -17,6 +17,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 IDLE: list["Server"] = []
@@ -92,13 +93,14 @@ def become(
     os.environ.update(environment)
     sys.path[:0] = [cwd, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv[1:] = arguments
-    code = 0
+    code: Any = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        if ended.code != code and ended.code is not None:
-            print(ended.code, file=sys.stderr)
+        code = ended.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1

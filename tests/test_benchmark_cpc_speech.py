@@ -9,8 +9,6 @@ import pytest
 from benchmarks.cpc_speech import SPEAKERS, Run, accuracies, summary, text
 from tests.commands import run_module
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-
 
 def write_probe(folder: pathlib.Path, run: Run, context: float, log_mel: float = 0.25) -> None:
     rows = [

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import pathlib
 
 import torch
 
@@ -10,8 +9,6 @@ from benchmarks import generate
 from benchmarks.generate import positions, random_model, recomputed, speed, stepping
 from benchmarks.measure import interleaved
 from tests.commands import run_module
-
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 
 def test_recomputing_the_receptive_field_gives_the_codes_of_generation():

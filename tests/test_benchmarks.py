@@ -1,7 +1,5 @@
 """The benchmarks: what they count and how they compare; their commands parse."""
 
-import pathlib
-
 import pytest
 import torch
 
@@ -11,7 +9,6 @@ from benchmarks.speed import CONFIGS, one_step
 from popgen.training.loop import Hooks
 from tests.commands import run_module
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 

@@ -13,9 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.together import free_port
-from tests.commands import run_module
-
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+from tests.commands import REPOSITORY, run_module
 
 PARTS = """
 import dataclasses, torch
