@@ -84,6 +84,16 @@ class EvaluationFiles:
         return self.record_path.with_name(f"{self.record_path.stem}_annealed.csv")
 
     @property
+    def tag(self) -> str:
+        """Under which TensorBoard shows the results: raw and averaged weights are curves of their own.
+
+        Example:
+            >>> EvaluationFiles(pathlib.Path("run"), 40, "averaged", num_samples=5_000, num_examples=10_000).tag
+            'evaluation_averaged'
+        """
+        return "evaluation" if self.weights == "raw" else f"evaluation_{self.weights}"
+
+    @property
     def figure_path(self) -> pathlib.Path:
         """The figure of the table."""
         return self.record_path.with_suffix(".png")
@@ -102,8 +112,8 @@ class EvaluationFiles:
             if self.images_path.is_file():
                 figure = evaluation_figure(read_table(self.images_path).columns())
                 figure.savefig(self.figure_path)
-                writer.figure("evaluation", figure, self.step)
-            writer.scalars("evaluation", results, self.step)
+                writer.figure(self.tag, figure, self.step)
+            writer.scalars(self.tag, results, self.step)
             writer.sync()
         write_json(self.record_path, record)
         missing = [name for name in evaluator.headline if name not in record]

@@ -173,6 +173,19 @@ def test_bounds_are_also_curves(experiment: Experiment, tmp_path: pathlib.Path) 
         assert event.step == 40 and event.value == pytest.approx(record[name], rel=1e-6)
 
 
+def test_raw_and_averaged_weights_are_curves_of_their_own(experiment: Experiment, tmp_path: pathlib.Path) -> None:
+    """Both evaluations are of one step: in one curve they would be two points above one another."""
+    writer, values = Writer(tmp_path), {"raw": -9.0, "averaged": -8.0}
+    for weights, value in values.items():
+        record = dict.fromkeys(VAEEvaluator.headline, value)
+        EvaluationFiles(tmp_path, 40, weights, 7, 4).write(writer, record, experiment.evaluator)
+    writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    for tag, value in (("evaluation/log_p_x", -9.0), ("evaluation_averaged/log_p_x", -8.0)):
+        assert [event.value for event in events.Scalars(tag)] == [value]
+
+
 class Promises(VAEEvaluator):
     """An evaluator whose headline names what it does not return."""
 
