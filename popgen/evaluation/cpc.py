@@ -30,6 +30,7 @@ def contrastive_terms(
     batch_size: int,
     seed: int,
     progress: Progress | None = None,
+    independent: bool = False,
 ) -> CPCTerms:
     """Returns the losses of whole sequences, `num_draws` of each: those of the first draw, then of the second, ...
 
@@ -43,10 +44,12 @@ def contrastive_terms(
         batch_size: sequences that are scored together; a loss is to be compared only with losses of one batch size.
         seed: of the draws.
         progress: called with the losses of sequences that are finished, means over draws.
+        independent: whether the negatives are those of `CPC.independent_terms`, not the ones that the model trains
+            against.
 
     Raises:
         ArgumentError: if an argument is outside its domain.
-        DataError: if no sequence has a pair.
+        DataError: if no sequence has a pair, unless the negatives are to be independent.
 
     Example:
         >>> from popgen.nn.cpc import GRUContext, LinearPredictors, RowEncoder
@@ -59,21 +62,26 @@ def contrastive_terms(
     check_integer("batch_size", batch_size, minimum=1)
     device = sequences.lengths.device
     order = torch.randperm(len(sequences), generator=make_generator("cpu", seed, "evaluation", "batches"))
-    generator = make_generator(device, seed, "evaluation", "negatives")
+    purpose = "independent negatives" if independent else "negatives"
+    generator = make_generator(device, seed, "evaluation", purpose)
     two_frames = model.encoder.receptive_field + model.encoder.hop  # which the model asks of a window
     found: list[list[CPCTerms]] = [[] for _ in range(num_draws)]
     for indices in order.split(batch_size):
         batch = sequences.padded(indices, at_least=two_frames)
-        shape = model.noise_shape(len(batch.values))
+        size = len(batch.values)
+        shape = (size, size) if independent else model.noise_shape(size)
         for terms in found:
             uniform = torch.rand(shape, generator=generator, device=device, dtype=batch.values.dtype)
-            terms.append(model(batch.values, batch.lengths, uniform, batch.labels))
+            if independent:
+                terms.append(model.independent_terms(batch.values, batch.lengths, uniform))
+            else:
+                terms.append(model(batch.values, batch.lengths, uniform, batch.labels))
         if progress is not None:
             progress(torch.stack([terms[-1].loss for terms in found]).mean(0))
     places = order.argsort().to(device)
     draws = [[torch.cat(parts)[places] for parts in zip(*terms, strict=True)] for terms in found]
     together = CPCTerms(*(torch.cat(parts) for parts in zip(*draws, strict=True)))
-    if int(together.weight.sum()) == 0:
+    if int(together.weight.sum()) == 0 and not independent:
         raise DataError(
             f"none of the {len(sequences)} sequences has a frame with another ahead and negatives beside it: use "
             "longer sequences, or more of them, in larger batches"
@@ -87,9 +95,11 @@ class CPCEvaluator(Evaluator):
 
     Args:
         batch_size: recordings that are each other's negatives; that of training makes the losses compare.
+        bound_batch_size: recordings of which each gives one negative to the others for the bound on mutual information,
+            which cannot exceed the logarithm of it.
 
     Raises:
-        ArgumentError: if it is not an integer of at least 1.
+        ArgumentError: if one is not an integer, or below 1, or 2 for the bound.
 
     Example:
         >>> CPCEvaluator(batch_size=16).headline
@@ -97,6 +107,7 @@ class CPCEvaluator(Evaluator):
     """
 
     batch_size: int = 16
+    bound_batch_size: int = 64
 
     model_type: ClassVar[type] = CPC
     default_num_samples: ClassVar[int] = 10
@@ -106,6 +117,7 @@ class CPCEvaluator(Evaluator):
 
     def __post_init__(self) -> None:
         check_integer("CPCEvaluator.batch_size", self.batch_size, minimum=1)
+        check_integer("CPCEvaluator.bound_batch_size", self.bound_batch_size, minimum=2)
 
     def check_num_samples(self, name: str, num_samples: int) -> None:
         """Any positive number will do: so often are negatives drawn."""
@@ -120,9 +132,10 @@ class CPCEvaluator(Evaluator):
         return {}
 
     def evaluate(self, model: CPC, data: SequenceData, examples: Sequences, settings: EvaluationSettings) -> Results:
-        """Returns the means over draws, the standard error over recordings, and the bounds where the negatives allow.
+        """Returns the means over draws, the standard error over recordings, and bounds if there are several recordings.
 
-        `mutual_information_ahead_k` is log N - L_k, nats, and cannot exceed `mutual_information_limit`, log N.
+        `mutual_information_ahead_k` is log N - L_k, nats, against negatives that are independent of the context
+        (`CPC.independent_terms`), and cannot exceed `mutual_information_limit`.
         """
         draws = settings.num_samples
         with matrix_products(settings.precision, examples.lengths.device):
@@ -131,10 +144,14 @@ class CPCEvaluator(Evaluator):
         totals = [values.unflatten(0, (draws, -1)).sum(0) for values in (terms.loss * terms.weight, terms.weight)]
         results["loss_standard_error"] = standard_error_of_ratio(*totals)
         results["loss_of_guessing"] = terms.loss_of_guessing.item()
-        if model.bound_is_valid:
-            bounds = model.mutual_information(terms).tolist()
+        if len(examples) > 1:
+            with matrix_products(settings.precision, examples.lengths.device):
+                terms = contrastive_terms(
+                    model, examples, draws, self.bound_batch_size, settings.seed, independent=True
+                )
+            bounds = terms.information_of_steps.tolist()
             results |= {f"mutual_information_ahead_{k}": bound for k, bound in enumerate(bounds, start=1)}
-            results["mutual_information_limit"] = math.log(model.num_candidates)
+            results["mutual_information_limit"] = math.log(min(self.bound_batch_size, len(examples)))
         return results
 
     def describe(self, record: Mapping[str, Any]) -> str:

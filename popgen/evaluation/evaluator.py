@@ -13,7 +13,7 @@ from torch import Tensor
 from popgen.datasets.images import ImageData
 from popgen.errors import check_integer
 from popgen.evaluation.image_table import ImageTable
-from popgen.evaluation.importance import MIN_PARETO_SAMPLES, RELIABLE_PARETO_SHAPE
+from popgen.evaluation.importance import MIN_PARETO_SAMPLES, reliable_pareto_shape
 from popgen.evaluation.likelihood import (
     bounds_by_size,
     count_active_units,
@@ -285,7 +285,8 @@ class VAEEvaluator(ImageEvaluator):
         results["effective_sample_size_median"] = columns["effective_sample_size"].median().item()
         if max(bounds) >= MIN_PARETO_SAMPLES:
             results["pareto_shape_median"] = shapes.nanmedian().item()
-            results["images_of_reliable_pareto_shape"] = int((shapes < RELIABLE_PARETO_SHAPE).sum())
+            results["reliable_pareto_shape"] = reliable_pareto_shape(max(bounds))
+            results["images_of_reliable_pareto_shape"] = int((shapes < results["reliable_pareto_shape"]).sum())
             results["worst_images"] = shapes.topk(min(WORST_IMAGES, len(shapes))).indices.tolist()
         return results
 
@@ -301,8 +302,8 @@ class VAEEvaluator(ImageEvaluator):
         if "pareto_shape_median" in record:
             total, reliable = record["num_examples"], record["images_of_reliable_pareto_shape"]
             lines.append(
-                f"Pareto k̂ of the weights {record['pareto_shape_median']:.2f} (median), below {RELIABLE_PARETO_SHAPE} "
-                f"for {reliable:,} of {total:,} images"
+                f"Pareto k̂ of the weights {record['pareto_shape_median']:.2f} (median), below "
+                f"{record['reliable_pareto_shape']:.2g} for {reliable:,} of {total:,} images"
             )
             if reliable < total:
                 lines.append(

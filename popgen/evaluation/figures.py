@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from popgen.evaluation.importance import RELIABLE_PARETO_SHAPE
+from popgen.evaluation.importance import reliable_pareto_shape
 from popgen.evaluation.likelihood import bounds_by_size
 
 if TYPE_CHECKING:
@@ -18,11 +18,12 @@ def evaluation_figure(columns: Mapping[str, Tensor]) -> "Figure":
     """Returns a figure of what an evaluation found of every image.
 
     Args:
-        columns: `log_p_x`, and what there is of `log_p_x_of_K_samples` and `pareto_shape`, shape `(count,)`.
+        columns: `log_p_x`, what there is of `log_p_x_of_K_samples`, and with these `pareto_shape`, shape `(count,)`.
 
     Example:
         >>> import torch
-        >>> len(evaluation_figure({"log_p_x": torch.randn(20), "pareto_shape": torch.rand(20)}).axes)
+        >>> columns = {name: torch.rand(20) for name in ("log_p_x", "log_p_x_of_50_samples", "pareto_shape")}
+        >>> len(evaluation_figure(columns).axes)
         2
     """
     from matplotlib.figure import Figure  # slow to import, and training needs none
@@ -42,9 +43,9 @@ def evaluation_figure(columns: Mapping[str, Tensor]) -> "Figure":
     axes.axvline(log_p_x.mean().item(), color="black", linewidth=1.0)
     axes.set(xlabel="log p(x), nats", ylabel="images", title=f"{len(log_p_x):,} images, mean {log_p_x.mean():.3f}")
     if shapes is not None:
-        axes, reliable = next(panels), int((shapes < RELIABLE_PARETO_SHAPE).sum())
+        axes, limit = next(panels), reliable_pareto_shape(max(bounds))
         axes.hist(shapes[shapes.isfinite()].tolist(), bins=BINS)
-        axes.axvline(RELIABLE_PARETO_SHAPE, color="black", linewidth=1.0)
-        title = f"below {RELIABLE_PARETO_SHAPE} for {reliable:,} of {len(shapes):,} images"
+        axes.axvline(limit, color="black", linewidth=1.0)
+        title = f"below {limit:.2g} for {int((shapes < limit).sum()):,} of {len(shapes):,} images"
         axes.set(xlabel="Pareto k̂ of the weights", ylabel="images", title=title)
     return figure

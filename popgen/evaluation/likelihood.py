@@ -85,6 +85,9 @@ def evaluate_elbo(
         `elbo`, `reconstruction` (log p(x|z)), `kl` (log q(z|x) - log p(z)), `log_q_z_given_x`, `log_p_z` and
         `log_det`, each of shape `(count,)`, nats.
 
+    Raises:
+        ArgumentError: if there is no image.
+
     Example:
         >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
         >>> from popgen.nn.priors import StandardNormalPrior
@@ -92,6 +95,7 @@ def evaluate_elbo(
         >>> evaluate_elbo(vae, torch.zeros(5, 16))["elbo"].shape
         torch.Size([5])
     """
+    check_integer("the number of images", len(images), minimum=1)
     indices = range(first_image, first_image + len(images))
     noise = _elbo_noise(indices, model.noise_dim, seed, images.device)
     parts: list[dict[str, Tensor]] = []
@@ -258,7 +262,7 @@ def importance_estimate(
         first_image: index in the data set of the first of these images, to which their noise belongs.
 
     Raises:
-        ArgumentError: if `num_samples` is below 1.
+        ArgumentError: if `num_samples` is below 1, or there is no image.
 
     Example:
         >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
@@ -268,6 +272,7 @@ def importance_estimate(
         [1, 10, 100, 200]
     """
     check_integer("num_samples", num_samples, minimum=1)
+    check_integer("the number of images", len(images), minimum=1)
     log_weights = log_weight_function(model) if log_weights is None else log_weights
     samples_at_once = min(num_samples, NOISE_BLOCK)
     images_at_once = max(1, ROWS_IN_FLIGHT.get(images.device.type, ROWS_IN_FLIGHT["cpu"]) // samples_at_once)

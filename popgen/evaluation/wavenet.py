@@ -40,7 +40,7 @@ def log_densities(model: WaveNet, sequences: Sequences, progress: Progress | Non
         torch.Size([2])
     """
     found = torch.empty(len(sequences), dtype=torch.float64, device=sequences.lengths.device)
-    order = sequences.lengths.argsort()  # those of a batch are about as long as each other
+    order = sequences.lengths.argsort(descending=True)  # those of a batch are about as long as its first, the longest
     first = 0
     while first < len(order):
         count = max(1, SAMPLES_AT_ONCE // int(sequences.lengths[order[first]]))

@@ -66,8 +66,9 @@ def mutual_information_bound(loss: Float[Tensor, "*shape"], num_candidates: int)
     (Section 2.3 and appendix A.1 of the paper.) Two things limit what it says:
 
     - It saturates: L is not negative, so the bound never exceeds log N, however much information there is.
-    - It holds only where the N - 1 negatives are independent draws from the marginal distribution of the positives.
-      Negatives that are chosen to be harder, or to exclude the positive, make it a number without this meaning.
+    - It holds only where the N - 1 negatives are draws from the marginal distribution of the positives, independent of
+      each other and of the context. Negatives that are chosen to be harder, that exclude the positive, or that the
+      context has seen make it a number without this meaning; `CPC.independent_terms` has negatives that keep it.
 
     Args:
         loss: L of `info_nce`, or a mean of it.

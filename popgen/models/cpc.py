@@ -5,7 +5,6 @@
 The loss asks, from the context after each frame, which of several encodings is the one k frames ahead.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,10 +14,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from popgen.errors import ArgumentError, DataError, check_choice, check_integer
-from popgen.losses import contrastive_accuracy, info_nce, mutual_information_bound
+from popgen.losses import contrastive_accuracy, info_nce
 from popgen.models.model import Model
 from popgen.nn.cpc import Context, FrameEncoder, Predictors
-from popgen.nn.negatives import NEGATIVE_KINDS, Negatives, negative_indices
+from popgen.nn.negatives import NEGATIVE_KINDS, Negatives, independent_negatives, negative_indices
 
 
 class CPCTerms(NamedTuple):
@@ -71,6 +70,16 @@ class CPCTerms(NamedTuple):
         """The mean over all pairs of the loss that equal scores would have, nats."""
         return _mean(self.step_guesses.flatten(), self.step_weights.flatten(), dim=0)
 
+    @property
+    def information_of_steps(self) -> Float[Tensor, " steps"]:
+        """Log N - L of each step, nats, the mean over sequences of that over their pairs.
+
+        It is not a number for a step so far ahead that no sequence has a pair. Of `CPC.independent_terms`, and of no
+        others, it is a lower bound on mutual information in expectation.
+        """
+        counts = self.step_weights > 0
+        return ((self.step_guesses - self.step_losses) * counts).sum(0) / counts.sum(0)
+
 
 class Part(NamedTuple):
     """Sequences that follow each other in a batch, where the others are somewhere else.
@@ -107,8 +116,6 @@ class CPC(Model):
         num_steps: K.
         num_candidates: the positive and the negatives; guessing has a loss of its logarithm, or less with "sequence",
             where draws of the positive are masked out (`CPCTerms.loss_of_guessing`).
-        bound_is_valid: whether log N minus the loss of a step bounds mutual information: the negatives have to have the
-            distribution of the positives, as those of "batch" do.
 
     Raises:
         ArgumentError: if an argument is outside its domain, or the parts do not fit.
@@ -153,7 +160,6 @@ class CPC(Model):
         self.negatives, self.num_negatives, self.label = negatives, num_negatives, label
         self.num_steps = predictors.num_steps
         self.num_candidates = num_negatives + 1
-        self.bound_is_valid = negatives == "batch"
 
     def noise_shape(self, batch: int) -> tuple[int, int]:
         """Returns the shape of the uniform noise of `forward` for a batch of that many sequences."""
@@ -206,11 +212,50 @@ class CPC(Model):
         Raises:
             ArgumentError: if the shapes do not fit, the window has no two frames, or the label is missing.
         """
+        frames = self._frames(values, lengths, uniform, self.num_negatives, part)
+        num_frames, max_frames = self.num_frames(lengths), frames.shape[1]
+        speakers = None if self.label is None else _label(labels, self.label)
+        negatives = negative_indices(self.negatives, uniform, num_frames, max_frames, self.num_steps, speakers)
+        first, candidates = (0, frames) if part is None else (part.first, part.whole(frames))
+        num_frames = num_frames.narrow(0, first, len(values))
+        negatives = Negatives(*(tensor.narrow(0, first, len(values)) for tensor in negatives))
+        return self._terms(frames, candidates, num_frames, negatives, first, masked=self.negatives == "sequence")
+
+    def independent_terms(
+        self,
+        values: Float[Tensor, "batch window ..."],
+        lengths: Int64[Tensor, " batch"],
+        uniform: Float[Tensor, "batch batch"],
+    ) -> CPCTerms:
+        """Returns the losses against one frame of each other sequence of the batch, whatever the model trains against.
+
+        `CPCTerms.information_of_steps` of these is a lower bound on the mutual information I(x_{t+k}; c_t) of a pair of
+        a sequence, in expectation over independent sequences, for any encoder and predictors (section 2.3 of the
+        paper); it never exceeds the logarithm of the batch size. Negatives that share the anchor's sequence, as
+        in training, are not independent of its context, and log N - L may then be above the information that there is.
+
+        Args:
+            values: as for `forward`.
+            lengths: how many steps of each are real.
+            uniform: uniform on [0, 1), shape `(batch, batch)`; it chooses the frames.
+
+        Raises:
+            ArgumentError: if the shapes do not fit, or the window has no two frames.
+        """
+        frames = self._frames(values, lengths, uniform, len(values))
+        num_frames = self.num_frames(lengths)
+        negatives = independent_negatives(uniform, num_frames, frames.shape[1], self.num_steps)
+        return self._terms(frames, frames, num_frames, negatives, first=0, masked=True)
+
+    def _frames(
+        self, values: Tensor, lengths: Tensor, uniform: Tensor, num_negatives: int, part: Part | None = None
+    ) -> Tensor:
+        """Returns the encodings of sequences that fit, with their lengths and the noise of a whole batch."""
         self.encoder.check_values(values)
         batch = len(values) if part is None else lengths.numel()
-        if tuple(lengths.shape) != (batch,) or tuple(uniform.shape) != (batch, self.num_negatives):
+        if tuple(lengths.shape) != (batch,) or tuple(uniform.shape) != (batch, num_negatives):
             raise ArgumentError(
-                f"lengths must have shape {(batch,)} and uniform {(batch, self.num_negatives)}, got "
+                f"lengths must have shape {(batch,)} and uniform {(batch, num_negatives)}, got "
                 f"{tuple(lengths.shape)} and {tuple(uniform.shape)}"
             )
         frames = self.encoder(values)
@@ -219,27 +264,23 @@ class CPC(Model):
             raise ArgumentError(
                 f"values must have at least {needed} steps, two frames, got {values.shape[1]}: use a longer window"
             )
-        predictions = self.predictors(self.context(frames))
-        num_frames, max_frames = self.num_frames(lengths), frames.shape[1]
-        speakers = None if self.label is None else _label(labels, self.label)
-        negatives = negative_indices(self.negatives, uniform, num_frames, max_frames, self.num_steps, speakers)
-        first, candidates = (0, frames) if part is None else (part.first, part.whole(frames))
-        num_frames = num_frames.narrow(0, first, len(values))
-        negatives = Negatives(*(tensor.narrow(0, first, len(values)) for tensor in negatives))
+        return frames
 
+    def _terms(
+        self, frames: Tensor, candidates: Tensor, num_frames: Tensor, negatives: Negatives, first: int, masked: bool
+    ) -> CPCTerms:
+        """Returns the losses of sequences from number `first` on; masked: missing and positive draws are left out."""
+        predictions = self.predictors(self.context(frames))
         scores, collisions = self._scores(frames, candidates, predictions, negatives, first)
-        others = (~collisions).sum(-1)
-        if self.negatives == "sequence":
-            mask, num_candidates = ~collisions, 1 + others
-        else:
-            mask, num_candidates = None, torch.full_like(others, self.num_candidates)
-        places = torch.arange(max_frames, device=frames.device)
+        distinct = negatives.exist[:, :, None] & ~collisions
+        num_distinct, num_drawn = distinct.sum(-1), negatives.exist.sum(-1)[..., None]
+        num_candidates = 1 + (num_distinct if masked else num_drawn.expand_as(num_distinct))
+        places = torch.arange(frames.shape[1], device=frames.device)
         steps = torch.arange(1, self.num_steps + 1, device=frames.device)
-        counts = (places + steps[:, None] < num_frames[:, None, None]) & negatives.exist[..., None]
-        counts = counts & (num_candidates > 1)
-        losses = info_nce(scores, mask)
+        counts = (places + steps[:, None] < num_frames[:, None, None]) & (num_candidates > 1)
+        losses = info_nce(scores, distinct if masked else None)
         # Where nothing but the positive was drawn there is nothing to tell apart: that is a guess, not a success.
-        accuracies = torch.where(others > 0, contrastive_accuracy(scores, ~collisions), 1.0 / self.num_candidates)
+        accuracies = torch.where(num_distinct > 0, contrastive_accuracy(scores, distinct), 1.0 / num_candidates)
         guesses = num_candidates.to(losses.dtype).log()
         step_weights = counts.sum(-1)
         step_losses, step_accuracies, step_guesses = (
@@ -253,25 +294,6 @@ class CPC(Model):
             step_guesses=step_guesses,
             step_weights=step_weights,
         )
-
-    def mutual_information(self, terms: CPCTerms) -> Float[Tensor, " steps"]:
-        """Returns log N - L_k for each step k, nats: a lower bound on I(x_{t+k}; c_t), at most log N.
-
-        It is not a number for a step so far ahead that no sequence has a pair of frames for it.
-
-        The information is that in the batch, whose frames are the negatives: they are the more like draws from the
-        distribution of the data the more sequences there are.
-
-        Raises:
-            ArgumentError: if the negatives are not of the kind for which it is a bound.
-        """
-        if not self.bound_is_valid:
-            raise ArgumentError(
-                f"CPC.negatives must be 'batch' for a bound on mutual information, got {self.negatives!r}: others do "
-                "not have the distribution of the positives"
-            )
-        bounds = mutual_information_bound(terms.loss_of_steps, self.num_candidates)
-        return bounds.masked_fill(terms.step_weights.sum(0) == 0, math.nan)
 
     def check_examples(self, examples: Any) -> None:
         """Checks that the sequences of a split fit the encoder and have what the loss needs.

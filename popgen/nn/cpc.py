@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from popgen.errors import ArgumentError, check_integer
 from popgen.nn.causal_conv import CausalConv1d
-from popgen.nn.negatives import NEGATIVE_KINDS, Negatives, negative_indices
+from popgen.nn.negatives import NEGATIVE_KINDS, Negatives, independent_negatives, negative_indices
 from popgen.nn.recurrent import gru
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "RowEncoder",
     "StridedConvEncoder",
     "TransformerPredictors",
+    "independent_negatives",
     "negative_indices",
 ]
 

@@ -89,7 +89,7 @@ class LinearAnnealing:
 
     def __call__(self, step: int) -> float:
         """Returns the value at `step`."""
-        return self.start + (self.end - self.start) * min(step / self.num_steps, 1.0)
+        return self.end if step >= self.num_steps else self.start + (self.end - self.start) * (step / self.num_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +112,9 @@ class CosineAnnealing:
 
     def __call__(self, step: int) -> float:
         """Returns the value at `step`."""
-        fraction = min(step / self.num_steps, 1.0)
-        weight = round(0.5 * (1.0 - math.cos(math.pi * fraction)), 15)  # exactly 0, 1/2 and 1 where it should be
+        if step >= self.num_steps:
+            return self.end
+        weight = round(0.5 * (1.0 - math.cos(math.pi * step / self.num_steps)), 15)  # exactly 1/2 where it should be
         return self.start + (self.end - self.start) * weight
 
 

@@ -39,7 +39,7 @@ class Update:
     """An update of the tensors of states in place, `update(states, losses, gradients, average_weight, rate)`.
 
     Where the loss or the gradient is not finite, or the gradient too large, parameters, optimizer and average stay as
-    they were. Nothing waits for the device.
+    they were; what a fused optimizer first keeps of a parameter in such a step is nought. Nothing waits for the device.
 
     Attributes:
         max_gradient_norm: gradients with a larger norm are scaled down to it.
@@ -100,21 +100,22 @@ class Update:
         """Lets the optimizer take its step along the clipped gradients, unless it is skipped."""
         leaves: list[Tensor] = list(state.parameters.values())
         optimizer: Any = state.optimizer  # fused ones take attributes that the base class does not know
-        divisor = self.divisor(norm)
+        divisor, told = self.divisor(norm), can_be_told(optimizer)
+        in_passing = told and norm.dtype != torch.float64  # fused kernels divide by a `grad_scale` of type float32
         for leaf, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None and divisor is not None and not in_passing:
+                gradient = gradient / divisor
             leaf.grad = None if gradient is None else laid_out_as(leaf, gradient)
-        if can_be_told(optimizer):  # fused kernels divide by `grad_scale` in passing, and do nothing at `found_inf`
-            optimizer.grad_scale = None if divisor is None else divisor.float()
+        if told:  # they do nothing at `found_inf`
+            optimizer.grad_scale = divisor.float() if in_passing and divisor is not None else None
             optimizer.found_inf = (~taken).float()
-            known = sum(map(len, optimizer.state.values()))
+            known = {leaf: set(kept) for leaf, kept in optimizer.state.items()}
             optimizer.step()
-            if sum(map(len, optimizer.state.values())) > known:  # made just now, and left unset if the step was skipped
-                for value in (value for kept in optimizer.state.values() for value in kept.values()):
-                    value.copy_(torch.where(taken, value, torch.zeros_like(value)))
+            for leaf, kept in optimizer.state.items():
+                for name in kept.keys() - known.get(leaf, ()):  # made just now, and left unset if the step was skipped
+                    kept[name].copy_(torch.where(taken, kept[name], torch.zeros_like(kept[name])))
             optimizer.grad_scale = optimizer.found_inf = None
         elif norm.is_cuda or taken:  # on a CPU, asking costs nothing
-            for leaf in leaves:
-                leaf.grad = leaf.grad if divisor is None or leaf.grad is None else leaf.grad / divisor
             optimizer.step()
         for leaf in leaves:
             leaf.grad = None

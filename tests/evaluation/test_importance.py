@@ -12,6 +12,7 @@ from popgen.evaluation.importance import (
     nested_bounds,
     nested_group_sizes,
     pareto_shape,
+    reliable_pareto_shape,
 )
 from popgen.losses import iwae
 
@@ -142,8 +143,19 @@ def test_heavy_tails_are_found_among_large_numbers() -> None:
     assert not (pareto_shape((log_w - 8e6).float()) < 0.7).any()
 
 
+@pytest.mark.parametrize("num_samples", [25, 50, 100, 1_000, 5_000])
+def test_weights_without_a_mean_are_seldom_called_reliable(num_samples: int) -> None:
+    """Exact Pareto weights of shape 1, however few: with 0.7 as the limit, half of them would be among 25 or 50."""
+    log_w = -torch.rand(num_samples, 2_000, generator=generator(11), dtype=torch.float64).log()
+    limit = reliable_pareto_shape(num_samples)
+    assert (pareto_shape(log_w) < limit).double().mean() < 0.25
+    assert limit == pytest.approx(min(0.7, 1.0 - math.log(10.0) / math.log(num_samples)))
+
+
 @pytest.mark.usefixtures("as_a_user")
 def test_what_does_not_fit_is_one_line() -> None:
+    with pytest.raises(ArgumentError, match="num_samples must be an integer of at least 25, got 24"):
+        reliable_pareto_shape(24)
     with pytest.raises(ArgumentError, match=r"sizes must each divide the next and the 10 samples, got \(1, 3\)"):
         nested_bounds(torch.zeros(10, 1), (1, 3))
     with pytest.raises(ArgumentError, match="at least 25 samples for a fit to their tail, got 24"):

@@ -234,9 +234,13 @@ def test_images_take_the_type_of_the_model() -> None:
     assert torch.equal(evaluate_elbo(vae, grey)["elbo"], evaluate_elbo(vae, grey.double() / 255)["elbo"])
 
 
-def test_num_samples_must_be_positive() -> None:
+@pytest.mark.usefixtures("as_a_user")
+def test_samples_and_images_are_at_least_one() -> None:
     with pytest.raises(ArgumentError, match="num_samples must be an integer of at least 1, got 0"):
         estimate_log_likelihood(make_vae(), make_images(), num_samples=0)
+    for evaluate in (evaluate_elbo, estimate_log_likelihood):
+        with pytest.raises(ArgumentError, match="the number of images must be an integer of at least 1, got 0"):
+            evaluate(make_vae(), make_images()[:0])
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------

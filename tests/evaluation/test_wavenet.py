@@ -52,6 +52,17 @@ def test_recordings_count_alone_however_they_are_batched(at_once: int, monkeypat
     )
 
 
+def test_no_batch_is_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding included: short recordings beside long ones are as long as these."""
+    monkeypatch.setattr(evaluation, "SAMPLES_AT_ONCE", 1_000)
+    lengths = torch.tensor([40, *[200] * 20, 1_500])
+    model, batches = make_model(), []
+    model.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[0].shape))
+    log_densities(model, Sequences(torch.rand(int(lengths.sum())) - 0.5, lengths))
+    assert sum(count for count, _ in batches) == len(lengths)
+    assert all(count * length <= 1_000 or count == 1 for count, length in batches)
+
+
 def test_results_are_means_over_samples() -> None:
     model, data = make_model(), make_data()
     evaluator = WaveNetEvaluator()

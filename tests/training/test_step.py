@@ -21,8 +21,9 @@ from popgen.training import checkpoints
 from popgen.training.checks import check_can_skip
 from popgen.training.loop import Hooks, train
 from popgen.training.objectives import NegativeELBO, Objective
-from popgen.training.state import initial_state, model_with_weights, state_from_tensors, state_to_tensors
+from popgen.training.state import TrainState, initial_state, model_with_weights, state_from_tensors, state_to_tensors
 from popgen.training.step import make_train_step
+from popgen.training.update import Update
 
 FLOWS = {
     "none": lambda: None,
@@ -432,6 +433,42 @@ def test_a_skipped_step_leaves_everything_as_it_was(optimizer: str, bad: int, ma
         assert [int(tensors["skipped"]["total"]) for tensors in found] == [int(i > bad) for i in range(6)]
         assert [int(each["skipped_in_a_row"]) for each in metrics] == [int(i == bad) for i in range(5)]
         assert not math.isfinite(metrics[bad]["gradient_norm"])
+
+
+def updated(state: TrainState, update: Update, loss: float, *gradients: Tensor | None) -> None:
+    with torch.no_grad():
+        update([state], [torch.tensor(loss)], [gradients], torch.tensor(0.0), None)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_skipped_step_in_which_a_weight_first_has_a_gradient_leaves_the_others(fused: bool) -> None:
+    adam, gradient = functools.partial(torch.optim.Adam, lr=0.1, fused=fused), torch.full((3,), 0.5)
+    model = nn.ParameterDict({"a": torch.ones(3), "b": torch.ones(3)})
+    state, update = initial_state(model, adam, 0), Update()
+    for _ in range(5):
+        updated(state, update, 1.0, gradient, None)
+    kept = state.optimizer.state[state.parameters["a"]]
+    before = copy.deepcopy(kept)
+    updated(state, update, math.nan, gradient, gradient)
+    assert before["step"] == 5.0 and before["exp_avg"].abs().min() > 0.1
+    assert_same(kept, before)
+    updated(state, update, 1.0, None, gradient)
+    alone = initial_state(nn.ParameterDict({"b": torch.ones(3)}), adam, 0)
+    updated(alone, update, 1.0, gradient)
+    assert torch.equal(state.parameters["b"], alone.parameters["b"])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_clipping_has_the_precision_of_the_gradients(name: str) -> None:
+    """Fused kernels divide by a float32, which is not exact for gradients of float64."""
+    model = nn.ParameterDict({"a": torch.linspace(-1.0, 1.0, 7, dtype=torch.float64)})
+    state, reference = initial_state(model, OPTIMIZERS[name], 0), OPTIMIZERS[name](model.parameters())
+    for index in range(5):
+        gradient = torch.randn(7, generator=torch.Generator().manual_seed(index), dtype=torch.float64)
+        updated(state, Update(max_gradient_norm=0.3), 1.0, gradient)
+        model["a"].grad = gradient * (0.3 / gradient.norm())
+        reference.step()
+    torch.testing.assert_close(state.parameters["a"], model["a"], rtol=1e-13, atol=1e-14)
 
 
 def test_steps_skipped_in_a_row_are_counted() -> None:

@@ -209,7 +209,8 @@ class HouseholderSylvesterFlow(PosteriorFlow):
     def forward(self, context: Float[Tensor, "batch context"]) -> HouseholderSylvesterBijection:
         """Returns the bijections of a batch, from a context of shape `(batch, context_dim)`."""
         linear = self.parameters_of_context
-        parameters = linear(context).to(linear.weight.dtype).unflatten(-1, (self.num_flows, -1)).transpose(0, 1)
+        parameters = at_least_float32(linear(context).to(linear.weight.dtype))
+        parameters = parameters.unflatten(-1, (self.num_flows, -1)).transpose(0, 1)
         square, reflectors, lower_diagonal, bias = parameters.split(self.sizes, dim=-1)
         square = square.unflatten(-1, (self.latent_dim, self.latent_dim))
         reflectors = F.normalize(reflectors.unflatten(-1, (self.num_reflections, self.latent_dim)), dim=-1)

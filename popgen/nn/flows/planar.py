@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from popgen.errors import check_integer
+from popgen.execution import at_least_float32
 from popgen.nn.flows.flow import Bijection, PosteriorFlow, solve_residual_tanh
 from popgen.nn.linear import Linear
 
@@ -95,9 +96,8 @@ class PlanarFlow(PosteriorFlow):
     def forward(self, context: Float[Tensor, "batch context"]) -> PlanarBijection:
         """Returns the bijections of a batch, from a context of shape `(batch, context_dim)`."""
         parameters = self.parameters_of_context(context)
-        parameters = (
-            parameters.to(self.parameters_of_context.weight.dtype).unflatten(-1, (self.num_flows, -1)).transpose(0, 1)
-        )
+        parameters = at_least_float32(parameters.to(self.parameters_of_context.weight.dtype))
+        parameters = parameters.unflatten(-1, (self.num_flows, -1)).transpose(0, 1)
         direction, normal, bias = parameters.split([self.latent_dim, self.latent_dim, 1], dim=-1)
         # Appendix A.1: moving u along w brings wᵀ u to softplus(wᵀ u) - 1 + MIN_SLOPE, which is above -1.
         product = (normal * direction).sum(-1, keepdim=True)

@@ -206,6 +206,20 @@ def test_float32_agrees_with_float64(make_flow: Factory) -> None:
         torch.testing.assert_close(value.double(), reference, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@both_flows
+def test_a_flow_of_half_precision_moves_points_at_full(make_flow: Factory, dtype: torch.dtype) -> None:
+    """Its weights are rounded, and nothing after its linear layer is."""
+    flow, context, z = make_flow().to(dtype), 0.5 * make_context(5).to(dtype), make_points(3, 5).to(dtype)
+    parameters = flow.parameters_of_context(context)
+    flow.parameters_of_context.forward = lambda _: parameters.double()
+    exact = flow.double()(context).forward_and_log_det(z.double())
+    flow.parameters_of_context.forward = lambda _: parameters
+    for value, reference in zip(flow.to(dtype)(context).forward_and_log_det(z), exact, strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), reference, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1.0, 50.0, 1_000.0])
 def test_the_root_is_found_to_the_rounding_of_what_it_is_found_from(dtype: torch.dtype, size: float) -> None:
