@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.measure import markdown_table
-from popgen.errors import PopgenError, RunDirectoryError
+from popgen.errors import ArgumentError, PopgenError, RunDirectoryError, reason_of
 from popgen.evaluation.likelihood import bounds_by_size
 from popgen.training.records import evaluation_records
 from popgen.training.run_directory import RunDirectory
@@ -100,18 +100,25 @@ def collect(run_dir: pathlib.Path, name: str, trained_on: str | None = None) -> 
         trained_on: the hardware, for a run that does not tell.
     """
     directory = RunDirectory(run_dir)
+    if not name or pathlib.Path(name).name != name or name.startswith("."):
+        raise ArgumentError(f"name must be that of one folder in results, got {name!r}")
     records = evaluation_records(run_dir)
     if not records:
         raise RunDirectoryError(f"{str(run_dir)!r} has no evaluation; python -m launch.evaluate --run_dir makes one")
     told = training_of(run_dir)
-    folder = RESULTS / name / f"seed_{json.loads(records[0].read_text())['seed']}"
+    found = [_record_of(path) for path in records]  # before anything of an earlier time is removed
+    configuration = {}
+    for path in (directory.config_path, directory.operative_config_path):
+        if not path.is_file():
+            raise RunDirectoryError(f"{path} is missing")
+        configuration[path.name] = path.read_bytes()
+    folder = RESULTS / name / f"seed_{found[0]['seed']}"
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("evaluation_*"):
         stale.unlink()
-    for path in (directory.config_path, directory.operative_config_path):
-        shutil.copyfile(path, folder / path.name)
-    for path in records:
-        record = json.loads(path.read_text())
+    for file_name, contents in configuration.items():
+        (folder / file_name).write_bytes(contents)
+    for path, record in zip(records, found, strict=True):
         if "command" in record:  # where the run lay on somebody's disk tells nobody anything
             record["command"] = record["command"].replace(str(run_dir), f"experiments/{name}")
         (folder / path.name).write_text(json.dumps(record, indent=2) + "\n")
@@ -127,6 +134,22 @@ def collect(run_dir: pathlib.Path, name: str, trained_on: str | None = None) -> 
     training |= {"trained_at": told.precision} if told.precision else {}
     (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
     return folder
+
+
+def _record_of(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the record of a VAE's evaluation.
+
+    Raises:
+        RunDirectoryError: if the file is none.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise RunDirectoryError(f"{path} is damaged: {reason_of(error)}") from error
+    lacking = {"log_p_x", "log_p_x_standard_error", "seed", "step"} - set(record if isinstance(record, dict) else ())
+    if lacking:
+        raise RunDirectoryError(f"{path} is no evaluation of images: it lacks {', '.join(sorted(lacking))}")
+    return record
 
 
 def rows_of(folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import pathlib
 import shlex
@@ -24,6 +25,8 @@ from popgen.training.weights import WEIGHTS
 STOPPED = 75  # exit status of a run that was asked to stop: "try again later", EX_TEMPFAIL of sysexits.h
 STARTS_ANEW = "starts anew"
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+OF_THE_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+MAX_TIMEOUT = 1e7  # seconds, four months
 TRUST_CONFIG = "Build whatever the run's config.gin names, other code than popgen's and torch's too, which then runs."
 
 flags.disclaim_key_flags()  # a flag that is defined here is one of the command that asks for it, and in its --help
@@ -45,8 +48,9 @@ def define_run_flags(checkpoint: str = "best", remark: str = "") -> None:
 def define_process_timeout() -> None:
     """Defines the flag of a command that several processes may share."""
     flags.DEFINE_float(
-        "process_timeout", 600.0, "Seconds that one of several processes waits for the others.", lower_bound=1.0
+        "process_timeout", 600.0, "Seconds that one of several processes waits for the others.", 1.0, MAX_TIMEOUT
     )
+    flags.register_validator("process_timeout", lambda seconds: seconds == seconds, "it must be a number")
 
 
 def config_name(gin_files: Sequence[str]) -> str:
@@ -92,8 +96,15 @@ def guarded(main: Callable[[], None], again: str = STARTS_ANEW) -> None:
         main: does the work of a command.
         again: what the same command does after it was interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not know ± or k̂
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read along has had enough, such as `head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for what is printed on the way out
+        sys.exit(1)
     except StoppedError as stopped:
         if not stopped.said:
             print(stopped, file=sys.stderr)
@@ -108,9 +119,9 @@ def guarded(main: Callable[[], None], again: str = STARTS_ANEW) -> None:
         print(f"error: there is not enough memory: {printable(reason_of(error))}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        if error.errno not in OF_THE_DISK:
+        if error.errno not in OF_THE_DISK + OF_THE_PATH:
             raise
-        print(f"error: cannot write: {error}", file=sys.stderr)
+        print(f"error: cannot read or write: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"interrupted; the same command {again}", file=sys.stderr)

@@ -60,7 +60,7 @@ def evaluate_together(shard: Shard, processes: Processes) -> None:
         check_can_anneal(model, FLAGS.num_temperatures, FLAGS.num_chains)
     num_samples = experiment.evaluator.default_num_samples if FLAGS.num_samples is None else FLAGS.num_samples
     num_examples = len(first_examples(data, FLAGS.num_examples))
-    files = EvaluationFiles(directory.path, tensors["step"], FLAGS.weights, num_samples, num_examples)
+    files = EvaluationFiles(directory.path, tensors["step"], FLAGS.weights, num_samples, num_examples, FLAGS.precision)
     tables = [ImageTable(path, shard, processes) for path in (files.images_path, files.annealed_path)]
 
     def evaluated() -> dict[str, Any]:

@@ -50,7 +50,7 @@ def train_together(processes: Processes) -> None:
     if not processes.first:
         if not FLAGS.dry_run:
             with command.stop_requests(quiet=True) as stop:
-                run(loaded.experiment, directory, configuration, stop, processes)
+                run(loaded.experiment, directory, configuration, stop, processes, FLAGS.overwrite)
         return
     if loaded.orphans:
         print(f"not used by this configuration: {', '.join(loaded.orphans)}")
@@ -59,19 +59,22 @@ def train_together(processes: Processes) -> None:
         print(describe(loaded.experiment))
         return
     with directory.locked():
-        settle_earlier_run(directory, configuration.given, loaded.experiment.num_replicas)
+        if not FLAGS.overwrite:
+            directory.check_num_replicas(loaded.experiment.num_replicas)
+            check_as_it_was(directory, configuration.given)
         print(
             f"run directory: {directory.path}\nfollow it with: tensorboard --logdir {directory.path}",
             flush=True,
         )
         with command.stop_requests() as stop:
             if loaded.experiment.num_replicas == 1:
-                results = [(directory, run(loaded.experiment, directory, configuration, stop, processes))]
+                state = run(loaded.experiment, directory, configuration, stop, processes, FLAGS.overwrite)
+                results = [(directory, state)]
             else:
                 replicas = configured_replicas(loaded.experiment)
-                for index, replica in enumerate(replicas):
+                for index, replica in enumerate(replicas if not FLAGS.overwrite else ()):
                     check_as_it_was(directory.replica(index), replica.configuration.given)
-                states = run_replicas(replicas, directory, configuration, stop)
+                states = run_replicas(replicas, directory, configuration, stop, FLAGS.overwrite)
                 results = list(zip(directory.replicas(), states, strict=True))
     for own, state in results:
         report(own, loaded.experiment, state)
@@ -98,7 +101,14 @@ def report(directory: RunDirectory, experiment: Experiment, state: TrainState) -
         print(f"{experiment.evaluator.describe(read_record(path))}\nevaluation: {path}")
     for path in sorted(directory.samples_path.glob("best*")):
         print(f"samples: {path}")
-    print(f"evaluate: python -m launch.evaluate --run_dir={directory.path}")
+    trust = " --trust_config" if own_modules(experiment) else ""
+    print(f"evaluate: python -m launch.evaluate --run_dir={directory.path}{trust}")
+
+
+def own_modules(experiment: Experiment) -> set[str]:
+    """Returns the packages beside popgen and PyTorch that the parts of an experiment are of."""
+    parts = (*experiment.model.modules(), experiment.dataset, experiment.objective, experiment.evaluator)
+    return {type(part).__module__.partition(".")[0] for part in parts} - {"popgen", "torch"}
 
 
 def check_same_configuration(given: list[str]) -> None:
@@ -114,18 +124,6 @@ def run_path() -> pathlib.Path:
     if FLAGS.run_dir:
         return pathlib.Path(FLAGS.run_dir)
     return default_root() / command.config_name(FLAGS.gin_file)
-
-
-def settle_earlier_run(directory: RunDirectory, given: str, num_replicas: int) -> None:
-    """Makes way for a new run, or makes sure that an earlier one is continued as it was.
-
-    Raises:
-        RunDirectoryError: if the configuration has changed and no flag says what is meant, or the number of replicas.
-    """
-    if FLAGS.overwrite:
-        directory.clear()
-    directory.check_num_replicas(num_replicas)
-    check_as_it_was(directory, given)
 
 
 def check_as_it_was(directory: RunDirectory, given: str) -> None:

@@ -125,14 +125,22 @@ class Experiment:
             if getattr(self, name) is not None:
                 check_number(f"Experiment.{name} (None for no limit)", getattr(self, name), above=0.0)
         for name, described, fits in (
-            ("model", "a Model (see popgen.models.model), such as @VAE()", isinstance(self.model, Model)),
+            (
+                "model",
+                "a Model (see popgen.models.model), such as @popgen.models.vae.VAE()",
+                isinstance(self.model, Model),
+            ),
             ("dataset", "an object with a load() method", hasattr(self.dataset, "load")),
             (
                 "objective",
-                "an Objective (see popgen.training.objectives), such as @NegativeELBO()",
+                "an Objective (see popgen.training.objectives), such as @popgen.training.objectives.NegativeELBO()",
                 isinstance(self.objective, Objective),
             ),
-            ("evaluator", "an Evaluator, such as @VAEEvaluator()", isinstance(self.evaluator, Evaluator)),
+            (
+                "evaluator",
+                "an Evaluator, such as @popgen.evaluation.evaluator.VAEEvaluator()",
+                isinstance(self.evaluator, Evaluator),
+            ),
             (
                 "pretrained",
                 "a dictionary of parts of the model and runs, such as {'autoencoder': 'vqvae'}",
@@ -142,7 +150,7 @@ class Experiment:
             ("optimizer", "a function of the parameters, such as @torch.optim.Adam", callable(self.optimizer)),
             (
                 "learning_rate",
-                "None or a function of the step, such as @CosineAnnealing()",
+                "None or a function of the step, such as @popgen.optim.schedules.CosineAnnealing()",
                 self.learning_rate is None or callable(self.learning_rate),
             ),
         ):

@@ -294,6 +294,10 @@ def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(*a.shape[:-1], b.shape[-1])
 
 
+# What `torch.compiler.assume_constant_result` does, which imports the compiler: users compile parts of popgen alone.
+vars(_float32_is_full)["_dynamo_marked_constant"] = True
+
+
 def _tensors_in(value: Any) -> list[Tensor]:
     return [leaf.detach() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 

@@ -48,6 +48,7 @@ def run(
     configuration: Configuration,
     stop: Callable[[], bool] = lambda: False,
     processes: Processes = ALONE,
+    anew: bool = False,
 ) -> TrainState:
     """Trains an experiment, from its newest checkpoint if it has one, and returns its last state.
 
@@ -55,7 +56,8 @@ def run(
     same experiment; the first one reads and writes all that there is in the directory.
 
     `stop` is asked before every step, by several processes about twice a second, and while the final evaluation lasts;
-    where it says so, the state is saved.
+    where it says so, the state is saved. To start `anew` removes what an earlier run wrote, once nothing speaks against
+    a start.
 
     Raises:
         DataError: if the data cannot be loaded or does not fit the model.
@@ -88,15 +90,18 @@ def run(
     if experiment.num_replicas != 1:
         raise ArgumentError(f"run trains one replica, got num_replicas = {experiment.num_replicas}: use run_replicas")
     check_divided("Experiment.batch_size", experiment.batch_size, processes)
-    directory.check_num_replicas(1)
+    if not anew:
+        directory.check_num_replicas(1)
     with processes.first_goes_ahead():
         data, model = prepare(experiment, device)
     check_amounts(experiment, data)
     check_steps(experiment, data, model)
     functions = training_functions(experiment, model, data, processes)
-    state = shared_state(experiment, model, data, directory, processes)
+    state = shared_state(experiment, model, data, directory, processes, anew)
     recorder: Recorder | Follower = Follower(processes)
     if processes.first:  # only now that everything is built and loaded: a mistake leaves an earlier run as it was
+        if anew:
+            directory.clear()
         recorder = begin(experiment, directory, configuration, data, model, state.step, processes)
     try:
         state = train_to_the_end(
@@ -324,15 +329,17 @@ def restored_or_initial_state(experiment: Experiment, model: Model, data: Data, 
 
 
 def shared_state(
-    experiment: Experiment, model: Model, data: Data, directory: RunDirectory, processes: Processes
+    experiment: Experiment, model: Model, data: Data, directory: RunDirectory, processes: Processes, anew: bool = False
 ) -> TrainState:
     """Returns the state that a run goes on from, in every process the one that the first has found or made.
+
+    Where a run is to start anew, no checkpoint is looked for.
 
     Example: `run` calls it.
     """
     if not processes.first:
         return state_from_tensors(processes.from_first({}), initial_state_of(experiment, model))
-    found = directory.newest_checkpoint()
+    found = None if anew else directory.newest_checkpoint()
     state = fit_files(directory, found, restored_or_initial_state(experiment, model, data, found))
     on_cpu = tree_map_only(torch.Tensor, Tensor.cpu, state_to_tensors(state))  # from a GPU all would open the first's
     processes.from_first(on_cpu)

@@ -64,6 +64,7 @@ def run_replicas(
     directory: RunDirectory,
     configuration: Configuration,
     stop: Callable[[], bool] = lambda: False,
+    anew: bool = False,
 ) -> list[TrainState]:
     """Trains replicas side by side, from their newest checkpoints of one step, and returns their last states.
 
@@ -74,6 +75,7 @@ def run_replicas(
         directory: of the whole; replica `i` is kept in `replica_<i>` there.
         configuration: of the whole.
         stop: asked before every step, and while the final evaluations last; where it says so, the states are saved.
+        anew: whether what is there is removed, once nothing speaks against a start.
 
     Raises:
         DataError: if the data cannot be loaded or does not fit the model.
@@ -107,7 +109,8 @@ def run_replicas(
     first = experiments[0]
     device = first.torch_device()
     check_precision("Experiment.precision", first.precision, device)
-    directory.check_num_replicas(len(replicas))
+    if not anew:
+        directory.check_num_replicas(len(replicas))
     data, model = prepare(first, device)
     models = [model, *(experiment.model.to(device) for experiment in experiments[1:])]
     check_amounts(first, data)
@@ -118,10 +121,13 @@ def run_replicas(
     with contextlib.ExitStack() as stack:
         for one in own:
             stack.enter_context(one.locked())
-        everything = zip(experiments, models, own, newest_common(directory.path, own), strict=True)
+        newest = [None] * len(own) if anew else newest_common(directory.path, own)
+        everything = zip(experiments, models, own, newest, strict=True)
         state = stack_states(
             [fit_files(one, found, restored_or_initial_state(e, m, data, found)) for e, m, one, found in everything]
         )
+        if anew:
+            directory.clear()
         whole = begin(first, directory, configuration, data, model, state.step).writer
         stack.callback(whole.close)
         recorders = []

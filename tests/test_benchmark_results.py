@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import results
 from popgen.datasets.images import ImageData
-from popgen.errors import PopgenError, RunDirectoryError
+from popgen.errors import ArgumentError, PopgenError, RunDirectoryError
 from popgen.execution import hardware
 from popgen.experiment import Configuration, Experiment, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
@@ -195,3 +195,22 @@ def test_the_readme_says_what_the_results_say() -> None:
         assert results.BEGIN not in readme
     else:
         assert results.in_readme(readme, results.table()) == readme
+
+
+def test_a_mistake_leaves_what_was_collected(trained: RunDirectory) -> None:
+    folder = results.collect(trained.path, "vae")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    (record,) = trained.path.glob("evaluation_*.json")
+    for name in ("", ".", "../vae", "a/b"):
+        with pytest.raises(ArgumentError, match=r"name must be that of one folder in results, got '"):
+            results.collect(trained.path, name)
+    whole = record.read_text()
+    for text, message in ((whole[:40], "is damaged"), ('{"seed": 0, "step": 8}', "lacks log_p_x"), ("[]", "lacks")):
+        record.write_text(text)
+        with pytest.raises(RunDirectoryError, match=message):
+            results.collect(trained.path, "vae")
+    record.write_text(whole)
+    trained.operative_config_path.unlink()
+    with pytest.raises(RunDirectoryError, match=r"operative_config.gin is missing"):
+        results.collect(trained.path, "vae")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before

@@ -4,7 +4,9 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.together import free_port
+from popgen.training import checkpoints
 from tests.commands import REPOSITORY, run_module
 
 PARTS = """
@@ -140,6 +143,40 @@ def test_evaluate_checks_itself_by_annealing(trained):
     assert set((trained.path / "run").iterdir()) == before, "before anything is estimated"
 
 
+def test_a_check_of_one_image_is_kept_and_has_no_error(trained):
+    arguments = ("evaluate", "--run_dir=run", "--num_samples=20", "--num_examples=3")
+    check = ("--annealed_images=1", "--num_temperatures=4", "--num_chains=2")
+    first, again = trained.succeed(*arguments, *check), trained.succeed(*arguments)
+    assert "± nan" in first and first.splitlines()[-2:] == again.splitlines()[-2:]
+
+
+def test_an_evaluation_at_another_precision_is_another_record(trained):
+    arguments = ("evaluate", "--run_dir=run", "--num_samples=20", "--num_examples=9")
+    trained.succeed(*arguments)
+    (path,) = (trained.path / "run").glob("evaluation_*20x9.json")
+    before = path.read_bytes()
+    trained.succeed(*arguments, "--precision=bf16")
+    assert path.read_bytes() == before
+    (other,) = (trained.path / "run").glob("evaluation_*20x9_bf16.json")
+    assert json.loads(other.read_text())["precision"] == "bf16"
+    events = EventAccumulator(str(trained.path / "run"))
+    events.Reload()
+    assert len(events.Scalars("evaluation_bf16/log_p_x")) == 1
+
+
+def test_a_diverged_checkpoint_has_a_record_too(trained):
+    """Log p(x) of which is not a number, nor has it a histogram."""
+    shutil.copytree(trained.path / "run", trained.path / "diverged")
+    path = trained.path / "diverged/checkpoints/best.ckpt"
+    tensors = checkpoints.load(path)
+    name = next(iter(tensors["parameters"]))
+    tensors["parameters"][name].fill_(float("nan"))
+    checkpoints.save(path, tensors)
+    trained.succeed("evaluate", "--run_dir=diverged", "--num_samples=30", "--num_examples=5")
+    (path,) = (trained.path / "diverged").glob("evaluation_*30x5.json")
+    assert json.loads(path.read_text())["log_p_x"] is None
+
+
 def test_shards_of_an_evaluation_make_one_record(trained):
     """All 14 images belong to the first shard, and the second one waits for it; both have a part of the check."""
     arguments = ("evaluate", "--run_dir=run", "--num_samples=6", "--num_examples=14")
@@ -248,6 +285,14 @@ def test_a_run_continues_and_a_changed_configuration_is_refused(workspace):
     (workspace.path / "run/own.txt").write_text("kept")
     workspace.succeed(*command, "--overwrite")
     assert step() == 4 and (workspace.path / "run/own.txt").is_file()
+    files = {path: path.read_bytes() for path in (workspace.path / "run").rglob("*") if path.is_file()}
+    too_large = "--gin_bindings=Experiment.batch_size = 101"
+    assert "batch_size must be at most the 100" in workspace.fail(*command, "--overwrite", too_large)
+    assert "'max_exp_avg_sq'" in workspace.fail(*command, "--reconfigure", "--gin_bindings=Adam.amsgrad = True")
+    assert {path: path.read_bytes() for path in files} == files, "a mistake loses nothing"
+    (workspace.path / "run/config.gin").unlink()
+    assert "config.gin is missing" in workspace.fail(*command, longer)
+    workspace.succeed(*command, "--reconfigure")
     line = workspace.fail(*command, "--gin_bindings=LATENT_DIM = 7", "--reconfigure")
     assert "the checkpoint is of another model" in line and "(80, 300) in the checkpoint" in line
     assert "give one of them" in workspace.fail(*command, "--overwrite", "--reconfigure")
@@ -299,3 +344,26 @@ def test_data_that_is_missing_or_does_not_fit(workspace):
     assert "values from 0 to 2" in line and "[0, 1]" in line
     line = workspace.fail("train", "--gin_file=vae_squares.gin", "--gin_bindings=INPUT_DIM = 100")
     assert "(100, 784)" in line and "(count, 100)" in line
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_knows_few_characters_loses_no_evaluation(trained, encoding: str) -> None:
+    arguments = ("--run_dir=run", "--num_samples=30", "--num_examples=5")
+    assert "log p(x)" in trained.succeed("evaluate", *arguments, PYTHONIOENCODING=encoding)
+
+
+def test_who_reads_along_may_stop_to(workspace) -> None:
+    """`head` closes the pipe when it has its line: no traceback."""
+    command = [sys.executable, "-m", "launch.train", "--gin_file=vae_squares.gin", "--dry_run"]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(workspace.path)))}
+    with subprocess.Popen(
+        command, cwd=workspace.path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert said == "" and process.returncode == 1
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0.5"])
+def test_a_timeout_is_a_number_of_seconds(workspace, seconds: str) -> None:
+    assert "process_timeout" in workspace.fail("evaluate", "--run_dir=run", f"--process_timeout={seconds}")

@@ -259,7 +259,7 @@ BAD_BINDINGS = {
     "Experiment.model = @vae.VAE": (
         ArgumentError,
         "Experiment.model",
-        "a Model (see popgen.models.model), such as @VAE()",
+        "a Model (see popgen.models.model), such as @popgen.models.vae.VAE()",
     ),
     "Experiment.dataset = 3": (ArgumentError, "Experiment.dataset", "load() method"),
     "Experiment.selection_split = 'train'": (ArgumentError, "Experiment.selection_split", "test, validation"),

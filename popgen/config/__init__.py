@@ -171,8 +171,10 @@ def changes_since(directory: RunDirectory, given: str) -> list[str]:
         >>> changes_since(RunDirectory(pathlib.Path("nowhere")), "Experiment.seed = 3")
         []
     """
-    if not directory.has_checkpoint() or not directory.config_path.is_file():
+    if not directory.has_checkpoint():
         return []
+    if not directory.config_path.is_file():
+        return [f"its {directory.config_path.name} is missing, so that nobody knows which"]
     try:
         before = directory.config_path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

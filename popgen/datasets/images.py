@@ -36,7 +36,8 @@ class ImageData:
         binarisation_seed: of the draws made once, recorded too; None where there were none.
 
     Raises:
-        DataError: if a split is empty or its shape does not fit `image_shape`.
+        DataError: if a split is empty, its shape does not fit `image_shape`, or it cannot be images: no tensor, or
+            uint8 of nothing above 1.
 
     Example:
         >>> grey = torch.full((10, 784), 128, dtype=torch.uint8)
@@ -58,6 +59,7 @@ class ImageData:
             split = getattr(self, name)
             if split is None and name == "validation":
                 continue
+            _check_levels(name, split)
             if split.ndim != 2 or len(split) == 0 or split.shape[1] != size:
                 raise DataError(
                     f"the {name} images must have shape (count, {size}) for images of {self.image_shape}, "
@@ -104,6 +106,19 @@ class ImageData:
         """Returns the binarisation protocol, and its seed if there is one."""
         seed = {} if self.binarisation_seed is None else {"binarisation_seed": self.binarisation_seed}
         return {"binarisation_protocol": self.protocol, **seed}
+
+
+def _check_levels(name: str, images: Any) -> None:
+    """Raises DataError if images are no tensor, or uint8 that can hardly be grey levels."""
+    if not isinstance(images, Tensor):
+        raise DataError(
+            f"the {name} images must be a torch.Tensor, got a {type(images).__name__}: torch.from_numpy makes one of "
+            "an array"
+        )
+    if images.dtype == torch.uint8 and images.numel() and images.max() == 1:
+        raise DataError(
+            f"the {name} images have no level above 1, and grey levels go from 0 to 255: multiply binary images by 255"
+        )
 
 
 def bernoulli_thresholds(levels: UInt8[Tensor, "*shape"]) -> Int16[Tensor, "*shape"]:
@@ -210,7 +225,7 @@ def prepare_images(
 
     Raises:
         ArgumentError: if the protocol is none of these.
-        DataError: if nothing would be left to train on.
+        DataError: if they are no grey levels, or nothing would be left to train on.
 
     Example:
         >>> grey = torch.full((10, 784), 128, dtype=torch.uint8)
@@ -219,6 +234,13 @@ def prepare_images(
         (7, 3, [0, 255])
     """
     check_choice("protocol", protocol, PROTOCOLS)
+    for name, images in (("train", train), ("test", test)):
+        _check_levels(name, images)
+        if images.dtype != torch.uint8:
+            raise DataError(
+                f"the {name} images must be uint8 grey levels to be binarised, got {images.dtype}: an ImageData takes "
+                "values in [0, 1] as they are"
+            )
     train, validation = hold_out(train, validation_size, binarisation_seed)
     if protocol != "dynamic":
         train = fix_binarisation(train, protocol, binarisation_seed + 1)

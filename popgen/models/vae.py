@@ -1,5 +1,6 @@
 """The variational autoencoder, assembled from an encoder, a decoder, a prior and a posterior flow."""
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -7,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from popgen.distributions import Bernoulli, DiagonalNormal, GaussianMixture, StandardNormal
-from popgen.errors import ArgumentError, check_integer
+from popgen.errors import ArgumentError, check_integer, reason_of
 from popgen.models.image_model import ImageModel, LogDensities
 from popgen.nn.flows import Bijection, PosteriorFlow
 from popgen.nn.gated_dense import GatedDense
@@ -125,6 +126,8 @@ class VAE(ImageModel):
                 raise ArgumentError(
                     f"VAE.encoder must have an attribute {size}, an integer; {type(encoder).__name__} has not"
                 )
+        if not hasattr(prior, "pseudo_inputs"):
+            raise ArgumentError(f"VAE.prior must be a popgen.nn.priors.Prior, got {prior!r}")
         self.encoder, self.decoder, self.prior, self.flow = encoder, decoder, prior, flow
         self._check_sizes()
 
@@ -160,7 +163,13 @@ class VAE(ImageModel):
             posterior, components = DiagonalNormal(means[0], log_vars[0]), DiagonalNormal(means[1], log_vars[1])
             prior = self.prior(components)
             context = None if context is None else context[: len(x)]  # an encoder without a flow may have none
-        return Encoded(posterior, None if self.flow is None else self.flow(context), prior)
+        bijection = None if self.flow is None else self.flow(context)
+        if bijection is not None and not hasattr(bijection, "forward_and_log_det"):
+            raise ArgumentError(
+                f"VAE.flow must return a popgen.nn.flows.Bijection for a context, and {type(self.flow).__name__} "
+                f"returns a {type(bijection).__name__}"
+            )
+        return Encoded(posterior, bijection, prior)
 
     def log_densities(
         self, x: Float[Tensor, "batch input"], encoded: Encoded, noise: Float[Tensor, "samples batch latent"]
@@ -234,6 +243,34 @@ class VAE(ImageModel):
         pseudo_inputs = self.prior.pseudo_inputs()
         return self.prior() if pseudo_inputs is None else self.prior(self.encoder(pseudo_inputs)[0])
 
+    def check_examples(self, examples: Tensor) -> None:
+        """Checks that images fit the encoder and the likelihood, and that the prior has what an evaluation takes.
+
+        Raises:
+            DataError: as those of every image model.
+            ArgumentError: if the density that the prior returns cannot be evaluated, or not be drawn from.
+        """
+        super().check_examples(examples)
+        self._check_prior()
+
+    @torch.no_grad()
+    def _check_prior(self) -> None:
+        density, reference = self.prior_density(), next(self.parameters())
+        noise, uniform = (reference.new_full(shape, 0.5) for shape in ((1, self.latent_dim), (1,)))
+        calls: tuple[tuple[str, Callable[[], Tensor], tuple[int, ...]], ...] = (
+            ("log_density(z)", lambda: density.log_density(noise), (1,)),
+            ("sample(noise, uniform)", lambda: density.sample(noise, uniform), (1, self.latent_dim)),
+        )
+        for call, result_of, wanted in calls:
+            wish = f"the density that {type(self.prior).__name__} returns must have a {call} of shape {wanted}"
+            try:
+                found = result_of()
+            except (AttributeError, TypeError) as error:
+                raise ArgumentError(f"{wish}, see popgen.distributions.GaussianMixture ({reason_of(error)})") from error
+            if not isinstance(found, Tensor) or tuple(found.shape) != wanted:
+                got = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+                raise ArgumentError(f"{wish}, got {got}")
+
     def _check_sizes(self) -> None:
         """Compares the sizes that the parts state, so that a misfit is named before any tensor is."""
         encoder, decoder, prior, flow = self.encoder, self.decoder, self.prior, self.flow
@@ -256,8 +293,13 @@ def _posterior_sample(encoded: Encoded, noise: Tensor) -> tuple[Tensor, Tensor, 
     z, log_q_z_given_x = encoded.posterior.sample_and_log_density(noise)
     if encoded.bijection is None:
         return z, log_q_z_given_x, torch.zeros_like(log_q_z_given_x)
-    z, log_det = encoded.bijection.forward_and_log_det(z)
-    return z, log_q_z_given_x - log_det, log_det
+    moved, log_det = encoded.bijection.forward_and_log_det(z)
+    if moved.shape != z.shape or log_det.shape != z.shape[:-1]:
+        raise ArgumentError(
+            f"{type(encoded.bijection).__name__}.forward_and_log_det must return points of shape {tuple(z.shape)} and "
+            f"log-determinants of shape {tuple(z.shape[:-1])}, got {tuple(moved.shape)} and {tuple(log_det.shape)}"
+        )
+    return moved, log_q_z_given_x - log_det, log_det
 
 
 @torch.no_grad()

@@ -24,7 +24,27 @@ LOWEST_LOG_VAR = -6.0  # of an encoder, and so of a component
 class Prior(nn.Module, abc.ABC):
     """A density over the latent space, perhaps made of encoded pseudo-inputs.
 
-    Subclasses implement `forward`, and `pseudo_inputs` if they have any.
+    Subclasses implement `forward`, and `pseudo_inputs` if they have any. The density that `forward` returns has
+    `log_density(z)` of points of shape `(..., latent)`, and `sample(noise, uniform)` with standard normal noise of that
+    shape and uniform noise of the shape `(...)`, which it need not use; both may pass gradients.
+
+    Example:
+        >>> class LearnedNormal(torch.nn.Module):
+        ...     def __init__(self, mean, log_var):
+        ...         super().__init__()
+        ...         self.mean, self.log_var = mean, log_var
+        ...     def log_density(self, z):
+        ...         return DiagonalNormal(self.mean, self.log_var).log_density(z)
+        ...     def sample(self, noise, uniform):
+        ...         return DiagonalNormal(self.mean, self.log_var).sample(noise)
+        >>> class LearnedNormalPrior(Prior):
+        ...     def __init__(self, latent_dim):
+        ...         super().__init__()
+        ...         self.mean, self.log_var = (nn.Parameter(torch.zeros(latent_dim)) for _ in range(2))
+        ...     def forward(self, encoded=None):
+        ...         return LearnedNormal(self.mean, self.log_var)
+        >>> LearnedNormalPrior(40)().log_density(torch.zeros(3, 40)).shape
+        torch.Size([3])
     """
 
     def pseudo_inputs(self) -> Float[Tensor, "components input"] | None:

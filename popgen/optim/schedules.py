@@ -22,11 +22,13 @@ def check_schedule(name: str, value: Any) -> None:
         >>> check_schedule("WarmUp.schedule", Constant)
         Traceback (most recent call last):
             ...
-        popgen.errors.ArgumentError: WarmUp.schedule must be a schedule (a function of the step), such as @Constant(),
-        got <class 'popgen.optim.schedules.Constant'>
+        popgen.errors.ArgumentError: WarmUp.schedule must be a schedule (a function of the step), such as
+        @popgen.optim.schedules.Constant(), got <class 'popgen.optim.schedules.Constant'>
     """
     if not callable(value) or isinstance(value, type):
-        raise ArgumentError(f"{name} must be a schedule (a function of the step), such as @Constant(), got {value!r}")
+        raise ArgumentError(
+            f"{name} must be a schedule (a function of the step), such as @{__name__}.Constant(), got {value!r}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -256,7 +256,9 @@ class ConstrainedELBO(ELBOObjective):
 
     def __post_init__(self) -> None:
         if not isinstance(self.geco, GECO):
-            raise ArgumentError(f"ConstrainedELBO.geco must be a GECO, such as @GECO(), got {self.geco!r}")
+            raise ArgumentError(
+                f"ConstrainedELBO.geco must be a GECO, such as @popgen.optim.geco.GECO(), got {self.geco!r}"
+            )
         check_choice("ConstrainedELBO.constraint", self.constraint, CONSTRAINTS)
         check_number("ConstrainedELBO.target", self.target)
         check_integer("ConstrainedELBO.num_samples", self.num_samples, minimum=1)

@@ -38,7 +38,7 @@ class Configuration:
             check_choice("hparam", name, tuple(self.settings))
 
 
-RECORD_NAME = "evaluation_step{step}_{weights}_{num_samples}x{num_examples}.json"
+RECORD_NAME = "evaluation_step{step}_{weights}_{num_samples}x{num_examples}{precision}.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,7 @@ class EvaluationFiles:
         weights: "raw" or "averaged".
         num_samples: of the evaluation.
         num_examples: of the evaluation.
+        precision: of its matrix products.
 
     Example:
         >>> EvaluationFiles(pathlib.Path("run"), 40, "raw", num_samples=5_000, num_examples=10_000).record_path.name
@@ -62,6 +63,7 @@ class EvaluationFiles:
     weights: str
     num_samples: int
     num_examples: int
+    precision: str = "fp32"
 
     @property
     def record_path(self) -> pathlib.Path:
@@ -71,6 +73,7 @@ class EvaluationFiles:
             weights=self.weights,
             num_samples=self.num_samples,
             num_examples=self.num_examples,
+            precision="" if self.precision == "fp32" else f"_{self.precision}",
         )
 
     @property
@@ -85,13 +88,14 @@ class EvaluationFiles:
 
     @property
     def tag(self) -> str:
-        """Under which TensorBoard shows the results: raw and averaged weights are curves of their own.
+        """Under which TensorBoard shows the results: raw and averaged weights, and precisions, are curves of their own.
 
         Example:
             >>> EvaluationFiles(pathlib.Path("run"), 40, "averaged", num_samples=5_000, num_examples=10_000).tag
             'evaluation_averaged'
         """
-        return "evaluation" if self.weights == "raw" else f"evaluation_{self.weights}"
+        special = [name for name in (self.weights, self.precision) if name not in ("raw", "fp32")]
+        return "_".join(["evaluation", *special])
 
     @property
     def figure_path(self) -> pathlib.Path:
@@ -128,7 +132,8 @@ class EvaluationFiles:
         found = self._on_file()
         if any(found.get(name) != record.get(name) for name in ("model_sha256", "images_sha256", "seed")):
             return {}
-        return {name: value for name, value in found.items() if name.startswith(("annealed_", "simulated_"))}
+        check = {name: value for name, value in found.items() if name.startswith(("annealed_", "simulated_"))}
+        return {name: math.nan if value is None else value for name, value in check.items()}
 
     def _has_on_file(self, results: Mapping[str, Any]) -> bool:
         found = self._on_file()
@@ -161,6 +166,8 @@ def evaluation_records(
 ) -> list[pathlib.Path]:
     """Returns the records of evaluations in a run directory: all, or those of a step, weights or number of samples.
 
+    Those that were made at a lower precision are not among them.
+
     Example:
         >>> evaluation_records(pathlib.Path("nowhere"), step=40, weights="raw")
         []
@@ -170,5 +177,6 @@ def evaluation_records(
         weights=weights,
         num_samples="*" if num_samples is None else num_samples,
         num_examples="*",
+        precision="",
     )
-    return sorted(directory.glob(pattern))
+    return sorted(path for path in directory.glob(pattern) if path.stem.rpartition("x")[2].isdecimal())

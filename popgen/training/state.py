@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from popgen.errors import ArgumentError, CheckpointError
+from popgen.errors import ArgumentError, CheckpointError, reason_of
 from popgen.streams import make_generator
 
 STREAMS = ("binarisation", "posterior noise")
@@ -221,6 +221,23 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Any]) -
         before = group.get("as_built", options if defaults is None else defaults)
         changed = {key: value for key, value in options.items() if key not in before or before[key] != value}
         group.update(changed, as_built=options)
+    _check_can_step(optimizer)
+
+
+def _check_can_step(optimizer: torch.optim.Optimizer) -> None:
+    """Takes a step on copies: an option that is new may ask for what the checkpoint does not hold."""
+    trial = copy.deepcopy(optimizer)
+    for group in trial.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    try:
+        trial.step()
+    except Exception as error:  # of whatever kind, as optimizers are
+        name = type(optimizer).__name__
+        raise CheckpointError(
+            f"the checkpoint does not hold what {name} keeps under the options that it has now ({reason_of(error)}): "
+            "take back the change of its options, or start anew"
+        ) from error
 
 
 def check_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], of: str = "model") -> None:

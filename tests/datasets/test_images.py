@@ -275,3 +275,23 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
     assert TrainBatches(numbered(5), batch_size=5, seed=0).steps_per_epoch == 1
     with pytest.raises(ArgumentError, match="batch_size must be at most the 5 training images, got 6"):
         TrainBatches(numbered(5), batch_size=6, seed=0)
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_what_can_hardly_be_grey_levels_is_refused() -> None:
+    """Binary images as 0 and 1, values in [0, 1] and arrays: read as levels, they would be nearly black."""
+    binary = torch.randint(0, 2, (10, 16), dtype=torch.uint8)
+    grey = 255 * binary
+    for train, test in ((binary, grey), (grey, binary)):
+        with pytest.raises(DataError, match="images have no level above 1, .* multiply binary images by 255"):
+            prepare_images(train, test, (4, 4), "dynamic", 0)
+        with pytest.raises(DataError, match="images have no level above 1, .* multiply binary images by 255"):
+            ImageData(train, test, (4, 4), "none")
+    with pytest.raises(DataError, match="the train images must be uint8 grey levels .*, got torch.float32"):
+        prepare_images(binary.float(), grey, (4, 4), "threshold", 0)
+    with pytest.raises(DataError, match="the test images must be uint8 grey levels .*, got torch.float64"):
+        prepare_images(grey, grey.double(), (4, 4), "fixed", 0)
+    for make in (ImageData, lambda *given: prepare_images(*given, 0)):
+        with pytest.raises(DataError, match=r"must be a torch.Tensor, got a ndarray: torch.from_numpy"):
+            make(grey.numpy(), grey, (4, 4), "dynamic")
+    assert ImageData(torch.zeros(3, 16, dtype=torch.uint8), grey, (4, 4), "none").train.sum() == 0

@@ -142,5 +142,7 @@ def test_warm_up_multiplies_a_schedule() -> None:
     with pytest.raises(ArgumentError, match="WarmUp.num_steps must be an integer of at least 1, got 0"):
         WarmUp(schedule, num_steps=0)
     for wrong in (0.1, CosineAnnealing):
-        with pytest.raises(ArgumentError, match=r"WarmUp.schedule must be a schedule .*, such as @Constant\(\)"):
+        with pytest.raises(
+            ArgumentError, match=r"WarmUp.schedule must be a schedule .*, such as @popgen.optim.schedules.Constant\(\)"
+        ):
             WarmUp(wrong)

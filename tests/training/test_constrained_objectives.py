@@ -418,8 +418,11 @@ def test_the_headline_model_under_a_constraint_by_config_alone(tmp_path: pathlib
     "arguments, message",
     [
         ({"constraint": "elbo"}, "ConstrainedELBO.constraint must be one of reconstruction, kl, got 'elbo'"),
-        ({"geco": 0.1}, "ConstrainedELBO.geco must be a GECO, such as @GECO(), got 0.1"),
-        ({"geco": GECO}, "ConstrainedELBO.geco must be a GECO, such as @GECO(), got <class 'popgen.optim.geco.GECO'>"),
+        ({"geco": 0.1}, "ConstrainedELBO.geco must be a GECO, such as @popgen.optim.geco.GECO(), got 0.1"),
+        (
+            {"geco": GECO},
+            "such as @popgen.optim.geco.GECO(), got <class 'popgen.optim.geco.GECO'>",
+        ),
         ({"target": "low"}, "ConstrainedELBO.target must be a finite number, got 'low'"),
         ({"target": math.nan}, "ConstrainedELBO.target must be a finite number, got nan"),
         ({"num_samples": 0}, "ConstrainedELBO.num_samples must be an integer of at least 1, got 0"),

@@ -51,6 +51,22 @@ class PosteriorFlow(nn.Module, abc.ABC):
         """Returns the bijections of a batch."""
 
 
+def check_points(z: Tensor, batch: int, latent_dim: int) -> None:
+    """Checks the shape of points, where another might be broadcast without a word.
+
+    Raises:
+        ArgumentError: if it is not `(samples, batch, latent)`.
+
+    Example:
+        >>> check_points(torch.zeros(7, 40), batch=7, latent_dim=40)
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: z must have shape (samples, 7, 40), got (7, 40)
+    """
+    if z.ndim != 3 or tuple(z.shape[1:]) != (batch, latent_dim):
+        raise ArgumentError(f"z must have shape (samples, {batch}, {latent_dim}), got {tuple(z.shape)}")
+
+
 def solve_residual_tanh(target: Tensor, outer: Tensor, inner: Tensor, shift: Tensor) -> Tensor:
     """Returns the solution u of u + outer · tanh(inner · u + shift) = target, elementwise.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from popgen.errors import check_integer
 from popgen.execution import at_least_float32, full_precision, launches_cost
-from popgen.nn.flows.flow import Bijection, PosteriorFlow, solve_residual_tanh
+from popgen.nn.flows.flow import Bijection, PosteriorFlow, check_points, solve_residual_tanh
 from popgen.nn.linear import Linear
 
 # Both diagonals stay within ±MAX_DIAGONAL, so that r_ii · r̃_ii ≥ -MAX_DIAGONAL² ≥ -1 + 1e-4 even where tanh rounds to
@@ -58,6 +58,7 @@ class HouseholderSylvesterBijection(Bijection):
         self, z: Float[Tensor, "samples batch latent"]
     ) -> tuple[Float[Tensor, "samples batch latent"], Float[Tensor, "samples batch"]]:
         """Returns the transformed points and Σ_k Σ_i log(1 + tanh'(·)_i r_ii r̃_ii) (eq. 10 of the paper)."""
+        check_points(z, self.reflectors.shape[1], self.reflectors.shape[-1])
         if self._takes_kernels(z):
             from popgen.nn.flows.hsnf_kernels import move  # here, since it needs Triton
 
@@ -78,6 +79,7 @@ class HouseholderSylvesterBijection(Bijection):
         rising scalar equation. The inverse is as exact as the dtype and the slope (at least 2e-4) allow; use float64
         where it matters.
         """
+        check_points(z, self.reflectors.shape[1], self.reflectors.shape[-1])
         points = at_least_float32(z).transpose(0, 1)
         with full_precision(z.device):
             for v, w, upper, lower, r, r_tilde, bias in reversed(self._parameters()):
@@ -101,6 +103,7 @@ class HouseholderSylvesterBijection(Bijection):
         With u = Qᵀ z and h = tanh(·), the Jacobian is Q (I + R diag(h') R̃) Qᵀ, whose middle is upper triangular, and
         its log-determinant falls by 2 h_i h_i' r_ii r̃_ii / (1 + h_i' r_ii r̃_ii) along row i of R̃ Qᵀ.
         """
+        check_points(z, self.reflectors.shape[1], self.reflectors.shape[-1])
         points, scores = (at_least_float32(tensor).transpose(0, 1) for tensor in (z, score))
         with full_precision(z.device):
             for (inward, outward), (v, w, upper, lower, r, r_tilde, bias) in self._maps_and_parameters():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from popgen.errors import check_integer
 from popgen.execution import at_least_float32
-from popgen.nn.flows.flow import Bijection, PosteriorFlow, solve_residual_tanh
+from popgen.nn.flows.flow import Bijection, PosteriorFlow, check_points, solve_residual_tanh
 from popgen.nn.linear import Linear
 
 MIN_SLOPE = 1e-4  # wᵀ u is kept at or above -1 + MIN_SLOPE, so that the determinant cannot vanish
@@ -33,6 +33,7 @@ class PlanarBijection(Bijection):
         self, z: Float[Tensor, "samples batch latent"]
     ) -> tuple[Float[Tensor, "samples batch latent"], Float[Tensor, "samples batch"]]:
         """Returns the transformed points and Σ_k log(1 + tanh'(·) wᵀ u) (eqs. 10 to 12 of the paper)."""
+        check_points(z, self.direction.shape[1], self.direction.shape[-1])
         log_det = torch.zeros_like(z[..., 0])
         for direction, normal, bias, slope in self._transformations():
             hidden = torch.tanh((z * normal).sum(-1) + bias)
@@ -42,6 +43,7 @@ class PlanarBijection(Bijection):
 
     def inverse(self, z: Float[Tensor, "samples batch latent"]) -> Float[Tensor, "samples batch latent"]:
         """Returns the points that are mapped to `z`: wᵀ z solves a rising scalar equation, and the rest follows."""
+        check_points(z, self.direction.shape[1], self.direction.shape[-1])
         for direction, normal, bias, slope in reversed(self._transformations()):
             along = solve_residual_tanh((z * normal).sum(-1), slope, torch.ones_like(slope), bias)
             z = z - direction * torch.tanh(along + bias)[..., None]
@@ -52,6 +54,7 @@ class PlanarBijection(Bijection):
         self, z: Float[Tensor, "samples batch latent"], score: Float[Tensor, "samples batch latent"]
     ) -> Float[Tensor, "samples batch latent"]:
         """Returns the score at the transformed points; (I + w h' uᵀ)⁻¹ is known (Sherman and Morrison)."""
+        check_points(z, self.direction.shape[1], self.direction.shape[-1])
         for direction, normal, bias, slope in self._transformations():
             hidden = torch.tanh((z * normal).sum(-1) + bias)
             z = z + direction * hidden[..., None]

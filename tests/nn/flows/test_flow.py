@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
+from popgen.errors import ArgumentError
 from popgen.nn.flows import Bijection, HouseholderSylvesterFlow, PlanarFlow, PosteriorFlow
 from popgen.nn.flows.flow import solve_residual_tanh
 
@@ -204,6 +205,20 @@ def test_float32_agrees_with_float64(make_flow: Factory) -> None:
     for value, reference in zip(rounded, exact, strict=True):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize(
+    "shape", [(5, LATENT_DIM), (LATENT_DIM, LATENT_DIM), (2, 5, 1), (2, 4, LATENT_DIM), (1, 2, 5, LATENT_DIM)]
+)
+@both_flows
+def test_points_of_another_shape_are_refused(make_flow: Factory, shape: tuple[int, ...]) -> None:
+    """Where they would be broadcast, too."""
+    batch = LATENT_DIM if shape == (LATENT_DIM, LATENT_DIM) else 5
+    bijection, z = make_flow()(make_context(batch)), torch.zeros(shape, dtype=torch.float64)
+    for call in (bijection.forward_and_log_det, bijection.inverse, lambda z: bijection.push_score(z, z)):
+        with pytest.raises(ArgumentError, match=r"z must have shape \(samples, \d+, \d+\), got \("):
+            call(z)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
