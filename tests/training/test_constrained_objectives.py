@@ -421,7 +421,8 @@ def test_the_headline_model_under_a_constraint_by_config_alone(tmp_path: pathlib
         ({"geco": 0.1}, "ConstrainedELBO.geco must be a GECO, such as @popgen.optim.geco.GECO(), got 0.1"),
         (
             {"geco": GECO},
-            "such as @popgen.optim.geco.GECO(), got <class 'popgen.optim.geco.GECO'>",
+            "ConstrainedELBO.geco must be a GECO, such as @popgen.optim.geco.GECO(), got "
+            "<class 'popgen.optim.geco.GECO'>",
         ),
         ({"target": "low"}, "ConstrainedELBO.target must be a finite number, got 'low'"),
         ({"target": math.nan}, "ConstrainedELBO.target must be a finite number, got nan"),
