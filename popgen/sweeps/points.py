@@ -55,7 +55,7 @@ def parse(expressions: Sequence[str]) -> dict[str, Choices | Interval]:
 
     Raises:
         ArgumentError: if an expression is not of the form `Name = values`, has no values or the same one twice, or a
-            name occurs twice.
+            name occurs twice, in full or not.
 
     Example:
         >>> parse(["Adam.lr = log_uniform(1e-5, 1e-2)", "Experiment.optimizer = [@torch.optim.Adam, @torch.optim.SGD]"])
@@ -69,8 +69,18 @@ def parse(expressions: Sequence[str]) -> dict[str, Choices | Interval]:
             raise ArgumentError(f"sweep must be a name, = and {FORMS}; got {expression!r}")
         if name in swept:
             raise ArgumentError(f"sweep names {name} twice; put all of its values into one list")
+        for other in swept:
+            if _may_be_the_same(name, other):
+                raise ArgumentError(f"sweep names {other} and {name}, which are the same; put all values into one list")
         swept[name] = _parse_values(name, " ".join(expression.partition("=")[2].split("\n")).strip())
     return dict(sorted(swept.items()))
+
+
+def _may_be_the_same(one: str, other: str) -> bool:
+    """Returns whether one of two different names is the other with more of its modules."""
+    (scope, _, name), (other_scope, _, other_name) = one.rpartition("/"), other.rpartition("/")
+    short, long = sorted((name, other_name), key=len)
+    return scope == other_scope and long.endswith(f".{short}")
 
 
 def bound_name(binding: str) -> str:

@@ -64,6 +64,8 @@ def test_one_value_has_one_text_however_it_is_written() -> None:
         (["A.x = [1e-3, 0.001]"], "A.x has the value 0.001 twice"),
         (["A.x = [1, , 2]"], "nothing between two commas"),
         (["A.x = [1]", "A.x = [2]"], "A.x twice"),
+        (["A.x = [1]", "m.n.A.x = [2]"], "sweep names A.x and m.n.A.x, which are the same"),
+        (["s/m.A.x = [1]", "s/A.x = [2]"], "sweep names s/m.A.x and s/A.x, which are the same"),
         (["A.x = 3"], "must be a list"),
         (["A.x = [1, 2"], "must be a list"),
         (["A.x = [1], 2"], "must be a list"),
