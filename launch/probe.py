@@ -1,6 +1,7 @@
 """Probes what a CPC has learned: python -m launch.probe --run_dir=experiments/cpc_speech --target=speaker."""
 
 import dataclasses
+import re
 
 from absl import flags
 
@@ -31,7 +32,7 @@ flags.DEFINE_integer("seed", 0, "Of the choice of frames.")
 def main() -> None:
     """Fits a probe to each representation, prints their table and writes it as JSON and as scalars."""
     check_integer("frames_per_recording", FLAGS.frames_per_recording, minimum=1)
-    if not all(text.strip().isdigit() and int(text) > 0 for text in FLAGS.stacked):
+    if not all(re.fullmatch(r"\s*[1-9][0-9]{0,4}\s*", text) for text in FLAGS.stacked):
         raise ArgumentError(f"stacked must be numbers such as 12,24, got {','.join(FLAGS.stacked)!r}")
     stacked = tuple(int(text) for text in FLAGS.stacked)
     directory, experiment, tensors = command.existing_run(FLAGS.run_dir, FLAGS.checkpoint, FLAGS.trust_config)

@@ -187,9 +187,10 @@ def newest_common(path: pathlib.Path, directories: Sequence[RunDirectory]) -> li
             f"{directory.path.name}: {one.tensors['step'] if one else 'none'}"
             for directory, one in zip(directories, newest, strict=True)
         )
+        begun = next((directory for directory, one in zip(directories, newest, strict=True) if one), directories[0])
         raise CheckpointError(
             f"the replicas in {path} have no step in common to go on from ({listed}): continue each alone, with "
-            f"--run_dir={directories[0].path}"
+            f"--run_dir={begun.path}"
         )
     return [None] * len(directories)
 

@@ -123,7 +123,7 @@ def _open(path: pathlib.Path) -> soundfile.SoundFile:
             header = file.read(8)
         if not header:
             raise DataError(f"{path} is empty: it has no bytes")
-        opened = soundfile.SoundFile(path)
+        opened = soundfile.SoundFile(os.fsencode(path))  # a name need not be text
     except (OSError, soundfile.LibsndfileError) as error:
         raise DataError(f"{path} is not an audio file that can be read: {_reason(error)}") from error
     # libsndfile makes do with a data chunk that is cut short, and reads what is there.

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import pathlib
 import warnings
 
@@ -28,6 +29,13 @@ def write(path: pathlib.Path, samples: np.ndarray, rate: int = RATE, subtype: st
 
 
 # --- one file --------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_is_no_text(tmp_path: pathlib.Path) -> None:
+    plain, odd = tmp_path / "a.wav", tmp_path / os.fsdecode(b"\xff.wav")
+    soundfile.write(plain, np.full(100, 0.25), 8_000)
+    odd.write_bytes(plain.read_bytes())
+    assert torch.equal(read_audio(odd), read_audio(plain))
 
 
 def test_sixteen_bits_are_read_and_kept_exactly(tmp_path: pathlib.Path) -> None:
