@@ -29,15 +29,10 @@ from popgen.training.checkpoints import check_plain
 from popgen.training.checks import check_can_be_saved, check_can_skip, check_repeats, check_takes_plain_steps
 from popgen.training.diagnosis import with_replay
 from popgen.training.loop import DrawBatch, Hooks, MeanMetrics, Step, StopTogether, mean_metrics, train
-from popgen.training.recorder import Follower, Recorder, fit_files
+from popgen.training.recorder import Follower, Recorder, fit_files, selected_by
 from popgen.training.records import Configuration, EvaluationFiles
 from popgen.training.run_directory import Found, RunDirectory
-from popgen.training.state import (
-    TrainState,
-    initial_state,
-    state_from_tensors,
-    state_to_tensors,
-)
+from popgen.training.state import TrainState, initial_state, state_from_tensors, state_to_tensors
 from popgen.training.step import TrainStep, make_train_step
 from popgen.training.weights import initialise, model_of_checkpoint
 
@@ -340,7 +335,8 @@ def shared_state(
     if not processes.first:
         return state_from_tensors(processes.from_first({}), initial_state_of(experiment, model))
     found = None if anew else directory.newest_checkpoint()
-    state = fit_files(directory, found, restored_or_initial_state(experiment, model, data, found))
+    selection = selected_by(experiment.selection_split, experiment.evaluator)
+    state = fit_files(directory, found, restored_or_initial_state(experiment, model, data, found), selection)
     on_cpu = tree_map_only(torch.Tensor, Tensor.cpu, state_to_tensors(state))  # from a GPU all would open the first's
     processes.from_first(on_cpu)
     return state

@@ -32,7 +32,7 @@ from popgen.experiment import (
 from popgen.models.model import Model
 from popgen.summaries import Writer
 from popgen.training.loop import DrawBatch, Step
-from popgen.training.recorder import Recorder, fit_files
+from popgen.training.recorder import Recorder, fit_files, selected_by
 from popgen.training.replicas import (
     ReplicaMeans,
     ReplicatedBatches,
@@ -121,10 +121,14 @@ def run_replicas(
     with contextlib.ExitStack() as stack:
         for one in own:
             stack.enter_context(one.locked())
+        selection = selected_by(first.selection_split, first.evaluator)
         newest = [None] * len(own) if anew else newest_common(directory.path, own)
         everything = zip(experiments, models, own, newest, strict=True)
         state = stack_states(
-            [fit_files(one, found, restored_or_initial_state(e, m, data, found)) for e, m, one, found in everything]
+            [
+                fit_files(one, found, restored_or_initial_state(e, m, data, found), selection)
+                for e, m, one, found in everything
+            ]
         )
         if anew:
             directory.clear()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,7 +85,7 @@ class Recorder:
 
     def checkpoint(self, state: TrainState) -> None:
         """Saves a checkpoint that is kept."""
-        self.directory.save_checkpoint(str(state.step), state_to_tensors(state))
+        self.directory.save_checkpoint(str(state.step), self._tensors(state))
 
     def save(self, state: TrainState) -> None:
         """Saves `latest`, and `best` if the loss is the lowest so far.
@@ -94,7 +95,7 @@ class Recorder:
         run that continues writes it if it is missing, see `RunDirectory.continue_from`.
         """
         self.writer.sync()
-        tensors = state_to_tensors(state)
+        tensors = self._tensors(state)
         self.directory.save_checkpoint("latest", tensors)
         if state.best_step == state.step:
             self.directory.save_checkpoint("best", tensors)
@@ -115,6 +116,9 @@ class Recorder:
     def close(self) -> None:
         """Closes the files."""
         self.writer.close()
+
+    def _tensors(self, state: TrainState) -> dict[str, Any]:
+        return {**state_to_tensors(state), "selected_by": selected_by(self.selection_split, self.evaluator)}
 
     def _write_shown(self, model: Model, step: int) -> None:
         """Writes pictures and sounds; ever more rarely, so that a long run does not fill the disk."""
@@ -162,16 +166,38 @@ class Follower:
         """Does nothing."""
 
 
-def fit_files(directory: RunDirectory, found: Found | None, state: TrainState) -> TrainState:
+def selected_by(selection_split: str, evaluator: Evaluator) -> str:
+    """Returns which loss chooses the best checkpoint, in words.
+
+    Example:
+        >>> from popgen.evaluation.evaluator import VAEEvaluator
+        >>> selected_by("validation", VAEEvaluator(selection_samples=5))
+        'validation loss of 5 samples'
+    """
+    samples = getattr(evaluator, "selection_samples", 1)
+    return f"{selection_split} loss" + (f" of {samples} samples" if samples != 1 else "")
+
+
+def fit_files(directory: RunDirectory, found: Found | None, state: TrainState, selection: str) -> TrainState:
     """Makes the files of a run fit the checkpoint that its state was found in, and returns the state.
 
-    Where the best checkpoint is lost, the lowest loss is sought anew.
+    Where the best checkpoint is lost, or was chosen by another loss than `selection`, the lowest is sought anew.
 
     Example: `shared_state` calls it.
     """
-    if found is not None and not directory.continue_from(found):
-        return dataclasses.replace(state, best_loss=math.inf, best_step=0)
-    return state
+    if found is None:
+        return state
+    best_is_there, before = directory.continue_from(found), found.tensors.get("selected_by", selection)
+    if before != selection:
+        print(
+            f"the best checkpoint was chosen by the {before}: the lowest {selection} is sought from step {state.step} "
+            "on",
+            file=sys.stderr,
+            flush=True,
+        )
+    if best_is_there and before == selection:
+        return state
+    return dataclasses.replace(state, best_loss=math.inf, best_step=0)
 
 
 def _is_power_of_two(number: int) -> bool:

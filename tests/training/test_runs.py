@@ -499,6 +499,20 @@ def test_the_best_loss_is_that_of_the_selection_split(split: str, tmp_path: path
     assert losses["test"] != pytest.approx(losses["validation"], rel=1e-4)
 
 
+def test_a_best_checkpoint_of_another_loss_is_sought_anew(tmp_path: pathlib.Path, capsys) -> None:
+    """The bound of 50 samples is a lower loss than the ELBO's: by that the old best would stay for good."""
+    first = run_in(tmp_path, num_steps=6, evaluator=VAEEvaluator(selection_samples=50))
+    assert "sought" not in capsys.readouterr().err
+    second = run_in(tmp_path, num_steps=12)
+    said = capsys.readouterr().err
+    assert "chosen by the test loss of 50 samples: the lowest test loss is sought from step 6 on" in said
+    assert second.best_step > 6 and second.best_loss > first.best_loss
+    best = RunDirectory(tmp_path).load_checkpoint("best")
+    assert (best["step"], best["selected_by"]) == (second.best_step, "test loss")
+    run_in(tmp_path, num_steps=12)
+    assert "sought" not in capsys.readouterr().err
+
+
 def test_train_active_units_and_speed_are_written(whole: pathlib.Path) -> None:
     found = curves(whole)
     assert [step for step, _ in found["train/active_units"]] == [3, 6, 9, 12]
