@@ -99,8 +99,10 @@ def test_mistakes_name_the_point(sweep: SweepDirectory) -> None:
     with pytest.raises(ConfigError, match=r"nothing uses the binding 'Adam\.lr = 0\.1'.*at the point Adam\.lr=0\.1"):
         plan(sweep, "Adam.lr = [0.1]", fixed=("Experiment.optimizer = @torch.optim.SGD",))
     values = "[1e-3, 1e-4]"
-    with pytest.raises(ConfigError, match="same configuration"):
+    with pytest.raises(ArgumentError, match="sweep names Adam.lr and torch.optim.Adam.lr, which are the same"):
         plan(sweep, f"Adam.lr = {values}", f"torch.optim.Adam.lr = {values}")
+    with pytest.raises(ConfigError, match="same configuration"):
+        plan(sweep, "Experiment.optimizer = [@torch.optim.Adam, @Adam]")
     with pytest.raises(ArgumentError, match="LATENT_DIM is both swept and bound"):
         plan(sweep, "LATENT_DIM = [2]", fixed=("LATENT_DIM = 3",))
     with pytest.raises(DataError, match=r"values from 0 to 2.*at the point Squares.largest=2.0"):
