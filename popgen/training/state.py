@@ -217,11 +217,14 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Any]) -
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"the checkpoint is of another optimizer: {error}") from error
     defaults = tensors.get("optimizer_defaults")  # all that earlier checkpoints say of how an optimizer was built
+    any_changed = False
     for group, options in zip(optimizer.param_groups, built, strict=True):
         before = group.get("as_built", options if defaults is None else defaults)
         changed = {key: value for key, value in options.items() if key not in before or before[key] != value}
         group.update(changed, as_built=options)
-    _check_can_step(optimizer)
+        any_changed = any_changed or bool(changed)
+    if any_changed:
+        _check_can_step(optimizer)
 
 
 def _check_can_step(optimizer: torch.optim.Optimizer) -> None:
