@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,12 +19,12 @@ LOCK_NAME = ".lock"
 def write_whole(
     path: pathlib.Path, *parts: bytes | memoryview, keep: pathlib.Path | None = None, what: str = ""
 ) -> None:
-    """Writes a file; a reader finds the old one or the whole new one, never a part. One writer at a time.
+    """Writes a file; a reader finds the old one or the whole new one, never a part, however many write.
 
     Args:
         path: where to; its folder must exist.
         parts: the content, in order.
-        keep: where the old file goes, once the new one is complete on the disk.
+        keep: where the old file goes, once the new one is complete on the disk; then only one may write at a time.
         what: names the file in an error, for example "the checkpoint ".
 
     Raises:
@@ -38,7 +39,7 @@ def write_whole(
         ...     path.read_text(), path.with_name("before").read_text()
         ('new', 'old')
     """
-    temporary = path.with_name(f".writing-{path.name}")
+    temporary = _unfinished(path)
     try:
         with temporary.open("wb") as file:
             for part in parts:
@@ -181,12 +182,16 @@ def held(
         lock.release()
 
 
+def _unfinished(path: pathlib.Path) -> pathlib.Path:
+    """Returns the name of a file until it is whole: one for each writer, and `.writing-*` matches them all."""
+    return path.with_name(f".writing-{uuid.uuid4().hex[:8]}-{path.name}")
+
+
 def _keep(path: pathlib.Path, keep: pathlib.Path) -> None:
     """Gives a file a second name, in place of what had it, so that its own name is never without a file."""
     if keep.is_file() and keep.samefile(path):  # left by a process that was killed just after this
         return
-    second = keep.with_name(f".writing-{keep.name}")
-    second.unlink(missing_ok=True)
+    second = _unfinished(keep)
     try:
         os.link(path, second)
     except OSError:  # a file system without hard links: the name is without a file until the new one has it

@@ -1,5 +1,6 @@
 """Files of JSON: strict, and whole or not there, as `tests/training/test_checkpoint_files.py` shows of any file."""
 
+import concurrent.futures
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from popgen.errors import RunDirectoryError
-from popgen.files import held, write_json
+from popgen.files import held, write_json, write_whole
 
 
 def refuse(constant: str) -> None:
@@ -46,6 +47,15 @@ def test_what_cannot_be_written_leaves_the_old_file(
     with pytest.raises((RunDirectoryError, TypeError)):
         write_json(path, value)
     assert json.loads(path.read_text()) == [1] and list(tmp_path.iterdir()) == [path]
+
+
+def test_any_number_of_writers_of_one_file(tmp_path: pathlib.Path) -> None:
+    """As where the same evaluation runs twice: each leaves the whole of what it wrote, and none fails."""
+    path, contents = tmp_path / "record", [bytes([number]) * 10_000 for number in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(len(contents)) as writers:
+        for written in [writers.submit(write_whole, path, content) for content in contents * 5]:
+            written.result()
+    assert path.read_bytes() in contents and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("existed", [False, True])

@@ -2,9 +2,8 @@
 
 import contextlib
 import dataclasses
-import os
+import io
 import pathlib
-import uuid
 import warnings
 
 import numpy as np
@@ -15,7 +14,8 @@ from popgen.datasets.binary_mnist import IMAGE_SHAPE
 from popgen.datasets.data import data_folder
 from popgen.datasets.images import PROTOCOLS, ImageData, prepare_images
 from popgen.datasets.stroke_digits_renderer import RENDERER_VERSION, draw_digits
-from popgen.errors import check_choice, check_integer, check_path
+from popgen.errors import RunDirectoryError, check_choice, check_integer, check_path
+from popgen.files import write_whole
 
 NUM_TRAIN, NUM_TEST = 60_000, 10_000
 
@@ -88,18 +88,13 @@ class StrokeDigits:
 
 def _write_cache(path: pathlib.Path, levels: np.ndarray) -> None:
     """Writes the cache under another name first, so that no reader meets half of it."""
-    # A name of its own, unlike that of `popgen.files.write_whole`: several runs may draw the digits at the same time.
-    temporary = path.with_name(f".writing-{uuid.uuid4().hex}")
+    content = io.BytesIO()
+    np.save(content, levels)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.save(file, levels)
-        os.replace(temporary, path)
-    except OSError as error:
+        write_whole(path, content.getbuffer())
+    except (OSError, RunDirectoryError) as error:
         warnings.warn(
             f"the digits could not be cached in {path.parent} ({error}); they are drawn at every start",
             stacklevel=2,
         )
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

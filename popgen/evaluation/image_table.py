@@ -10,7 +10,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -197,10 +196,7 @@ class ImageTable:
         """Writes the whole table in one piece, and removes its parts."""
         if self.path is None:
             return
-        # A name of its own, unlike that of `write_whole`: shards may finish at the same time and all write the table.
-        writing = self.path.with_name(f".writing-{os.getpid()}-{self.path.name}")
-        writing.write_text(_header(identity, names) + _text(rows))
-        writing.replace(self.path)
+        write_whole(self.path, (_header(identity, names) + _text(rows)).encode())
         for part in _parts(self.path):
             part.unlink(missing_ok=True)
 

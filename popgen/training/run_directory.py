@@ -1,10 +1,11 @@
 """A run directory: what lies where, and that only one process at a time trains in it."""
 
+import contextlib
 import math
 import os
 import pathlib
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
@@ -24,7 +25,7 @@ CONTENTS = (
     "checkpoints/previous.ckpt",
     "checkpoints/best.ckpt",
     "checkpoints/step_*.ckpt",
-    "checkpoints/.writing-*.ckpt",
+    "checkpoints/.writing-*",
     "samples/best.png",
     "samples/best_*.wav",
     "samples/step_*.png",
@@ -34,9 +35,7 @@ CONTENTS = (
     "evaluation_step*.png",
     "probe_*.json",
     "events.out.tfevents.*",
-    ".writing-evaluation_step*.json",
-    ".writing-evaluation_step*.csv",
-    ".writing-*config.gin",
+    ".writing-*",
     "operative_config.gin",
     "config.gin",
 )
@@ -227,20 +226,26 @@ class RunDirectory:
         keep = self.checkpoint_path("previous") if name == "latest" else None
         checkpoints.save(self.checkpoint_path(name), contents, keep)
 
-    def locked(self) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
         """Creates the directory and holds it for this process; the operating system frees it when the process dies.
+
+        Checkpoints that a killed process left unfinished are removed.
 
         Raises:
             RunDirectoryError: if it cannot be written, or another process holds it.
         """
         where, advice = f"the run directory {self.path}", "name another with --run_dir"
-        return held(
+        with held(
             self.path,
             in_use=f"{where} is in use by another process; wait for it, or {advice}",
             not_writable=lambda reason: f"{where} is not writable ({reason}); {advice}",
             timeout=0.5,  # long enough for `is_in_use` of another process to let go
             subfolders=(self.checkpoints_path.name, self.samples_path.name),
-        )
+        ):
+            for unfinished in self.checkpoints_path.glob(".writing-*"):
+                unfinished.unlink(missing_ok=True)
+            yield
 
     def is_in_use(self) -> bool:
         """Whether some process trains in it."""

@@ -1,5 +1,6 @@
 """Laws of the embedded dataset: its cache is written, reused, and drawn anew when it is damaged."""
 
+import os
 import pathlib
 
 import numpy as np
@@ -128,11 +129,10 @@ def test_without_a_cache_folder_the_digits_are_drawn(tmp_path: pathlib.Path) -> 
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(file, array) -> None:
-        file.write(b"some of it")
+    def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stroke_digits.np, "save", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.warns(UserWarning, match="No space left on device"):
         StrokeDigits(data_dir=str(tmp_path)).load()
     assert list((tmp_path / "stroke_digits").iterdir()) == []

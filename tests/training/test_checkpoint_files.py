@@ -182,25 +182,6 @@ def test_a_reader_never_meets_a_part(path: pathlib.Path, monkeypatch: pytest.Mon
     assert seen == [7, 8]
 
 
-def test_what_a_killed_writer_left_does_not_pile_up(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A killed process cleans nothing up; the next write of the same checkpoint takes its place."""
-    left = []
-
-    def killed(source, target) -> None:
-        left.append((pathlib.Path(source), pathlib.Path(source).read_bytes()))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", killed)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            checkpoints.save(path, CONTENTS)
-    monkeypatch.undo()
-    for stale, content in left:
-        stale.write_bytes(content[:100])
-    checkpoints.save(path, CONTENTS)
-    assert [file.name for file in path.parent.iterdir()] == ["tiny.ckpt"]
-
-
 def test_a_checkpoint_can_be_read_by_others(path: pathlib.Path) -> None:
     """It has the permissions that the user's umask gives to any file."""
     plain = path.with_name("plain")

@@ -15,14 +15,14 @@ OF_A_RUN = [
     "checkpoints/previous.ckpt",
     "checkpoints/best.ckpt",
     "checkpoints/step_00001000.ckpt",
-    "checkpoints/.writing-latest.ckpt",
+    "checkpoints/.writing-0f1e2d3c-latest.ckpt",
     "samples/best.png",
     "samples/best_sample_0.wav",
     "samples/step_00001000.png",
     "samples/step_00001000_sample_0.wav",
     "probe_digit_step00001000_raw.json",
     "evaluation_step00001000_raw_5000x10000.json",
-    ".writing-evaluation_step00001000_raw_5000x10000_images.part-1-of-1.csv",
+    ".writing-0f1e2d3c-evaluation_step00001000_raw_5000x10000_images.part-1-of-1.csv",
     "events.out.tfevents.1700000000.host.1.0",
 ]
 OF_A_USER = [
@@ -50,6 +50,15 @@ def test_clear_removes_what_a_run_wrote_and_nothing_of_the_users(tmp_path: pathl
         assert all((tmp_path / name).read_text() == name for name in OF_A_USER)
         directory.save_checkpoint("latest", {"step": 1})  # the folders are still there
         directory.clear()
+
+
+def test_what_a_killed_process_left_unfinished_is_removed(tmp_path: pathlib.Path) -> None:
+    directory = RunDirectory(tmp_path)
+    with directory.locked():
+        (directory.checkpoints_path / ".writing-0f1e2d3c-latest.ckpt").write_bytes(b"half")
+        directory.save_checkpoint("best", {"step": 1})
+    with directory.locked():
+        assert [path.name for path in directory.checkpoints_path.iterdir()] == ["best.ckpt"]
 
 
 def test_clear_of_an_empty_directory(tmp_path: pathlib.Path) -> None:
