@@ -155,7 +155,8 @@ class Experiment:
             ),
         ):
             if not fits or (name != "optimizer" and isinstance(getattr(self, name), type)):
-                raise ArgumentError(f"Experiment.{name} must be {described}, got {getattr(self, name)!r}")
+                got = repr(getattr(self, name)).partition("(\n")[0]  # that of a module goes on with its parts
+                raise ArgumentError(f"Experiment.{name} must be {described}, got {got}")
         self.objective.check_model(self.model)
         if not isinstance(self.model, self.evaluator.model_type):
             evaluated = f"{type(self.evaluator).__name__} evaluates a {self.evaluator.model_type.__name__}"

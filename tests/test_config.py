@@ -273,6 +273,9 @@ BAD_BINDINGS = {
     "BinaryMNIST.protocol = 'dynamical'": (ArgumentError, "BinaryMNIST.protocol", "dynamic, fixed, threshold"),
     "VAE.flow = (1,": (ConfigError, "cannot parse the binding 'VAE.flow = (1,'", "it should look like"),
     "import os": (ConfigError, "import os", "belong in a file"),
+    "num_steps = 30": (ConfigError, "'num_steps = 30'", "the part that it is of: Experiment.num_steps"),
+    "Experiment.model = @vae.GaussianEncoder()": (ArgumentError, "got GaussianEncoder"),
+    "VAE.prior = @popgen.nn.vamp_prior.VampPrior()": (ConfigError, "'input_dim' (in VampPrior, bound: nothing)"),
 }
 
 

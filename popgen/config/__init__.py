@@ -322,6 +322,10 @@ def _is_importable(module: str) -> bool:
 def _check_macro(name: str, binding: str) -> None:
     if name.startswith("gin.") or (name, MACRO) in gin.config._CONFIG:
         return
+    parts = {selector for _, selector in gin.config._CONFIG if selector != MACRO}
+    owners = sorted(display("", selector, name) for selector in parts if name in parameters_of(selector))
+    if owners:
+        raise ConfigError(f"{name!r} in {binding!r} needs the part that it is of: {' or '.join(owners)}")
     macros = [scope for scope, selector in gin.config._CONFIG if selector == MACRO]
     raise ConfigError(f"no macro is called {name!r} in {binding!r}; {close(name, macros)}")
 

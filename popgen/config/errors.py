@@ -13,6 +13,10 @@ from popgen.config.text import MACRO, close
 from popgen.errors import ConfigError, PopgenError
 
 MAX_LENGTH = 2_000  # of what gin says
+# What gin adds to Python's own words on an argument that is missing.
+MISSING = (
+    r"\n\s*No values supplied by Gin or caller .*\n\s*Gin had values bound for: .*\n\s*Caller supplied values for: .*"
+)
 
 
 @contextlib.contextmanager
@@ -53,6 +57,7 @@ def _one_line(error: BaseException, original: BaseException) -> str:
         problem = str(original).partition(" in config string:")[0]  # gin appends the whole configuration
         problem = problem or type(original).__name__
         text = problem if error is original else problem + str(error).removeprefix(str(original))
+    text = re.sub(MISSING, "", text)
     text = re.sub(r"\n\s*In call to configurable '(\w+)' \(.*?\)(?=\n|$)", _bound_values, _shortened(text))
     lines = [line.strip() for line in text.splitlines() if line.strip().strip("^")]
     return " ".join(lines)
