@@ -23,6 +23,8 @@ def main() -> None:
     if FLAGS.num_samples is not None:
         check_integer("num_samples", FLAGS.num_samples, minimum=2)
     out = pathlib.Path(FLAGS.out)
+    if out.suffix.lower() != ".png":
+        raise RunDirectoryError(f"out must be the name of a PNG, such as samples.png, got {str(out)!r}")
     if out.is_dir():
         raise RunDirectoryError(f"out must be a file to write, got the folder {str(out)!r}")
     check_integer("seed", FLAGS.seed, minimum=0)

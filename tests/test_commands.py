@@ -240,6 +240,7 @@ def test_sample_writes_one_picture(trained):
     assert (trained.path / "grid.png").read_bytes() != first, "a seed may be as large as Experiment.seed"
     assert "seed must be an integer of at" in trained.fail("sample", "--run_dir=run", "--out=a.png", "--seed=-1")
     assert "no folder" in trained.fail("sample", "--run_dir=run", "--out=nowhere/grid.png")
+    assert "name of a PNG, such as samples.png" in trained.fail("sample", "--run_dir=run", "--out=grid.jpg")
 
 
 def test_dry_run_prints_and_writes_nothing(workspace):
