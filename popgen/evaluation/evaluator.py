@@ -76,6 +76,7 @@ class Evaluator(Protocol):
         headline: names of the results that TensorBoard shows, and by which its HParams tab compares runs.
         progress_text: says what the mean of the values given to `progress` is; it has one field to format.
         in_parts: whether `evaluate` fills the table of its settings, which shards and processes can share.
+        selection_samples: of the bound whose negative is the loss that `validate` returns; 1 where there is but one.
     """
 
     model_type: ClassVar[type]
@@ -84,6 +85,7 @@ class Evaluator(Protocol):
     headline: ClassVar[tuple[str, ...]]
     progress_text: ClassVar[str]
     in_parts: ClassVar[bool] = False
+    selection_samples: int = 1
 
     def check_num_samples(self, name: str, num_samples: int) -> None:
         """Raises ArgumentError, with the name of an argument, if `evaluate` does not take so many samples."""

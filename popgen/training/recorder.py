@@ -174,7 +174,7 @@ def selected_by(selection_split: str, evaluator: Evaluator) -> str:
         >>> selected_by("validation", VAEEvaluator(selection_samples=5))
         'validation loss of 5 samples'
     """
-    samples = getattr(evaluator, "selection_samples", 1)
+    samples = evaluator.selection_samples
     return f"{selection_split} loss" + (f" of {samples} samples" if samples != 1 else "")
 
 
