@@ -177,7 +177,7 @@ class Experiment:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            torch.empty(0, device=self.device)
+            torch.zeros(1, device=self.device).item()  # which no device has that holds no values
             return torch.device(self.device)
         except (RuntimeError, AssertionError, TypeError) as error:
             reason = reason_of(error)

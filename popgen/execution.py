@@ -149,7 +149,6 @@ class _Compiled:
         compiled: Callable[..., Any],
         in_place: bool,
     ) -> None:
-        torch.compiler.assume_constant_result(_float32_is_full)  # here, since it imports the compiler
         self.plain, self.checked_with, self.chosen, self.checked = function, checked_with, compiled, False
         self.in_place = in_place
 

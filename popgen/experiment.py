@@ -245,7 +245,7 @@ def load_data(experiment: Experiment, device: torch.device) -> Data:
     if not isinstance(data, Data):
         raise DataError(
             f"{type(experiment.dataset).__name__}.load must return a Data (see popgen.datasets.data), such as an "
-            f"ImageData, got a thing of type {type(data).__name__}"
+            f"ImageData, got an object of type {type(data).__name__}"
         )
     return data.to(device, next(experiment.model.parameters()).dtype)
 

@@ -222,6 +222,7 @@ def test_evaluation_arguments_and_averaged_weights(finished):
         ({"max_gradient_norm": 0}, r"Experiment.max_gradient_norm \(None for no limit\) must be above 0, got 0"),
         ({"objective": 3}, "Experiment.objective must be an Objective"),
         ({"device": "gpu"}, "Experiment.device 'gpu' cannot be used here"),
+        ({"device": "meta"}, "Experiment.device 'meta' cannot be used here"),
     ],
 )
 def test_arguments(changes, message):
@@ -252,29 +253,29 @@ def test_what_a_dataset_loads_is_checked(loaded, tmp_path):
 
 
 class Returning(NegativeELBO):
-    """An objective that makes something else of the loss, metrics and observations of a batch."""
+    """An objective that returns something else of the loss, metrics and observations of a batch."""
 
     def __init__(self, change: Callable[..., Any]) -> None:
         super().__init__()
         object.__setattr__(self, "change", change)
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.change(*super().__call__(*arguments))
+        return self.change(super().__call__(*arguments))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda loss, metrics, seen: (loss, metrics), r"three things, \(loss, metrics, observed\), got 2 things"),
-        (lambda loss, metrics, seen: loss, r"three things, .*, got a tensor of shape \(\) and type torch.float32"),
-        (lambda loss, metrics, seen: (loss, metrics, None), "what it has observed as a dictionary, .*NoneType"),
-        (lambda loss, metrics, seen: (loss, [], seen), "metrics as a dictionary, which may be empty, .* list"),
-        (lambda loss, metrics, seen: (loss.expand(4), metrics, seen), r"as its loss a scalar tensor .* shape \(4,\)"),
-        (lambda loss, metrics, seen: (loss.item(), metrics, seen), "as its loss a scalar tensor .* type float"),
-        (lambda loss, metrics, seen: (loss.detach(), metrics, seen), "a loss that depends on the parameters"),
-        (lambda loss, metrics, seen: (loss, {"kl": 0.5}, seen), "as the metric 'kl' a scalar tensor .* type float"),
-        (lambda loss, metrics, seen: (loss, {"kl": loss.detach().int()}, seen), "the metric 'kl' .* torch.int32"),
-        (lambda loss, metrics, seen: (loss, {"kl": torch.zeros(3)}, seen), r"the metric 'kl' .* shape \(3,\)"),
+        (lambda out: tuple(out), r"LossOutput\(loss, metrics\), got an object of type tuple"),
+        (lambda out: out.loss, r"LossOutput\(.*, got a tensor of shape \(\) and type torch.float32"),
+        (lambda out: out._replace(observed=None), "what it has observed as a dictionary, .*NoneType"),
+        (lambda out: out._replace(metrics=[]), "metrics as a dictionary, which may be empty, .* list"),
+        (lambda out: out._replace(loss=out.loss.expand(4)), r"as its loss a scalar tensor .* shape \(4,\)"),
+        (lambda out: out._replace(loss=out.loss.item()), "as its loss a scalar tensor .* type float"),
+        (lambda out: out._replace(loss=out.loss.detach()), "a loss that depends on the parameters"),
+        (lambda out: out._replace(metrics={"kl": 0.5}), "as the metric 'kl' a scalar tensor .* type float"),
+        (lambda out: out._replace(metrics={"kl": torch.tensor(1)}), "the metric 'kl' .* torch.int64"),
+        (lambda out: out._replace(metrics={"kl": torch.zeros(3)}), r"the metric 'kl' .* shape \(3,\)"),
     ],
 )
 def test_what_an_objective_returns_is_checked_before_anything_starts(change, message, tmp_path):
@@ -298,15 +299,11 @@ class LangevinDynamics(torch.optim.SGD):
     ("changes", "message"),
     [
         (
-            {"objective": Returning(lambda loss, metrics, seen: (loss * (1 + random.random()), metrics, seen))},
+            {"objective": Returning(lambda out: out._replace(loss=out.loss * (1 + random.random())))},
             "VAE with Returning draws random numbers that belong to no",
         ),
         (
-            {
-                "objective": Returning(
-                    lambda loss, metrics, seen: (loss, {"kl": loss.detach() * np.random.rand()}, seen)
-                )
-            },
+            {"objective": Returning(lambda out: out._replace(metrics={"kl": out.loss.detach() * np.random.rand()}))},
             "VAE with Returning draws random numbers that belong to no",
         ),
         ({"model": with_layer(torch.nn.Dropout(0.5))}, "VAE with NegativeELBO draws random numbers that belong to no"),

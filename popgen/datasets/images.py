@@ -14,7 +14,7 @@ from jaxtyping import Float, Int16, UInt8
 from torch import Tensor
 
 from popgen.datasets.data import ShuffledBatches
-from popgen.errors import DataError, check_choice
+from popgen.errors import DataError, check_choice, check_integer
 from popgen.streams import make_generator
 
 PROTOCOLS = ("dynamic", "fixed", "threshold")
@@ -255,13 +255,14 @@ def hold_out(train: Tensor, validation_size: int, seed: int) -> tuple[Tensor, Te
 
     Raises:
         DataError: if nothing would be left to train on.
+        ArgumentError: if `validation_size` is negative.
 
     Example:
         >>> train, validation = hold_out(torch.zeros(10, 4, dtype=torch.uint8), validation_size=3, seed=0)
         >>> len(train), len(validation)
         (7, 3)
     """
-    if validation_size == 0:
+    if check_integer("validation_size", validation_size, minimum=0) == 0:
         return train, None
     if validation_size >= len(train):
         raise DataError(f"validation_size must be below the {len(train)} training images, got {validation_size}")

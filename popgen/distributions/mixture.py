@@ -109,7 +109,7 @@ class _Product(torch.autograd.Function):
 
 
 class _LogSumExp(torch.autograd.Function):
-    """log Σ_k exp(x_k) over the last axis, whose gradient is softmax(x).
+    """log Σ_k exp(x_k) over the last axis, whose gradient is softmax(x); x is finite.
 
     The softmax at the largest x is exp(max x - log Σ exp(x)), at least 1/K. On a CPU torch.logsumexp takes far
     longer where most terms underflow, as they do for components far from a point.

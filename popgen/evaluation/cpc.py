@@ -127,10 +127,6 @@ class CPCEvaluator(Evaluator):
         """Returns the loss and the accuracy, over all pairs and for each number of frames ahead, from one draw."""
         return _numbers(contrastive_terms(model, examples, 1, self.batch_size, seed).means())
 
-    def curves(self, model: CPC, examples: Sequences) -> Results:
-        """Returns nothing."""
-        return {}
-
     def evaluate(self, model: CPC, data: SequenceData, examples: Sequences, settings: EvaluationSettings) -> Results:
         """Returns the means over draws, the standard error over recordings, and bounds if there are several recordings.
 

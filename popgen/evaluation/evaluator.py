@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -65,8 +65,7 @@ class EvaluationSettings:
     table: ImageTable = ImageTable()
 
 
-@runtime_checkable
-class Evaluator(Protocol):
+class Evaluator(abc.ABC):
     """How a kind of model is evaluated.
 
     Attributes:
@@ -87,26 +86,32 @@ class Evaluator(Protocol):
     in_parts: ClassVar[bool] = False
     selection_samples: int = 1
 
+    @abc.abstractmethod
     def check_num_samples(self, name: str, num_samples: int) -> None:
         """Raises ArgumentError, with the name of an argument, if `evaluate` does not take so many samples."""
 
+    @abc.abstractmethod
     def validate(self, model: Any, examples: Any, seed: int) -> Results:
         """Returns the curves of a split on which nothing is trained; the lowest `loss` is the best checkpoint."""
 
     def curves(self, model: Any, examples: Any) -> Results:
-        """Returns further numbers for the curves of any split, cheap enough for a curve."""
+        """Returns further numbers for the curves of any split, cheap enough for a curve; none, unless defined."""
+        return {}
 
+    @abc.abstractmethod
     def evaluate(self, model: Any, data: Any, examples: Any, settings: EvaluationSettings) -> Results:
         """Returns the results of an evaluation on some of the test examples."""
 
+    @abc.abstractmethod
     def describe(self, record: Mapping[str, Any]) -> str:
         """Returns lines that show the results in the record of an evaluation."""
 
+    @abc.abstractmethod
     def show(self, model: Any, data: Any, num_samples: int, generator: torch.Generator) -> dict[str, Shown]:
         """Returns pictures and sounds by name; the generator is on the model's device."""
 
 
-class ImageEvaluator(Evaluator, abc.ABC):
+class ImageEvaluator(Evaluator):
     """What evaluations of image models share: the ELBO in parts, and a bound on log p(x) that subclasses form.
 
     Example: `VAEEvaluator` is one.

@@ -95,10 +95,6 @@ class WaveNetEvaluator(Evaluator):
         loss = -(log_densities(model, examples).sum() / examples.lengths.sum()).item()
         return {"loss": loss, "bits_per_sample": loss / math.log(2.0)}
 
-    def curves(self, model: WaveNet, examples: Sequences) -> Results:
-        """Returns nothing."""
-        return {}
-
     def evaluate(
         self, model: WaveNet, data: SequenceData, examples: Sequences, settings: EvaluationSettings
     ) -> Results:

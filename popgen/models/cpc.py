@@ -61,11 +61,6 @@ class CPCTerms(NamedTuple):
         return named
 
     @property
-    def loss_of_steps(self) -> Float[Tensor, " steps"]:
-        """The mean over the pairs of each step, nats."""
-        return _mean(self.step_losses, self.step_weights, dim=0)
-
-    @property
     def loss_of_guessing(self) -> Float[Tensor, ""]:
         """The mean over all pairs of the loss that equal scores would have, nats."""
         return _mean(self.step_guesses.flatten(), self.step_weights.flatten(), dim=0)

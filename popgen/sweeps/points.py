@@ -70,17 +70,22 @@ def parse(expressions: Sequence[str]) -> dict[str, Choices | Interval]:
         if name in swept:
             raise ArgumentError(f"sweep names {name} twice; put all of its values into one list")
         for other in swept:
-            if _may_be_the_same(name, other):
+            if may_be_the_same(name, other):
                 raise ArgumentError(f"sweep names {other} and {name}, which are the same; put all values into one list")
         swept[name] = _parse_values(name, " ".join(expression.partition("=")[2].split("\n")).strip())
     return dict(sorted(swept.items()))
 
 
-def _may_be_the_same(one: str, other: str) -> bool:
-    """Returns whether one of two different names is the other with more of its modules."""
+def may_be_the_same(one: str, other: str) -> bool:
+    """Returns whether two names are the same, or one of them is the other with more of its modules.
+
+    Example:
+        >>> may_be_the_same("Adam.lr", "torch.optim.Adam.lr")
+        True
+    """
     (scope, _, name), (other_scope, _, other_name) = one.rpartition("/"), other.rpartition("/")
     short, long = sorted((name, other_name), key=len)
-    return scope == other_scope and long.endswith(f".{short}")
+    return scope == other_scope and f".{long}".endswith(f".{short}")
 
 
 def bound_name(binding: str) -> str:

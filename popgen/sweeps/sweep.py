@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -15,7 +16,7 @@ from popgen.datasets.data import Data
 from popgen.errors import ArgumentError, CheckpointError, ConfigError, PopgenError, RunDirectoryError
 from popgen.experiment import check_amounts, check_data, load_data
 from popgen.files import held, write_json
-from popgen.sweeps.points import Point, bindings, bound_name, point_name, setting_name
+from popgen.sweeps.points import Point, bindings, bound_name, may_be_the_same, point_name, setting_name
 from popgen.sweeps.processes import Job
 from popgen.training import checkpoints
 from popgen.training.records import evaluation_records
@@ -138,8 +139,9 @@ def check_points(
     runs, jobs, conflicts = [], [], []
     named_by_configuration: dict[str, str] = {}
     known_data: dict[str, Data] = {}
-    for name in sorted({*map(bound_name, fixed)} & {name for point in points for name in point}):
-        raise ArgumentError(f"{name} is both swept and bound by --gin_bindings; leave one of them out")
+    for name, bound in itertools.product(points[0] if points else (), map(bound_name, fixed)):
+        if may_be_the_same(name, bound):
+            raise ArgumentError(f"{name} is both swept and bound by --gin_bindings; leave one of them out")
     for point in points:
         name = point_name(point)
         try:

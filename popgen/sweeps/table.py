@@ -18,7 +18,7 @@ from popgen.training.records import evaluation_records
 from popgen.training.run_directory import RunDirectory
 
 OWN_RESULTS = ("best_loss", "best_step")
-LOWER_IS_BETTER = ("loss", "kl", "bits", "error", "perplexity")  # in the name of a result; others are better higher
+LOWER_IS_BETTER = ("loss", "kl", "bits", "error")  # in the name of a result; others are better higher
 
 
 @dataclasses.dataclass(frozen=True)

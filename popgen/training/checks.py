@@ -11,7 +11,7 @@ from popgen.errors import ArgumentError, reason_of
 from popgen.execution import matrix_products
 from popgen.streams import make_generator
 from popgen.training.checkpoints import check_plain
-from popgen.training.objectives import Result
+from popgen.training.objectives import LossOutput
 from popgen.training.state import TrainState
 from popgen.training.step import TrainStep, device_of
 from popgen.training.update import can_be_told
@@ -108,26 +108,24 @@ def check_result(name: str, result: Any) -> None:
         result: what it returned.
 
     Raises:
-        ArgumentError: if it is not a loss with metrics and what was observed, see `Objective.__call__`.
+        ArgumentError: if it is not a `LossOutput` of the right parts.
 
     Example:
-        >>> check_result("Mine", (torch.ones(5, requires_grad=True), {}, {}))
+        >>> check_result("Mine", LossOutput(torch.ones(5, requires_grad=True), {}))
         Traceback (most recent call last):
             ...
         popgen.errors.ArgumentError: Mine must return as its loss a scalar tensor of floating point, got a tensor of
         shape (5,) and type torch.float32
     """
-    if not isinstance(result, tuple | list) or len(result) != 3:
-        got = f"{len(result)} things" if isinstance(result, tuple | list) else _described(result)
+    if not isinstance(result, LossOutput):
         raise ArgumentError(
-            f"{name} must return three things, (loss, metrics, observed), got {got}; metrics and observed are "
-            "dictionaries, which may be empty"
+            f"{name} must return a popgen.training.objectives.LossOutput(loss, metrics), got {_described(result)}"
         )
     loss, metrics, observed = result
-    for what, value in (("metrics", metrics), ("what it has observed", observed)):
-        if not isinstance(value, dict):
+    for what, found in (("metrics", metrics), ("what it has observed", observed)):
+        if not isinstance(found, dict):
             raise ArgumentError(
-                f"{name} must return {what} as a dictionary, which may be empty, got {_described(value)}"
+                f"{name} must return {what} as a dictionary, which may be empty, got {_described(found)}"
             )
     for what, value in (("its loss", loss), *((f"the metric {key!r}", metric) for key, metric in metrics.items())):
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
@@ -143,15 +141,15 @@ def check_result(name: str, result: Any) -> None:
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}"
-    return f"a thing of type {type(value).__name__}"
+    return f"an object of type {type(value).__name__}"
 
 
-def _are_close(first: Result, second: Result) -> bool:
+def _are_close(first: LossOutput, second: LossOutput) -> bool:
     """Returns whether loss and metrics are the same, up to the order in which a GPU sums."""
-    if first[1].keys() != second[1].keys():
+    if first.metrics.keys() != second.metrics.keys():
         return False
     one, other = (
-        [float(value.detach()) for value in (loss, *metrics.values())] for loss, metrics, _ in (first, second)
+        [float(value.detach()) for value in (found.loss, *found.metrics.values())] for found in (first, second)
     )
     rounding = 1e-4 * abs(one[0]) + 1e-6 if math.isfinite(one[0]) else 0.0  # a small KL is what large terms leave
     return all(

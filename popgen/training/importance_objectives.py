@@ -20,7 +20,7 @@ from torch import Tensor
 from popgen.losses import doubly_reparameterised_weights, iwae
 from popgen.models.image_model import LogDensities
 from popgen.models.vae import VAE
-from popgen.training.objectives import AnnealedObjective, NegativeELBO, Result, Settings, Tensors, bound_metrics
+from popgen.training.objectives import AnnealedObjective, LossOutput, NegativeELBO, Settings, Tensors, bound_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class NegativeIWAE(AnnealedObjective):
 
     def __call__(
         self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
-    ) -> Result:
+    ) -> LossOutput:
         """Returns the loss and the metrics of a batch; nothing else changes."""
         terms = self.terms(forward, batch, noise, settings["beta"])
         loss = -iwae(weights_of(terms, settings["beta"])).mean()
@@ -89,7 +89,7 @@ class NegativeIWAE(AnnealedObjective):
             **bound_metrics(terms),
             "beta": settings["beta"],
         }
-        return loss, metrics, {}
+        return LossOutput(loss, metrics)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Objectives: what a training step minimises.
 
-An objective is called as `objective(forward, batch, noise, settings, state)` and returns the scalar loss, a dictionary
-of detached scalars, and by name what else it has observed of the batch. `forward` calls the model with the parameters
-of the training state. The loss is formed here, and here alone the mean over the batch is taken. Then `transition` makes
+An objective is called as `objective(forward, batch, noise, settings, state)` and returns a `LossOutput`: the scalar
+loss, metrics, and by name what else it has observed of the batch. `forward` calls the model with the parameters of the
+training state. The loss is formed here, and here alone the mean over the batch is taken. Then `transition` makes
 of what was observed the new values of whatever else the step changes: its own state and buffers of the model.
 
 Several processes each call an objective with a part of the batch. Loss, gradient and metrics are then averaged, what
@@ -12,9 +12,10 @@ The step number itself does not reach it: its `settings(step)` do, as tensors on
 function or one CUDA graph serves every step.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +34,37 @@ CONSTRAINTS = ("reconstruction", "kl")
 Metrics = dict[str, Tensor]
 Settings = Mapping[str, Tensor]
 Tensors = Mapping[str, Tensor]
-Result = tuple[Tensor, Metrics, Tensors]
 
 
-@runtime_checkable
-class Objective(Protocol):
+class LossOutput(NamedTuple):
+    """What an objective returns of a batch.
+
+    Attributes:
+        loss: a scalar, whose gradient is taken.
+        metrics: detached scalars by name, `loss` among them.
+        observed: by name what `transition` is to know of the batch.
+
+    Example:
+        >>> LossOutput(torch.tensor(90.0), {"loss": torch.tensor(90.0)}).observed
+        {}
+    """
+
+    loss: Tensor
+    metrics: Metrics
+    observed: Tensors = {}
+
+
+class Objective(abc.ABC):
     """What a training step minimises. Subclasses define `draw_noise` and `__call__`; the rest has defaults.
 
     Attributes:
         model_type: what it trains.
+        exchanges_in_loss: whether `part_of_batch` gives each of several processes more than its examples, so that they
+            exchange something in the midst of the loss.
     """
 
     model_type: ClassVar[type] = nn.Module
+    exchanges_in_loss: ClassVar[bool] = False
 
     def check_model(self, model: Any) -> None:
         """Raises ArgumentError if it cannot train a model: one of another type, unless a subclass says more."""
@@ -74,6 +94,7 @@ class Objective(Protocol):
             )
         return torch.zeros(batch_size, model.input_dim)
 
+    @abc.abstractmethod
     def draw_noise(self, model: Any, batch: Any, generator: torch.Generator) -> Any:
         """Returns the noise of one step."""
 
@@ -85,15 +106,23 @@ class Objective(Protocol):
         """Returns what of the noise of a whole batch belongs to this process's part of it.
 
         Several processes can train an objective only if it defines this, for its loss is then a mean over examples.
+
+        Raises:
+            ArgumentError: unless a subclass defines it.
         """
+        raise ArgumentError(
+            f"{type(self).__name__} cannot be shared by {processes.size} processes: it does not say which part of its "
+            "noise belongs to which part of a batch (part_of_noise)"
+        )
 
     def weight(self, batch: Any) -> Tensor | float:
         """Returns what this part of a batch counts in the means over all parts: as much as any other."""
         return 1.0
 
+    @abc.abstractmethod
     def __call__(
         self, forward: Callable[..., Any], batch: Any, noise: Any, settings: Settings, state: Tensors
-    ) -> Result:
+    ) -> LossOutput:
         """Returns the scalar loss, detached scalar metrics, and by name what `transition` is to know of the batch.
 
         Args:
@@ -212,12 +241,12 @@ class NegativeELBO(AnnealedObjective):
 
     def __call__(
         self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
-    ) -> Result:
+    ) -> LossOutput:
         """Returns the loss and the metrics of a batch; nothing else changes."""
         beta = settings["beta"]
         terms = self.terms(forward, batch, noise, beta)
         loss = -elbo(terms.log_p_x_given_z, terms.log_p_z, terms.log_q_z_given_x, beta).mean()
-        return loss, {"loss": loss.detach(), **bound_metrics(terms), "beta": beta}, {}
+        return LossOutput(loss, {"loss": loss.detach(), **bound_metrics(terms), "beta": beta})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +298,7 @@ class ConstrainedELBO(ELBOObjective):
 
     def __call__(
         self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
-    ) -> Result:
+    ) -> LossOutput:
         """Returns the Lagrangian and the metrics of a batch, of which `constraint` is one."""
         terms = forward(batch, noise)
         reconstruction = terms.log_p_x_given_z.mean()
@@ -279,7 +308,8 @@ class ConstrainedELBO(ELBOObjective):
         else:
             minimised, constraint = -reconstruction, kl - self.target
         loss = self.geco.lagrangian(minimised, constraint, GECOState(**state))
-        return loss, {"loss": loss.detach(), **bound_metrics(terms), "constraint": constraint.detach()}, {}
+        metrics = {"loss": loss.detach(), **bound_metrics(terms), "constraint": constraint.detach()}
+        return LossOutput(loss, metrics)
 
     def transition(
         self, model: Any, tensors: Tensors, metrics: Metrics, observed: Tensors
@@ -338,7 +368,7 @@ class VQVAELoss(Objective):
 
     def __call__(
         self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
-    ) -> Result:
+    ) -> LossOutput:
         """Returns the loss and the metrics of a batch, and what its codebook learns from."""
         terms = forward(batch, None, noise)
         commitment, codebook = terms.commitment_loss.mean(), terms.codebook_loss.mean()
@@ -349,7 +379,7 @@ class VQVAELoss(Objective):
             "commitment_loss": commitment.detach(),
             "codebook_loss": codebook.detach(),
         }
-        return loss, metrics, terms.observed
+        return LossOutput(loss, metrics, terms.observed)
 
     def transition(
         self, model: VQVAE, tensors: Tensors, metrics: Metrics, observed: Tensors

@@ -19,7 +19,7 @@ from popgen.datasets.data import Batches
 from popgen.errors import ArgumentError, DivergedError, reason_of
 from popgen.streams import make_generator
 from popgen.training.loop import mean_metrics
-from popgen.training.objectives import Metrics, Result, Settings
+from popgen.training.objectives import LossOutput, Metrics, Settings
 from popgen.training.state import TrainState
 from popgen.training.step import LossFunction, TrainStep, gradient_function
 
@@ -219,7 +219,7 @@ def mapped_over_replicas(loss_function: LossFunction) -> LossFunction:
     Example: `make_replicated_step` calls it.
     """
 
-    def mapped(parameters, buffers, batch, noise, settings, state) -> Result:
+    def mapped(parameters, buffers, batch, noise, settings, state) -> LossOutput:
         axes = (0, 0, 0, None if noise is None else 0, None, 0)
         return torch.func.vmap(loss_function, axes)(parameters, buffers, batch, noise, settings, state)
 

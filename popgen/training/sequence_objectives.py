@@ -13,7 +13,7 @@ from popgen.distributed import Processes
 from popgen.distributions.mu_law import mu_law_encode
 from popgen.models.cpc import CPC, Part
 from popgen.models.wavenet import WaveNet
-from popgen.training.objectives import Objective, Result, Settings, Tensors
+from popgen.training.objectives import LossOutput, Objective, Settings, Tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +51,12 @@ class NegativeLogLikelihood(Objective):
 
     def __call__(
         self, forward: Callable[..., Any], batch: SequenceBatch, noise: None, settings: Settings, state: Tensors
-    ) -> Result:
+    ) -> LossOutput:
         """Returns the loss and the metrics of a batch; nothing else changes."""
         codes = mu_law_encode(batch.values)
         log_p = forward(codes, batch.labels).log_density(codes)
         loss = -torch.where(batch.real, log_p, 0.0).sum() / batch.lengths.sum()
-        return loss, {"loss": loss.detach(), "bits_per_sample": loss.detach() / math.log(2.0)}, {}
+        return LossOutput(loss, {"loss": loss.detach(), "bits_per_sample": loss.detach() / math.log(2.0)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,7 @@ class ContrastiveLoss(Objective):
     """
 
     model_type: ClassVar[type] = CPC
+    exchanges_in_loss: ClassVar[bool] = True
 
     def blank_batch(self, model: CPC, batch_size: int) -> SequenceBatch:
         """Returns silence that is just long enough for every step ahead."""
@@ -110,13 +111,13 @@ class ContrastiveLoss(Objective):
         noise: Tensor,
         settings: Settings,
         state: Tensors,
-    ) -> Result:
+    ) -> LossOutput:
         """Returns the loss and the metrics of a batch; nothing else changes."""
         if isinstance(batch, SharedSequences):
             means = batch.means(forward, noise)
         else:
             means = forward(batch.values, batch.lengths, noise, batch.labels).means()
-        return means["loss"], {name: mean.detach() for name, mean in means.items()}, {}
+        return LossOutput(means["loss"], {name: mean.detach() for name, mean in means.items()})
 
 
 class SharedSequences(NamedTuple):

@@ -14,12 +14,12 @@ from popgen.execution import compile_or_fall_back, matrix_products
 from popgen.messages import packed, unpacked
 from popgen.optim.schedules import Schedule
 from popgen.optim.weight_average import effective_decay
-from popgen.training.objectives import Metrics, Objective, Result, Settings, Tensors
+from popgen.training.objectives import LossOutput, Metrics, Objective, Settings, Tensors
 from popgen.training.state import TrainState
 from popgen.training.update import Gradients, Update, traced_update
 
-LossFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], Result]
-GradientFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], tuple[Result, Gradients]]
+LossFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], LossOutput]
+GradientFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], tuple[LossOutput, Gradients]]
 
 
 class Found(NamedTuple):
@@ -31,7 +31,7 @@ class Found(NamedTuple):
         messages: both packed, to be added up over the processes; none where one has the whole batch.
     """
 
-    result: Result
+    result: LossOutput
     gradients: Gradients
     messages: list[Tensor]
 
@@ -71,8 +71,8 @@ class TrainStep:
 
     @property
     def exchanges_in_loss(self) -> bool:
-        """Whether processes may exchange something in the midst of the loss: each is given more than its examples."""
-        return self.processes.size > 1 and type(self.objective).part_of_batch is not Objective.part_of_batch
+        """Whether processes exchange something in the midst of the loss."""
+        return self.processes.size > 1 and self.objective.exchanges_in_loss
 
     def settings(self, state: TrainState) -> dict[str, float]:
         """Returns every number that depends on the step alone."""
@@ -111,49 +111,49 @@ class TrainStep:
         batch = self.objective.part_of_batch(batch, self.processes)
         noise = self.objective.part_of_noise(noise, self.processes)
         result, gradients = self.gradients(state, batch, noise, settings)
-        if result[2] and type(self.objective).transition is Objective.transition:
+        if result.observed and type(self.objective).transition is Objective.transition:
             raise ArgumentError(
                 f"{type(self.objective).__name__} cannot be shared by {self.processes.size} processes: it must define "
-                f"transition, which is given the sums over all of {', '.join(result[2])}"
+                f"transition, which is given the sums over all of {', '.join(result.observed)}"
             )
         messages = packed(*_means_and_sums(result, gradients), self.objective.weight(batch))
         return Found(result, gradients, messages)
 
-    def combined(self, found: Found) -> tuple[Result, Gradients]:
+    def combined(self, found: Found) -> tuple[LossOutput, Gradients]:
         """Returns what the loss function returns for the whole batch, given what was added up of all its parts."""
         result, gradients, messages = found
         if not messages:
             return result, gradients
         (_, metrics, observed), (means, sums) = result, unpacked(messages, *_means_and_sums(result, gradients))
         values, others = means[1 : 1 + len(metrics)], iter(means[1 + len(metrics) :])
-        whole = means[0], dict(zip(metrics, values, strict=True)), dict(zip(observed, sums, strict=True))
+        whole = LossOutput(means[0], dict(zip(metrics, values, strict=True)), dict(zip(observed, sums, strict=True)))
         return whole, tuple(None if gradient is None else next(others) for gradient in gradients)
 
-    def gradients(self, state: TrainState, batch: Any, noise: Any, settings: Settings) -> tuple[Result, Gradients]:
+    def gradients(self, state: TrainState, batch: Any, noise: Any, settings: Settings) -> tuple[LossOutput, Gradients]:
         """Returns what the loss function returns, and the gradients of the parameters."""
         with matrix_products(self.precision, device_of(state)):
             return self.gradient_function(state.parameters, state.buffers, batch, noise, settings, state.auxiliary)
 
-    def take(self, state: TrainState, result: Result, gradients: Gradients, settings: Settings) -> Metrics:
+    def take(self, state: TrainState, result: LossOutput, gradients: Gradients, settings: Settings) -> Metrics:
         """Updates the tensors of a state in place along its gradients, and returns the metrics."""
         return self.take_together([state], [result], [gradients], settings)[0]
 
     def take_together(
         self,
         states: Sequence[TrainState],
-        results: Sequence[Result],
+        results: Sequence[LossOutput],
         gradients: Sequence[Gradients],
         settings: Settings,
     ) -> list[Metrics]:
         """Does the same for several states of one step."""
         changing, metrics = [], []
-        for state, (_, found, observed) in zip(states, results, strict=True):
+        for state, result in zip(states, results, strict=True):
             tensors = {**state.buffers, **state.auxiliary}
-            changes, own_metrics = self.objective.transition(self.model, tensors, found, observed)
+            changes, own_metrics = self.objective.transition(self.model, tensors, result.metrics, result.observed)
             changing.append([(_changeable(state, name, value), value.detach()) for name, value in changes.items()])
             metrics.append(own_metrics)
         rate = None if self.learning_rate is None else settings["learning_rate"]
-        losses = [loss for loss, _, _ in results]
+        losses = [result.loss for result in results]
         outcomes = self.parameter_update(states, losses, gradients, settings["average_weight"], rate)
         for pairs, outcome in zip(changing, outcomes, strict=True):
             for tensor, value in pairs:
@@ -170,7 +170,7 @@ class TrainStep:
         ]
 
 
-def _means_and_sums(result: Result, gradients: Gradients) -> tuple[list[Tensor], list[Tensor]]:
+def _means_and_sums(result: LossOutput, gradients: Gradients) -> tuple[list[Tensor], list[Tensor]]:
     """Returns what is averaged over the parts of a batch, and what is summed."""
     loss, metrics, observed = result
     used = [gradient for gradient in gradients if gradient is not None]
@@ -237,8 +237,8 @@ def make_train_step(
         processes: among which every batch is shared out; each is given the whole of it.
 
     Raises:
-        ArgumentError: if the objective has a setting of a name that the step needs, or several processes cannot share
-            it.
+        ArgumentError: if the objective has a setting of a name that the step needs. The step raises it where several
+            processes cannot share the objective.
 
     Example:
         >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
@@ -261,11 +261,6 @@ def make_train_step(
     reserved = {"average_weight", "learning_rate"} & set(objective.settings(0))
     if reserved:
         raise ArgumentError(f"the settings of {objective!r} must have other names than {', '.join(sorted(reserved))}")
-    if processes.size > 1 and type(objective).part_of_noise is Objective.part_of_noise:
-        raise ArgumentError(
-            f"{type(objective).__name__} cannot be shared by {processes.size} processes: it does not say which part of "
-            "its noise belongs to which part of a batch (part_of_noise)"
-        )
     update = Update(max_gradient_norm=max_gradient_norm, skip_gradient_norm=skip_gradient_norm)
     return TrainStep(
         model=model,
@@ -294,7 +289,7 @@ def gradient_function(loss_function: LossFunction, compiled: bool) -> GradientFu
         leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
         loss, metrics, observed = loss_function(leaves, buffers, batch, noise, settings, state)
         found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-        return (loss.detach(), metrics, observed), found
+        return LossOutput(loss.detach(), metrics, observed), found
 
     return compile_or_fall_back(gradients, _with_settings_of_one, traced=True) if compiled else gradients
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from popgen.datasets.images import as_values
 from popgen.errors import ArgumentError, CheckpointError, check_choice
@@ -47,6 +47,11 @@ def initialise(model: nn.Module, pretrained: Mapping[str, str], examples: Any, s
     for module in model.modules():
         initialise_from_data = getattr(module, "initialise_from_data", None)
         if initialise_from_data is not None and module not in given:
+            if not isinstance(examples, Tensor):
+                raise ArgumentError(
+                    f"{type(module).__name__} has a method initialise_from_data, which takes images: the data is a "
+                    f"{type(examples).__name__}"
+                )
             initialise_from_data(as_values(examples), make_generator(examples.device, seed, "initialisation from data"))
 
 

@@ -176,6 +176,8 @@ def test_hold_out_of_nothing_and_of_everything() -> None:
     for size in (10, 11):
         with pytest.raises(DataError, match=f"validation_size must be below the 10 training images, got {size}"):
             hold_out(images, size, seed=0)
+    with pytest.raises(ArgumentError, match="validation_size must be an integer of at least 0, got -3"):
+        hold_out(images, -3, seed=0)
 
 
 @pytest.mark.parametrize(

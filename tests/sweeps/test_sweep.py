@@ -105,6 +105,8 @@ def test_mistakes_name_the_point(sweep: SweepDirectory) -> None:
         plan(sweep, "Experiment.optimizer = [@torch.optim.Adam, @Adam]")
     with pytest.raises(ArgumentError, match="LATENT_DIM is both swept and bound"):
         plan(sweep, "LATENT_DIM = [2]", fixed=("LATENT_DIM = 3",))
+    with pytest.raises(ArgumentError, match="Adam.lr is both swept and bound"):
+        plan(sweep, f"Adam.lr = {values}", fixed=("torch.optim.Adam.lr = 1e-3",))
     with pytest.raises(DataError, match=r"values from 0 to 2.*at the point Squares.largest=2.0"):
         plan(sweep, "Squares.largest = [1.0, 2.0]")
     with pytest.raises(DataError, match=r"no validation split.*at the point Experiment.selection_split=validation"):

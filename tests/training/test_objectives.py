@@ -6,12 +6,13 @@ from torch import Tensor
 
 from popgen.distributions.codes import CategoricalOutput
 from popgen.errors import ArgumentError
+from popgen.evaluation.evaluator import Evaluator
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder, LogDensities
 from popgen.models.wavenet import WaveNet
 from popgen.nn.priors import StandardNormalPrior
 from popgen.optim.geco import GECO
 from popgen.optim.schedules import Constant, LinearAnnealing
-from popgen.training.objectives import ConstrainedELBO, ELBOObjective, NegativeELBO
+from popgen.training.objectives import ConstrainedELBO, ELBOObjective, NegativeELBO, Objective
 
 # Two samples of two images. Means: log p(x|z) -10, log p(z) -4, log q(z|x) -1, log det 0.5.
 TERMS = LogDensities(
@@ -77,3 +78,16 @@ def test_models_without_an_elbo_are_refused_in_one_line(objective: ELBOObjective
 def test_a_model_of_no_images_needs_a_blank_batch_of_its_own() -> None:
     with pytest.raises(ArgumentError, match=r"^NegativeELBO must define blank_batch\(.*: Linear has no input_dim"):
         NegativeELBO().blank_batch(torch.nn.Linear(2, 2), batch_size=3)
+
+
+def test_what_a_subclass_must_define_is_asked_for_when_it_is_made() -> None:
+    class Silent(Objective):
+        """Says nothing of noise or of a loss."""
+
+    class Blind(Evaluator):
+        """Evaluates nothing."""
+
+    with pytest.raises(TypeError, match="abstract methods? '?__call__'?, '?draw_noise"):
+        Silent()
+    with pytest.raises(TypeError, match="abstract methods? '?check_num_samples'?, '?describe'?, '?evaluate"):
+        Blind()

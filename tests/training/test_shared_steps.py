@@ -32,7 +32,7 @@ from popgen.optim.geco import GECO
 from popgen.optim.schedules import SigmoidAnnealing
 from popgen.training.captured_step import WARM_UP_STEPS, CapturedStep
 from popgen.training.importance_objectives import DoublyReparameterisedIWAE, StickingTheLanding
-from popgen.training.objectives import ConstrainedELBO, NegativeELBO, Objective, VQVAELoss
+from popgen.training.objectives import ConstrainedELBO, LossOutput, NegativeELBO, Objective, VQVAELoss
 from popgen.training.sequence_objectives import ContrastiveLoss, NegativeLogLikelihood
 from popgen.training.state import TrainState, initial_state, state_to_tensors
 from popgen.training.step import make_train_step
@@ -281,7 +281,10 @@ class OwnNoise(Objective):
     """Draws noise, and does not say whose it is."""
 
     def draw_noise(self, model, batch, generator):
-        return torch.randn(len(batch), 3, generator=generator)
+        return torch.randn(1, len(batch), model.noise_dim, generator=generator)
+
+    def __call__(self, forward, batch, noise, settings, state):
+        return NegativeELBO()(forward, batch, noise, {"beta": 1.0}, state)
 
 
 class OwnMean(NegativeELBO):
@@ -292,7 +295,7 @@ class OwnMean(NegativeELBO):
 
     def __call__(self, forward, batch, noise, settings, state):
         loss, metrics, _ = super().__call__(forward, batch, noise, settings, state)
-        return loss, metrics, {"mean": batch.mean()}
+        return LossOutput(loss, metrics, {"mean": batch.mean()})
 
 
 def test_an_objective_must_say_which_part_of_its_noise_is_whose() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from popgen.errors import ArgumentError, CheckpointError
 from popgen.training import checkpoints
-from popgen.training.objectives import Objective
+from popgen.training.objectives import LossOutput, Objective
 from popgen.training.state import (
     TrainState,
     check_same_tensors,
@@ -47,7 +47,7 @@ class Squares(Objective):
 
     def __call__(self, forward, batch: Tensor, noise: Tensor, settings, state):
         loss = forward(batch, noise).square().mean()
-        return loss, {"loss": loss.detach()}, {}
+        return LossOutput(loss, {"loss": loss.detach()})
 
 
 def advance(state: TrainState, num_steps: int) -> tuple[TrainState, list[float]]:

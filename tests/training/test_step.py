@@ -20,7 +20,7 @@ from popgen.optim.schedules import Constant, CosineAnnealing, SigmoidAnnealing, 
 from popgen.training import checkpoints
 from popgen.training.checks import check_can_skip
 from popgen.training.loop import Hooks, train
-from popgen.training.objectives import NegativeELBO, Objective
+from popgen.training.objectives import LossOutput, NegativeELBO, Objective
 from popgen.training.state import TrainState, initial_state, model_with_weights, state_from_tensors, state_to_tensors
 from popgen.training.step import make_train_step
 from popgen.training.update import Update
@@ -156,7 +156,7 @@ class ByColumns(Objective):
 
     def __call__(self, forward, batch, noise, settings, state):
         loss = (forward() * batch).sum()
-        return loss, {"loss": loss.detach()}, {}
+        return LossOutput(loss, {"loss": loss.detach()})
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -296,7 +296,8 @@ class Changing(Objective):
             "centre": batch.mean(0),
             "scale": 2 * batch[0, 0] + 1,
         }
-        return loss, {"loss": loss.detach(), "seen_before": state["seen"].float()}, {**changes, **self.others}
+        metrics = {"loss": loss.detach(), "seen_before": state["seen"].float()}
+        return LossOutput(loss, metrics, {**changes, **self.others})
 
 
 def test_what_an_objective_changes_is_found_by_the_next_step():

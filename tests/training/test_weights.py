@@ -130,6 +130,8 @@ def test_what_is_not_pretrained_starts_from_the_data() -> None:
     assert all(torch.equal(values, torch.tensor([[0.0, 1.0], [0.2, 1.0]])) for values, _ in calls)
     draws = [number for _, number in calls]
     assert draws[:2] == draws[2:4] != draws[4:]
+    with pytest.raises(ArgumentError, match=r"Asks has a method initialise_from_data, which takes images: .* dict"):
+        initialise(model, {}, {"values": levels}, seed=0)
 
 
 def test_the_run_begins_with_the_pretrained_part_and_never_changes_it(tmp_path: pathlib.Path) -> None:
