@@ -1,10 +1,9 @@
-"""The README's code runs as it stands: the library examples, and each thing of one's own in a real run."""
+"""What README and docs show runs as it stands: library examples, commands, and what is of one's own in a real run."""
 
 import dataclasses
 import pathlib
 import re
 import shlex
-import shutil
 
 import numpy as np
 import pytest
@@ -18,9 +17,23 @@ from popgen.training.run_directory import RunDirectory
 pytestmark = pytest.mark.usefixtures("as_a_user")  # the reader's own classes need no annotations
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-README = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-FILES = {match[1]: body for _, body in BLOCKS if (match := re.match(r"# (\w+\.(?:py|gin))\n", body))}
+PAGES = {
+    path.relative_to(REPOSITORY).as_posix(): path.read_text()
+    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+}
+BLOCKS = {name: re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.M | re.S) for name, page in PAGES.items()}
+FILES = {
+    match[1]: body
+    for blocks in BLOCKS.values()
+    for _, body in blocks
+    if (match := re.match(r"# (\w+\.(?:py|gin))\n", body))
+}
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for page in PAGES.values()
+    for line in re.sub(r"\\\n", " ", page).splitlines()
+    if line.startswith(("python -m ", "torchrun "))
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +47,9 @@ class Noise:
 
 def test_library_examples():
     namespace: dict = {}
-    blocks = [body for language, body in BLOCKS if language == "python" and not body.startswith("# my_")]
-    assert len(blocks) == 6
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+    for name, blocks in BLOCKS.items():
+        for body in [body for language, body in blocks if language == "python" and not body.startswith("# my_")]:
+            exec(compile(body, name, "exec"), namespace)
     assert namespace["log_p_z"].shape == (5, 100)
     assert namespace["state"].step == 2
     assert namespace["losses"].shape == (100,) and namespace["contrast"].shape == (6, 10)
@@ -64,32 +76,49 @@ def test_ones_own(name, tmp_path, monkeypatch):
         assert run(experiment, directory, loaded.configuration).step == 2
 
 
-def test_commands_name_files_and_flags_that_exist():
-    for path in re.findall(r"--gin_file=(\S+)", README) + re.findall(r"\]\(((?:configs|docs|popgen)/[^)]+)\)", README):
-        assert (REPOSITORY / path).is_file(), path
-    sources = "".join(path.read_text() for path in (REPOSITORY / "launch").glob("*.py"))
-    others = {"logdir", "nproc_per_node"}  # of TensorBoard and torchrun
-    for flag in set(re.findall(r"--([a-z_]+)[=`]", README)) - others:
-        assert f'"{flag}"' in sources, flag
+def module_and_flags(command: list[str]) -> tuple[str, list[tuple[str, str]]]:
+    """Returns the module that a command runs, and its flags with their values."""
+    module = command.index("-m") + 1
+    return command[module], [word[2:].partition("=")[::2] for word in command[module + 1 :] if word.startswith("--")]
 
 
-def test_training_commands_in_the_readme_name_valid_configurations(tmp_path):
-    """Each with its own bindings; a lone binding is one of any configuration."""
-    lines = re.sub(r"\\\n", " ", README).splitlines()
-    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("python -m launch.train")]
-    assert len(commands) >= 7
-    for command in commands:
-        flags = [word.partition("=")[::2] for word in command[3:] if word.startswith("--")]
-        files, bindings = ([value for name, value in flags if name == f"--gin_{kind}"] for kind in ("file", "bindings"))
-        config.load(files, bindings)
-    alone = re.findall(r"`--gin_bindings='([^']+)'`", README)
+def test_links_lead_somewhere():
+    for name, page in PAGES.items():
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page):
+            assert (REPOSITORY / name).parent.joinpath(link).exists(), f"{name}: {link}"
+    listed = {f"docs/{link}" for link in re.findall(r"\]\(([a-z_]+\.md)\)", PAGES["docs/README.md"])}
+    assert {name for name in PAGES if name.startswith("docs/")} - {"docs/README.md"} <= listed
+
+
+def test_commands_name_modules_files_and_flags_that_exist():
+    shared = (REPOSITORY / "launch" / "command.py").read_text()
+    for command in COMMANDS:
+        module, flags = module_and_flags(command)
+        source = REPOSITORY / f"{module.replace('.', '/')}.py"
+        text = source.read_text() + (shared if module.startswith("launch.") else "")
+        for flag, value in flags:
+            assert f'"{flag}"' in text or f'"--{flag.replace("_", "-")}"' in text or f'"--{flag}"' in text, command
+            if flag == "gin_file" and value.startswith("configs/"):
+                assert (REPOSITORY / value).is_file(), command
+
+
+def test_training_commands_name_valid_configurations():
+    """Each with its own bindings; a lone binding in the README is one of any configuration."""
+    trained = 0
+    for command in COMMANDS:
+        module, flags = module_and_flags(command)
+        files, bindings = ([value for name, value in flags if name == f"gin_{kind}"] for kind in ("file", "bindings"))
+        if module == "launch.train" and all(file.startswith("configs/") for file in files):
+            config.load(files, bindings)
+            trained += 1
+    assert trained >= 20
+    alone = re.findall(r"`--gin_bindings='([^']+)'`", PAGES["README.md"])
     assert alone
     config.load(["configs/vamp.gin"], alone)
 
 
 def test_ci_runs_the_two_commands_of_the_readme():
-    commands = [body.strip() for language, body in BLOCKS if language == "shell"][:2]
+    commands = [body.strip() for language, body in BLOCKS["README.md"] if language == "shell"][:2]
     ci = (REPOSITORY / ".ci" / "run").read_text()
     for command in commands:
         assert command in ci
-    assert shutil.which("bash")
