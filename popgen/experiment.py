@@ -255,11 +255,13 @@ def check_data(experiment: Experiment, data: Data) -> None:
 
     Raises:
         DataError: if it does not fit the model, or a split is missing.
+        ArgumentError: if the parts of the model do not fit each other.
 
     Example: `prepare` calls it.
     """
     for examples in (data.train, data.split(experiment.selection_split), data.test):
         experiment.model.check_examples(examples)
+    experiment.model.check_parts(data.train)
 
 
 def check_amounts(experiment: Experiment, data: Data) -> None:

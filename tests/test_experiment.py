@@ -232,7 +232,7 @@ def test_arguments(changes, message):
 
 def with_layer(layer: torch.nn.Module) -> VAE:
     vae = experiment().model
-    vae.decoder.hidden.append(layer)
+    vae.encoder.hidden.append(layer)
     return vae
 
 
@@ -308,8 +308,8 @@ class LangevinDynamics(torch.optim.SGD):
         ),
         ({"model": with_layer(torch.nn.Dropout(0.5))}, "VAE with NegativeELBO draws random numbers that belong to no"),
         (
-            {"model": with_layer(torch.nn.BatchNorm1d(16))},
-            r"changes decoder\.hidden\.2\.running_mean, .* as it",
+            {"model": with_layer(torch.nn.BatchNorm1d(8))},
+            r"changes encoder\.hidden\.2\.running_mean, .* as it",
         ),
         ({"optimizer": LangevinDynamics}, "LangevinDynamics draws random numbers that belong to no seed of the run"),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS cannot be used: its step must be given a closure"),

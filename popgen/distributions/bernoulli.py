@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from popgen.errors import DataError
+from popgen.errors import ArgumentError, DataError
 from popgen.execution import can_be_read
 
 HALVINGS = 4  # of the factors of a logarithm: up to sixteen in one
@@ -42,7 +42,10 @@ class Bernoulli:
 
         Raises:
             DataError: if an integer is neither, as far as that is known without waiting for a GPU.
+            ArgumentError: if images and logits are not of one size.
         """
+        if x.shape[-1] != self.logits.shape[-1]:
+            raise ArgumentError(f"x has events of size {x.shape[-1]}, and the logits of size {self.logits.shape[-1]}")
         if not x.is_floating_point() and can_be_read(x) and not bool(((x == 0) | (x == 1)).all()):
             raise DataError("integers in x must be 0 or 1: divide grey levels by 255")
         dtype = torch.promote_types(torch.promote_types(self.logits.dtype, x.dtype), torch.float32)

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from popgen.errors import DataError
-from popgen.models.model import Model
+from popgen.errors import ArgumentError, DataError
+from popgen.models.model import Model, tried
 
 
 class LogDensities(NamedTuple):
@@ -71,3 +71,41 @@ class ImageModel(Model):
         likelihood = getattr(self.decoder, "likelihood", None)
         if likelihood is not None:
             likelihood.check_support(examples)
+
+    def check_parts(self, examples: Tensor) -> None:
+        """Checks on a few images that the terms of the bound can be formed, and that each image has its own.
+
+        Raises:
+            ArgumentError: if they cannot, or those of an image depend on the images beside it.
+        """
+        name, x = type(self).__name__, self._values(examples)
+        noise = torch.linspace(-1.0, 1.0, 2 * len(x) * self.noise_dim).to(x).view(2, len(x), self.noise_dim)
+        with tried(self, f"{name} cannot form its bound of images of shape {tuple(x.shape)}"):
+            terms, fewer = self(x, noise), self(x[:2], noise[:, :2])
+        for term in LogDensities._fields:
+            found = getattr(terms, term, None)
+            if not isinstance(found, Tensor) or found.shape != (2, len(x)):
+                got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+                raise ArgumentError(
+                    f"{name} must return {term} of shape (samples, batch), here {(2, len(x))}, got {got}"
+                )
+            if not are_close(getattr(fewer, term), found[:, :2]):
+                raise ArgumentError(
+                    f"{term} of an image depends on the images beside it, as under batch normalisation: the bound on "
+                    "its log p(x) would too"
+                )
+
+    def _values(self, examples: Tensor) -> Tensor:
+        """Returns a few images as values in the type of the weights."""
+        return examples[:3].to(self.dtype) / (255.0 if examples.dtype == torch.uint8 else 1.0)
+
+
+def are_close(one: Tensor, other: Tensor) -> bool:
+    """Returns whether two tensors are the same up to the rounding of some hundred sums.
+
+    Example:
+        >>> are_close(torch.tensor(500.0), torch.tensor(500.001)), are_close(torch.tensor(0.0), torch.tensor(0.1))
+        (True, False)
+    """
+    rounding = torch.finfo(one.dtype).eps
+    return torch.allclose(one, other, rtol=100 * rounding, atol=1_000 * rounding, equal_nan=True)

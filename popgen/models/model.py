@@ -1,9 +1,19 @@
 """What every model offers to a run."""
 
 import abc
+import contextlib
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+
+from popgen.errors import ArgumentError, PopgenError, reason_of
+from popgen.execution import matrix_products
+
+LIBRARY = Path(__file__).resolve().parents[1]
 
 
 class Model(nn.Module, abc.ABC):
@@ -19,3 +29,51 @@ class Model(nn.Module, abc.ABC):
         Raises:
             DataError: if they do not.
         """
+
+    def check_parts(self, examples: Any) -> None:
+        """Checks on a few examples, which fit, that the parts of the model fit each other; nothing unless defined.
+
+        Raises:
+            ArgumentError: if they do not.
+        """
+
+
+@contextlib.contextmanager
+def tried(model: nn.Module, doing: str) -> Iterator[None]:
+    """Tries a model out as an evaluation would, at full precision; an error in a part of it becomes one line.
+
+    Args:
+        model: whose parts may be anyone's.
+        doing: what is tried.
+
+    Raises:
+        ArgumentError: in place of what is not the project's error.
+
+    Example:
+        >>> with tried(nn.Linear(2, 1), "Linear cannot be applied to text"):
+        ...     nn.Linear(2, 1)("text")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: Linear cannot be applied to text: linear(): argument 'input' ...
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad(), matrix_products("fp32", next(model.parameters()).device):
+            model.eval()
+            yield
+    except PopgenError:
+        raise
+    except Exception as error:
+        raise ArgumentError(f"{doing}: {reason_of(error)}{_place(error)}") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _place(error: Exception) -> str:
+    """Returns the innermost line that an error passed, of code that is neither popgen's nor an installed package's."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_file() and "site-packages" not in path.parts and LIBRARY not in path.parents:
+            return f" ({path}, line {frame.lineno})"
+    return ""

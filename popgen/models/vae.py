@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from popgen.distributions import Bernoulli, DiagonalNormal, GaussianMixture, StandardNormal
 from popgen.errors import ArgumentError, check_integer, reason_of
-from popgen.models.image_model import ImageModel, LogDensities
+from popgen.models.image_model import ImageModel, LogDensities, are_close
+from popgen.models.model import tried
 from popgen.nn.flows import Bijection, PosteriorFlow
 from popgen.nn.gated_dense import GatedDense
 from popgen.nn.linear import Linear
@@ -94,7 +95,8 @@ class VAE(ImageModel):
     flow.
 
     Args:
-        encoder: maps `(batch, input)` to `(DiagonalNormal, context)`; has `input_dim` and `latent_dim`.
+        encoder: maps `(batch, input)` to `(DiagonalNormal, context)`; has `input_dim` and `latent_dim`. The posterior
+            is of no other family, but for the flow.
         decoder: maps `(*sample, batch, latent)` to a likelihood with `log_density` and `mean`; has `latent_dim`.
         prior: a `popgen.nn.priors.Prior`.
         flow: a `popgen.nn.flows.PosteriorFlow`, or None.
@@ -243,23 +245,60 @@ class VAE(ImageModel):
         pseudo_inputs = self.prior.pseudo_inputs()
         return self.prior() if pseudo_inputs is None else self.prior(self.encoder(pseudo_inputs)[0])
 
-    def check_examples(self, examples: Tensor) -> None:
-        """Checks that images fit the encoder and the likelihood, and that the prior has what an evaluation takes.
+    def check_parts(self, examples: Tensor) -> None:
+        """Checks on a few images that each part returns what it is to return, and that there is one bound.
 
         Raises:
-            DataError: as those of every image model.
-            ArgumentError: if the density that the prior returns cannot be evaluated, or not be drawn from.
+            ArgumentError: as those of every image model; if the encoder returns no `DiagonalNormal`, the decoder no
+                likelihood or the prior no density that can be evaluated and drawn from; if a subclass changes the terms
+                of training alone.
         """
-        super().check_examples(examples)
-        self._check_prior()
+        x, name = self._values(examples), type(self).__name__
+        with tried(self, f"{name} cannot encode images of shape {tuple(x.shape)}"):
+            self._check_encoder(x)
+            encoded = self.encode(x)
+        with tried(self, f"{name} cannot evaluate its prior"):
+            self._check_prior()
+        noise = x.new_full((2, len(x), self.latent_dim), 0.5)
+        with tried(self, f"{name} cannot decode points of shape {tuple(noise.shape)}"):
+            likelihood = self.decoder(noise)
+            for wanted in ("log_density", "mean"):
+                if not hasattr(likelihood, wanted):
+                    raise ArgumentError(
+                        f"VAE.decoder must return a likelihood with log_density and mean, see "
+                        f"popgen.distributions.Bernoulli; {type(self.decoder).__name__} returns a "
+                        f"{type(likelihood).__name__} without {wanted}"
+                    )
+        super().check_parts(examples)
+        with tried(self, f"{name} cannot form its bound"):
+            weights = self(x, noise).log_w, self.log_densities(x, encoded, noise).log_w
+        if not are_close(*weights):
+            raise ArgumentError(
+                f"{name}.forward, which is trained, and {name}.log_densities, of which importance weights are made, "
+                "have different terms: a subclass that changes them must override log_densities"
+            )
 
-    @torch.no_grad()
+    def _check_encoder(self, x: Tensor) -> None:
+        found, kind = self.encoder(x), type(self.encoder).__name__
+        if not isinstance(found, tuple) or len(found) != 2 or type(found[0]) is not DiagonalNormal:
+            kinds = ", ".join(type(one).__name__ for one in (found if isinstance(found, tuple) else [found]))
+            raise ArgumentError(f"VAE.encoder must return (DiagonalNormal, context), and {kind} returns ({kinds})")
+        for name in ("mean", "log_var"):
+            shape = tuple(getattr(found[0], name).shape)
+            if shape != (len(x), self.latent_dim):
+                raise ArgumentError(
+                    f"the {name} of VAE.encoder must have shape (batch, latent_dim), here {(len(x), self.latent_dim)}; "
+                    f"that of {kind} has {shape}"
+                )
+        if self.flow is not None and not isinstance(found[1], Tensor):
+            raise ArgumentError(f"VAE.flow needs a context, and the encoder {kind} returns {found[1]!r} as its context")
+
     def _check_prior(self) -> None:
         density, reference = self.prior_density(), next(self.parameters())
-        noise, uniform = (reference.new_full(shape, 0.5) for shape in ((1, self.latent_dim), (1,)))
+        noise, uniform = (reference.new_full(shape, 0.5) for shape in ((2, 3, self.latent_dim), (2, 3)))
         calls: tuple[tuple[str, Callable[[], Tensor], tuple[int, ...]], ...] = (
-            ("log_density(z)", lambda: density.log_density(noise), (1,)),
-            ("sample(noise, uniform)", lambda: density.sample(noise, uniform), (1, self.latent_dim)),
+            ("log_density(z)", lambda: density.log_density(noise), (2, 3)),
+            ("sample(noise, uniform)", lambda: density.sample(noise[0], uniform[0]), (3, self.latent_dim)),
         )
         for call, result_of, wanted in calls:
             wish = f"the density that {type(self.prior).__name__} returns must have a {call} of shape {wanted}"

@@ -3,7 +3,6 @@
 import inspect
 import subprocess
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +15,8 @@ from popgen.distributions import DiagonalNormal
 from popgen.errors import ArgumentError, DataError
 from popgen.losses import elbo
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
-from popgen.nn.flows import Bijection, HouseholderSylvesterFlow, PlanarFlow, PosteriorFlow
-from popgen.nn.priors import GaussianMixturePrior, Prior, StandardNormalPrior
+from popgen.nn.flows import HouseholderSylvesterFlow, PlanarFlow
+from popgen.nn.priors import GaussianMixturePrior, StandardNormalPrior
 from popgen.nn.vamp_prior import VampPrior
 
 INPUT_DIM, LATENT_DIM, HIDDEN_DIM = 12, 3, 8
@@ -404,96 +403,6 @@ def test_an_encoder_states_its_sizes() -> None:
 def test_an_encoder_needs_no_context_where_there_is_no_flow() -> None:
     vae = VAE(Bare(input_dim=6, latent_dim=2), BernoulliDecoder(2, 6, 3), VampPrior(6, num_components=3))
     assert vae(torch.zeros(5, 6), torch.randn(1, 5, 2)).log_w.shape == (1, 5)
-
-
-# --- parts of one's own ----------------------------------------------------------------------------------------------
-
-
-class WithoutUniform(Prior):
-    """A prior whose density draws from one noise alone."""
-
-    def forward(self, encoded=None):
-        return DiagonalNormal(torch.zeros(2), torch.zeros(2))
-
-
-class Density(SimpleNamespace):
-    """A density made of two functions."""
-
-
-class Returning(Prior):
-    """A prior that returns whatever it is told."""
-
-    def __init__(self, density) -> None:
-        super().__init__()
-        self.density = density
-
-    def forward(self, encoded=None):
-        return self.density
-
-
-class OwnBijection(Bijection):
-    """A map whose log-determinant is of a shape of its own."""
-
-    def __init__(self, log_det: Tensor) -> None:
-        self.log_det = log_det
-
-    def forward_and_log_det(self, z):
-        return z, self.log_det
-
-    def inverse(self, z):
-        return z
-
-
-class OwnFlow(PosteriorFlow):
-    """A flow that returns whatever it is told."""
-
-    def __init__(self, returned) -> None:
-        super().__init__()
-        self.returned = returned
-
-    def forward(self, context):
-        return self.returned
-
-
-def own_vae(prior=None, flow=None) -> VAE:
-    return VAE(GaussianEncoder(6, 2, 5), BernoulliDecoder(2, 6, 5), prior or StandardNormalPrior(), flow)
-
-
-@pytest.mark.usefixtures("as_a_user")
-@pytest.mark.parametrize(
-    "prior, message",
-    [
-        (
-            WithoutUniform(),
-            r"WithoutUniform returns must have a sample\(noise, uniform\) of shape \(1, 2\), see popgen",
-        ),
-        (Returning(None), r"Returning returns must have a log_density\(z\) of shape \(1,\), see .*'NoneType'"),
-        (Returning(torch.distributions.Normal(torch.zeros(2), torch.ones(2))), r"must have a log_density\(z\)"),
-        (Returning(Density(log_density=lambda z: z)), r"log_density\(z\) of shape \(1,\), got \(1, 2\)"),
-        (
-            Returning(Density(log_density=lambda z: z.sum(-1), sample=lambda noise, uniform: None)),
-            r"must have a sample\(noise, uniform\) of shape \(1, 2\), got a NoneType",
-        ),
-    ],
-)
-def test_a_density_is_tried_before_the_first_step(prior: Prior, message: str) -> None:
-    with pytest.raises(ArgumentError, match=message):
-        own_vae(prior).check_examples(torch.zeros(3, 6))
-
-
-@pytest.mark.usefixtures("as_a_user")
-def test_what_is_no_prior_or_no_bijection_is_named() -> None:
-    with pytest.raises(ArgumentError, match="VAE.prior must be a popgen.nn.priors.Prior, got Linear"):
-        own_vae(nn.Linear(2, 2))
-    x, noise = torch.zeros(3, 6), torch.zeros(4, 3, 2)
-    with pytest.raises(ArgumentError, match="Bijection for a context, and OwnFlow returns a tuple"):
-        own_vae(flow=OwnFlow((noise, noise)))(x, noise)
-    for shape in ((), (3,), (1, 1), (4, 3, 2)):
-        with pytest.raises(
-            ArgumentError, match=r"OwnBijection.forward_and_log_det must return .* of shape \(4, 3\), got"
-        ):
-            own_vae(flow=OwnFlow(OwnBijection(torch.zeros(shape))))(x, noise)
-    assert own_vae(flow=OwnFlow(OwnBijection(torch.zeros(4, 3))))(x, noise).log_w.shape == (4, 3)
 
 
 COMPILED_ALONE = """
