@@ -24,9 +24,8 @@ from popgen.files import write_whole
 from popgen.models.model import Model
 from popgen.streams import make_generator
 from popgen.summaries import Writer
+from popgen.training import checks
 from popgen.training.captured_step import CapturedStep
-from popgen.training.checkpoints import check_plain
-from popgen.training.checks import check_can_be_saved, check_can_skip, check_repeats, check_takes_plain_steps
 from popgen.training.diagnosis import with_replay
 from popgen.training.loop import DrawBatch, Hooks, MeanMetrics, Step, StopTogether, mean_metrics, train
 from popgen.training.recorder import Follower, Recorder, fit_files, selected_by
@@ -280,15 +279,17 @@ def check_steps(experiment: Experiment, data: Data, model: Model) -> None:
     """Checks that a step is a function of state and batch alone, on the batch of the first step.
 
     Raises:
-        ArgumentError: as `popgen.training.checks.check_repeats` and `check_can_be_saved`.
+        ArgumentError: as the checks of `popgen.training.checks`.
 
     Example: `run` calls it.
     """
     device = next(model.parameters()).device
     batch = data.batches(experiment.batch_size, experiment.seed).draw(0, make_generator(device, 0, "trial"))
-    state = initial_state_of(experiment, model)
-    check_repeats(plain_step(experiment, model), state, batch)
-    check_can_be_saved(state)
+    state, step = initial_state_of(experiment, model), plain_step(experiment, model)
+    checks.check_settings(step, (0, experiment.num_steps - 1))
+    checks.check_repeats(step, state, batch)
+    checks.check_can_be_copied(model)
+    checks.check_can_be_saved(state, initial_state_of(experiment, model))
 
 
 def initial_state_of(experiment: Experiment, model: Model) -> TrainState:
@@ -301,13 +302,12 @@ def initial_state_of(experiment: Experiment, model: Model) -> TrainState:
     Example: `check_steps` calls it.
     """
     auxiliary = experiment.objective.initial_state(next(model.parameters()))
+    checks.check_tensors(f"{type(experiment.objective).__name__}.initial_state", auxiliary)
     average = experiment.weight_average_decay is not None
     state = initial_state(model, experiment.optimizer, experiment.seed, average, auxiliary)
-    check_takes_plain_steps(state.optimizer)
-    options = [{key: group[key] for key in group if key != "params"} for group in state.optimizer.param_groups]
-    check_plain(f"the options of {type(state.optimizer).__name__}", {"of its parameters": options})
+    checks.check_optimizer(state.optimizer)
     if experiment.max_skipped_steps:
-        check_can_skip(state.optimizer, next(model.parameters()).device)
+        checks.check_can_skip(state.optimizer, next(model.parameters()).device)
     return state
 
 

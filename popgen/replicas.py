@@ -116,7 +116,8 @@ def run_replicas(
     check_amounts(first, data)
     check_steps(first, data, model)
     step = make_replicated_step(plain_step(first, model))
-    check_can_map(step, initial_states_of(experiments, models), first.batch_size)
+    alone = [plain_step(*one) for one in zip(experiments, models, strict=True)]
+    check_can_map(step, initial_states_of(experiments, models), first.batch_size, alone)
     own = [directory.replica(index) for index in range(len(replicas))]
     with contextlib.ExitStack() as stack:
         for one in own:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import types
 from collections.abc import Callable
@@ -284,6 +285,46 @@ def test_what_an_objective_returns_is_checked_before_anything_starts(change, mes
     assert not list((tmp_path / "run").glob("config.gin"))
 
 
+class Forgetful(torch.optim.SGD):
+    """Gradient descent whose rate falls with a count that no checkpoint holds."""
+
+    def __init__(self, parameters, lr: float = 0.1) -> None:
+        super().__init__(parameters, lr)
+        self.count = 0
+
+    def step(self, closure: None = None) -> None:
+        self.count += 1
+        for group in self.param_groups:
+            group["lr"] = 0.1
+            for parameter in group["params"]:
+                parameter.data.sub_(parameter.grad, alpha=0.1 / self.count)
+
+
+class Rateless(torch.optim.Optimizer):
+    """An optimizer without a learning rate."""
+
+    def __init__(self, parameters) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: None = None) -> None:
+        pass
+
+
+class Counting(NegativeELBO):
+    """An objective whose state is a number of Python's."""
+
+    def initial_state(self, reference):
+        return {"count": 0.0}
+
+
+class Keeping(torch.nn.Module):
+    """A layer that remembers what it has computed."""
+
+    def forward(self, x):
+        self.last = x * 1.0
+        return self.last
+
+
 class LangevinDynamics(torch.optim.SGD):
     """Gradient descent with noise, which no seed of the run decides."""
 
@@ -316,6 +357,22 @@ class LangevinDynamics(torch.optim.SGD):
         (
             {"optimizer": lambda parameters: torch.optim.AdamW([{"params": list(parameters), "note": torch.float32}])},
             "the options of AdamW must be tensors, numbers and strings",
+        ),
+        (
+            {"optimizer": Forgetful},
+            "Forgetful keeps what its state_dict does not hold, so that",
+        ),
+        ({"optimizer": Rateless}, "Rateless must have an option lr"),
+        ({"objective": Counting()}, r"Counting.initial_state must return tensors by name, got .* float as 'count'"),
+        ({"model": with_layer(Keeping())}, "VAE cannot be copied, .* Keeping keeps what it has computed as 'last'"),
+        (
+            {"learning_rate": lambda step: None},
+            "learning_rate must be a finite number at every step, got None",
+        ),
+        ({"learning_rate": lambda step: 0.1 if step == 0 else math.nan}, r"learning_rate must .* got nan at step \d+"),
+        (
+            {"objective": Returning(lambda out: out._replace(metrics={"gradient_norm": out.loss.detach()}))},
+            "Returning must call its metrics otherwise than gradient_norm",
         ),
     ],
 )

@@ -36,8 +36,8 @@ class ImageData:
         binarisation_seed: of the draws made once, recorded too; None where there were none.
 
     Raises:
-        DataError: if a split is empty, its shape does not fit `image_shape`, or it cannot be images: no tensor, or
-            uint8 of nothing above 1.
+        DataError: if a split is empty, its shape does not fit `image_shape`, or it cannot be images: not a tensor, or
+            uint8 with no level above 1, or with others than 0 and 255 where it is drawn once.
 
     Example:
         >>> grey = torch.full((10, 784), 128, dtype=torch.uint8)
@@ -54,6 +54,10 @@ class ImageData:
     binarisation_seed: int | None = None
 
     def __post_init__(self) -> None:
+        if len(self.image_shape) != 2:
+            raise DataError(
+                f"image_shape must be the height and the width of grey images, got {tuple(self.image_shape)}"
+            )
         size = self.image_shape[0] * self.image_shape[1]
         for name in ("train", "test", "validation"):
             split = getattr(self, name)
@@ -67,6 +71,11 @@ class ImageData:
                 )
             if split.dtype != torch.uint8 and not split.is_floating_point():
                 raise DataError(f"the {name} images must be uint8 grey levels or floating point, got {split.dtype}")
+            if split.dtype == torch.uint8 and name != "train" and not ((split == 0) | (split == 255)).all():
+                raise DataError(
+                    f"the {name} images are drawn once, so their levels must be 0 and 255, and others are there: see "
+                    "prepare_images, or use floating point for values that are no probabilities"
+                )
 
     def split(self, name: str) -> Tensor:
         """Returns the split of that name.

@@ -1,19 +1,21 @@
 """What is checked before a run takes its first step: that steps can be repeated, skipped, saved and continued."""
 
+import copy
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from popgen.errors import ArgumentError, reason_of
 from popgen.execution import matrix_products
 from popgen.streams import make_generator
 from popgen.training.checkpoints import check_plain
 from popgen.training.objectives import LossOutput
-from popgen.training.state import TrainState
-from popgen.training.step import TrainStep, device_of
+from popgen.training.state import TrainState, state_from_tensors, state_to_tensors
+from popgen.training.step import OF_THE_STEP, TrainStep, device_of
 from popgen.training.update import can_be_told
 
 
@@ -34,11 +36,11 @@ def check_can_skip(optimizer: torch.optim.Optimizer, device: torch.device) -> No
         )
 
 
-def check_takes_plain_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ArgumentError if an optimizer wants more for a step than gradients.
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ArgumentError if an optimizer wants more for a step than gradients, or its options are of no checkpoint.
 
     Example:
-        >>> check_takes_plain_steps(torch.optim.LBFGS([torch.nn.Parameter(torch.zeros(1))]))
+        >>> check_optimizer(torch.optim.LBFGS([torch.nn.Parameter(torch.zeros(1))]))
         Traceback (most recent call last):
             ...
         popgen.errors.ArgumentError: LBFGS cannot be used: its step must be given a closure that forms the loss again
@@ -48,6 +50,52 @@ def check_takes_plain_steps(optimizer: torch.optim.Optimizer) -> None:
         raise ArgumentError(
             f"{type(optimizer).__name__} cannot be used: its step must be given a closure that forms the loss again"
         )
+    if not all("lr" in group for group in optimizer.param_groups):
+        raise ArgumentError(f"{type(optimizer).__name__} must have an option lr, which is shown and may be scheduled")
+    options = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+    check_plain(f"the options of {type(optimizer).__name__}", {"of its parameters": options})
+
+
+def check_tensors(name: str, values: Any) -> None:
+    """Raises ArgumentError if what a function returned is no dictionary of tensors.
+
+    Example:
+        >>> check_tensors("Mine.initial_state", {"average": 0.0})
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: Mine.initial_state must return tensors by name, got an object of type float as
+        'average'
+    """
+    if not isinstance(values, dict):
+        raise ArgumentError(f"{name} must return tensors by name, got {_described(values)}")
+    for key, value in values.items():
+        if not isinstance(value, Tensor):
+            raise ArgumentError(f"{name} must return tensors by name, got {_described(value)} as {key!r}")
+
+
+def check_settings(step: TrainStep, steps: Sequence[int]) -> None:
+    """Checks that what a step is told by its number are finite numbers.
+
+    Args:
+        step: that is taken.
+        steps: its numbers, some of them.
+
+    Raises:
+        ArgumentError: naming the schedule or the setting.
+
+    Example: `check_steps` calls it.
+    """
+    for at in steps:
+        settings: dict[str, Any] = dict(step.objective.settings(at))
+        if step.learning_rate is not None:
+            settings["learning_rate"] = step.learning_rate(at)
+        for name, value in settings.items():
+            try:
+                number = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                number = math.nan
+            if not math.isfinite(number):
+                raise ArgumentError(f"{name} must be a finite number at every step, got {value!r} at step {at}")
 
 
 def check_repeats(step: TrainStep, state: TrainState, batch: Any) -> None:
@@ -100,6 +148,35 @@ def check_repeats(step: TrainStep, state: TrainState, batch: Any) -> None:
         )
 
 
+def check_can_be_copied(model: nn.Module) -> None:
+    """Checks that a model, after it was called, can be copied, as every evaluation does.
+
+    Raises:
+        ArgumentError: if it cannot, naming the modules that keep what they have computed.
+
+    Example:
+        >>> linear = nn.Linear(2, 1)
+        >>> linear.last = linear(torch.ones(2))
+        >>> check_can_be_copied(nn.Sequential(linear))
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: Sequential cannot be copied, as every evaluation does: Linear keeps what it has
+        computed as 'last'
+    """
+    try:
+        copy.deepcopy(model)
+    except Exception as error:  # whatever the modules hold
+        kept = [
+            f"{type(module).__name__} keeps what it has computed as {name!r}"
+            for module in model.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        raise ArgumentError(
+            f"{type(model).__name__} cannot be copied, as every evaluation does: {', '.join(kept) or reason_of(error)}"
+        ) from error
+
+
 def check_result(name: str, result: Any) -> None:
     """Checks the form of what an objective returns when it is called.
 
@@ -132,6 +209,9 @@ def check_result(name: str, result: Any) -> None:
             raise ArgumentError(
                 f"{name} must return as {what} a scalar tensor of floating point, got {_described(value)}"
             )
+    reserved = sorted(OF_THE_STEP & metrics.keys())
+    if reserved:
+        raise ArgumentError(f"{name} must call its metrics otherwise than {', '.join(reserved)}, as those of the step")
     if not loss.requires_grad:
         raise ArgumentError(
             f"{name} must return a loss that depends on the parameters, got one without a gradient: is it detached?"
@@ -167,16 +247,20 @@ def _drawn_since(before: list[Tensor], device: torch.device) -> bool:
     return not all(map(torch.equal, before, _random_states(device)))
 
 
-def check_can_be_saved(state: TrainState) -> None:
-    """Has the optimizer take a step along zeros, and checks that all it depends on is saved; the state is consumed.
+def check_can_be_saved(state: TrainState, another: TrainState) -> None:
+    """Checks that an optimizer which goes on from a checkpoint takes the steps of one that was never stopped.
+
+    Args:
+        state: before the first step; it is consumed.
+        another: the same once more; it is given what a checkpoint of the first would hold, and consumed.
 
     Raises:
-        ArgumentError: if the optimizer fails, keeps what no checkpoint may hold, or draws random numbers from torch's
-            global generators.
+        ArgumentError: if the optimizer fails, keeps what no checkpoint may or does hold, or draws random numbers from
+            torch's global generators.
 
     Example:
         >>> from popgen.training.state import initial_state
-        >>> check_can_be_saved(initial_state(torch.nn.Linear(2, 1), torch.optim.SparseAdam, seed=0))
+        >>> check_can_be_saved(*(initial_state(torch.nn.Linear(2, 1), torch.optim.SparseAdam, seed=0) for _ in "ab"))
         Traceback (most recent call last):
             ...
         popgen.errors.ArgumentError: SparseAdam cannot take a step: SparseAdam does not support dense gradients, please
@@ -184,10 +268,8 @@ def check_can_be_saved(state: TrainState) -> None:
     """
     name = type(state.optimizer).__name__
     before = _random_states(device_of(state))
-    for parameter in state.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
     try:
-        state.optimizer.step()
+        _step_along(state, 0.0)
     except Exception as error:  # an optimizer of the user's own can raise what it likes
         raise ArgumentError(f"{name} cannot take a step: {reason_of(error)}") from error
     if _drawn_since(before, device_of(state)):
@@ -196,3 +278,18 @@ def check_can_be_saved(state: TrainState) -> None:
             "continued. What a generator of its own draws could, seeded at each step by the number of steps it keeps"
         )
     check_plain(f"what {name} keeps", state.optimizer.state_dict())
+    restored = state_from_tensors(copy.deepcopy(state_to_tensors(state)), another)
+    for one in (state, restored):
+        _step_along(one, 1.0)
+    for key, value in state.parameters.items():
+        if not torch.allclose(value, restored.parameters[key], rtol=1e-5, atol=0.0, equal_nan=True):
+            raise ArgumentError(
+                f"{name} keeps what its state_dict does not hold, so that a run could not be continued: what its steps "
+                "depend on belongs in its state or its options"
+            )
+
+
+def _step_along(state: TrainState, gradient: float) -> None:
+    for parameter in state.parameters.values():
+        parameter.grad = torch.full_like(parameter, gradient)
+    state.optimizer.step()

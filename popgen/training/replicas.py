@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from popgen.datasets.data import Batches
 from popgen.errors import ArgumentError, DivergedError, reason_of
+from popgen.execution import matrix_products
 from popgen.streams import make_generator
 from popgen.training.loop import mean_metrics
 from popgen.training.objectives import LossOutput, Metrics, Settings
@@ -226,11 +227,18 @@ def mapped_over_replicas(loss_function: LossFunction) -> LossFunction:
     return mapped
 
 
-def check_can_map(step: ReplicatedStep, state: ReplicatedState, batch_size: int) -> None:
+def check_can_map(step: ReplicatedStep, state: ReplicatedState, batch_size: int, alone: Sequence[TrainStep]) -> None:
     """Forms the gradients of a blank batch for all replicas at once; the state stays as it is.
 
+    Args:
+        step: of all replicas.
+        state: of all replicas.
+        batch_size: examples in the blank batch.
+        alone: the step of each replica by itself, whose loss is to be that of all.
+
     Raises:
-        ArgumentError: if that is not possible for the model or the objective.
+        ArgumentError: if that is not possible for the model or the objective, or models differ in more than their
+            tensors.
 
     Example: `run_replicas` calls it.
     """
@@ -252,6 +260,19 @@ def check_can_map(step: ReplicatedStep, state: ReplicatedState, batch_size: int)
             f"Experiment.num_replicas: {names} cannot be mapped over replicas ({reason_of(error)}): train one replica "
             "at a time, num_replicas = 1 under each seed"
         ) from error
+    with torch.no_grad(), matrix_products("fp32", reference.device):
+        mapped = step.loss_function(
+            state.parameters, state.buffers, stack([blank] * count), noise, settings, state.auxiliary
+        )
+        for index, (own, one) in enumerate(zip(alone, state.replicas, strict=True)):
+            tensors = one.parameters, one.buffers
+            loss = own.loss_function(*tensors, blank, unstack(noise, count)[index], settings, one.auxiliary).loss
+            if not torch.allclose(loss, mapped.loss[index], rtol=1e-5, atol=1e-5, equal_nan=True):
+                raise ArgumentError(
+                    f"Experiment.num_replicas: the {type(step.model).__name__} of replica {index} differs from that of "
+                    "replica 0 in more than its parameters and buffers: what a seed decides belongs in these "
+                    "(register_buffer), or train one replica at a time"
+                )
 
 
 class ReplicaMeans(dict[str, float]):

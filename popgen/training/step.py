@@ -18,6 +18,8 @@ from popgen.training.objectives import LossOutput, Metrics, Objective, Settings,
 from popgen.training.state import TrainState
 from popgen.training.update import Gradients, Update, traced_update
 
+OF_THE_STEP = frozenset({"gradient_norm", "learning_rate", "skipped_steps", "skipped_in_a_row"})  # its own metrics
+
 LossFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], LossOutput]
 GradientFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], tuple[LossOutput, Gradients]]
 

@@ -297,3 +297,17 @@ def test_what_can_hardly_be_grey_levels_is_refused() -> None:
         with pytest.raises(DataError, match=r"must be a torch.Tensor, got a ndarray: torch.from_numpy"):
             make(grey.numpy(), grey, (4, 4), "dynamic")
     assert ImageData(torch.zeros(3, 16, dtype=torch.uint8), grey, (4, 4), "none").train.sum() == 0
+
+
+def test_images_that_are_drawn_once_have_no_grey_levels() -> None:
+    grey, binary = torch.full((4, 6), 128, dtype=torch.uint8), torch.tensor([[0, 255, 255, 0, 0, 0]], dtype=torch.uint8)
+    ImageData(grey, binary, (2, 3), "dynamic", validation=binary)
+    for others in ({"test": grey}, {"test": binary, "validation": grey}):
+        with pytest.raises(DataError, match=f"the {list(others)[-1]} images are drawn once, so their levels must"):
+            ImageData(train=grey, image_shape=(2, 3), protocol="none", **others)
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_images_have_a_height_and_a_width() -> None:
+    with pytest.raises(DataError, match=r"the height and the width of grey images, got \(3, 2, 1\)"):
+        ImageData(torch.rand(4, 6), torch.rand(4, 6), (3, 2, 1), "none")

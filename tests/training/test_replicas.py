@@ -1,5 +1,6 @@
 """Replicas side by side against the same runs alone: tensors, moments, counts, random states and metrics."""
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from popgen.datasets.data import Batches
 from popgen.datasets.images import TrainBatches
 from popgen.datasets.sequences import Sequences, WindowBatches
+from popgen.distributions import Bernoulli
 from popgen.distributions.codes import CategoricalOutput
 from popgen.errors import ArgumentError, DivergedError
 from popgen.models.cpc import CPC
@@ -366,15 +368,44 @@ def test_what_cannot_be_mapped_is_refused_in_one_line() -> None:
         r"^Experiment.num_replicas: CPC with ContrastiveLoss cannot be mapped over replicas \(.*item.*\): train one "
     )
     with pytest.raises(ArgumentError, match=message) as error:
-        check_can_map(step, state, batch_size=3)
+        check_can_map(step, state, 3, [make_train_step(model, objective)] * len(SEEDS))
     assert "\n" not in str(error.value)
+
+
+class Wired(torch.nn.Module):
+    """A decoder with weights of its seed that are neither parameters nor a buffer, unless it is said to."""
+
+    latent_dim = 2
+
+    def __init__(self, as_buffer: bool) -> None:
+        super().__init__()
+        self.out = torch.nn.Linear(5, 12)
+        if as_buffer:
+            self.register_buffer("wires", torch.randn(2, 5))
+        else:
+            self.wires = torch.randn(2, 5)
+
+    def forward(self, z: Tensor) -> Bernoulli:
+        return Bernoulli(self.out(torch.tanh(z @ self.wires)))
+
+
+@pytest.mark.parametrize("as_buffer", [True, False])
+def test_models_that_differ_in_more_than_their_tensors_are_refused(as_buffer: bool) -> None:
+    """All replicas are trained by the code of one."""
+    models = [VAE(GaussianEncoder(12, 2, 8), Wired(as_buffer), StandardNormalPrior()) for _ in SEEDS]
+    seeded = zip(models, SEEDS, strict=True)
+    state = stack_states([initial_state(model, torch.optim.Adam, seed) for model, seed in seeded])
+    alone = [make_train_step(model, NegativeELBO()) for model in models]
+    refused = pytest.raises(ArgumentError, match="the VAE of replica 1 differs from that of replica 0 in more than its")
+    with contextlib.nullcontext() if as_buffer else refused:
+        check_can_map(make_replicated_step(alone[0]), state, 4, alone)
 
 
 def test_the_trial_leaves_the_states_as_they_were() -> None:
     plain, states, _ = setting("moving average")
     _, others, _ = setting("moving average")
     state = stack_states(states)
-    check_can_map(make_replicated_step(plain), state, batch_size=6)
+    check_can_map(make_replicated_step(plain), state, 6, [plain] * len(SEEDS))
     for one, other in zip(split_states(state), others, strict=True):
         assert_same(one, other, tolerance=0.0)
 
