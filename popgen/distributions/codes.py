@@ -48,11 +48,7 @@ class CategoricalCodes:
         Raises:
             ArgumentError: if the shape is not that of the logits without their last axis.
         """
-        if codes.shape != self.logits.shape[:-1]:
-            raise ArgumentError(
-                f"codes must have the shape of the logits without their last axis, got {tuple(codes.shape)} for "
-                f"{tuple(self.logits.shape)}"
-            )
+        _check_shape(codes, self.logits)
         return at_least_float32(self.logits).log_softmax(-1).gather(-1, codes[..., None]).squeeze(-1)
 
     def sample(self, uniform: Float[Tensor, "*batch"]) -> Int64[Tensor, "*batch"]:
@@ -99,7 +95,11 @@ class DiscretisedLogisticMixture:
 
         Args:
             codes: from 0 to 255.
+
+        Raises:
+            ArgumentError: if the shape is not that of the logits without their last axis.
         """
+        _check_shape(codes, self.logits)
         logits, means, log_scales = self._parameters()
         left = WIDTH * codes[..., None].to(means.dtype) - 1.0
         precision = torch.exp(-log_scales)
@@ -130,6 +130,14 @@ class DiscretisedLogisticMixture:
     def _parameters(self) -> tuple[Tensor, Tensor, Tensor]:
         logits, means, log_scales = map(at_least_float32, (self.logits, self.means, self.log_scales))
         return logits, means, log_scales.clamp_min(LOWEST_LOG_SCALE)
+
+
+def _check_shape(codes: Tensor, logits: Tensor) -> None:
+    if codes.shape != logits.shape[:-1]:
+        raise ArgumentError(
+            f"codes must have the shape of the logits without their last axis, got {tuple(codes.shape)} for "
+            f"{tuple(logits.shape)}"
+        )
 
 
 CodeDensity = CategoricalCodes | DiscretisedLogisticMixture

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from popgen.distributions.normal import LOG_TWO_PI, DiagonalNormal
+from popgen.errors import ArgumentError
 from popgen.execution import at_least_float32, full_precision
 from popgen.products import linear
 
@@ -26,7 +27,7 @@ class GaussianMixture:
     the third one leaves is added to the constant in float64. In float32, for means up to 3 and log-variances of -6 or
     more, the error of draws from the mixture has a mean below 1e-4 nats and a size below 5e-3. It grows with the
     squared distance from the origin in units of the variance: narrower components, and points far from all, need
-    float64.
+    float64. Log-variances below -80 have no reciprocal in float32.
 
     Derivatives are those of reverse mode alone, of any order: `torch.func.jacrev` twice makes a Hessian, where
     `torch.func.hessian` needs forward mode, with which torch.compile could not trace the density.
@@ -47,7 +48,13 @@ class GaussianMixture:
     log_weights: Float[Tensor, " components"] | None = None
 
     def component_log_densities(self, z: Float[Tensor, "*sample latent"]) -> Float[Tensor, "*sample components"]:
-        """Returns log w_k + log N(z; mean_k, σ_k²) for every point and component, nats."""
+        """Returns log w_k + log N(z; mean_k, σ_k²) for every point and component, nats.
+
+        Raises:
+            ArgumentError: if points and means are not of one size.
+        """
+        if z.shape[-1] != self.mean.shape[-1]:
+            raise ArgumentError(f"z has points of size {z.shape[-1]}, and the means are of size {self.mean.shape[-1]}")
         z = at_least_float32(z)
         dtype, origin = z.dtype, self.mean.to(z.dtype).mean(0)
         mean, log_var = self.mean.double() - origin.double(), self.log_var.double()

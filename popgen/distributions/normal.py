@@ -37,8 +37,8 @@ class DiagonalNormal:
     def log_density(self, z: Float[Tensor, "*sample latent"]) -> Float[Tensor, "*broadcast"]:
         """Returns log N(z), nats, summed over the last axis; leading axes broadcast."""
         mean, log_var = at_least_float32(self.mean), at_least_float32(self.log_var)
-        squared_distance = (z - mean).square() * torch.exp(-log_var)
-        return -0.5 * (squared_distance + log_var + LOG_TWO_PI).sum(-1)
+        standardised = (z - mean) * torch.exp(-0.5 * log_var)
+        return -0.5 * (standardised.square() + log_var + LOG_TWO_PI).sum(-1)
 
     def sample(self, noise: Float[Tensor, "*sample latent"]) -> Float[Tensor, "*sample latent"]:
         """Returns mean + exp(log_var / 2) · noise for standard normal noise (reparameterised)."""

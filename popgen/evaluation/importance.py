@@ -56,13 +56,13 @@ def nested_bounds(log_w: Float[Tensor, "samples count"], sizes: tuple[int, ...])
         >>> {size: bound.item() for size, bound in nested_bounds(torch.tensor([[0.0], [0.0]]), (1, 2)).items()}
         {1: 0.0, 2: 0.0}
     """
-    bounds, groups, size_before = {}, log_w, 1
+    bounds, groups, size_before = {}, log_w.double(), 1
     for size in sizes:
         if size < size_before or size % size_before or len(log_w) % size:
             raise ArgumentError(f"sizes must each divide the next and the {len(log_w)} samples, got {sizes}")
         joined = size // size_before
         groups = groups.unflatten(0, (-1, joined)).logsumexp(1) - math.log(joined)
-        bounds[size], size_before = groups.mean(0), size
+        bounds[size], size_before = groups.mean(0).to(log_w.dtype), size
     return bounds
 
 
@@ -73,7 +73,8 @@ def effective_sample_size(log_w: Float[Tensor, "samples count"]) -> Float[Tensor
         >>> effective_sample_size(torch.tensor([[0.0, 0.0], [0.0, -torch.inf]]))
         tensor([2., 1.])
     """
-    return (2.0 * log_w.logsumexp(0) - (2.0 * log_w).logsumexp(0)).exp()
+    exact = log_w.double()
+    return (2.0 * exact.logsumexp(0) - (2.0 * exact).logsumexp(0)).exp().to(log_w.dtype)
 
 
 def monte_carlo_error(log_w: Float[Tensor, "samples count"]) -> Float[Tensor, " count"]:

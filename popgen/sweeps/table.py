@@ -173,9 +173,9 @@ def _row(sweep: pathlib.Path, run: Run) -> Row:
     if records:
         best = numbers.get("best_step")
 
-        def worth(record: dict[str, Any]) -> tuple[bool, bool, int, int]:
+        def worth(record: dict[str, Any]) -> tuple[bool, int, int, bool]:
             of_best = record["step"] == best
-            return of_best, record["weights"] == "raw", record["num_examples"], record["num_samples"]
+            return of_best, record["num_examples"], record["num_samples"], record["weights"] == "raw"
 
         shown = max(records, key=worth)
         results |= {name: shown[name] for name in run.headline if shown.get(name) is not None}

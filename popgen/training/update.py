@@ -115,10 +115,20 @@ class Update:
                 for name in kept.keys() - known.get(leaf, ()):  # made just now, and left unset if the step was skipped
                     kept[name].copy_(torch.where(taken, kept[name], torch.zeros_like(kept[name])))
             optimizer.grad_scale = optimizer.found_inf = None
-        elif norm.is_cuda or taken:  # on a CPU, asking costs nothing
+        elif is_recorded() or taken:  # asking waits for a GPU, and a recorded step cannot: see `check_can_skip`
             optimizer.step()
         for leaf in leaves:
             leaf.grad = None
+
+
+def is_recorded() -> bool:
+    """Returns whether what is done now is recorded as a CUDA graph.
+
+    Example:
+        >>> is_recorded()
+        False
+    """
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def traced_update(update: Update) -> Update:

@@ -9,6 +9,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from popgen.errors import ArgumentError, UnfinishedEvaluationError
+from popgen.evaluation import annealed
 from popgen.evaluation.annealed import (
     IMAGES_AT_ONCE,
     Target,
@@ -184,6 +185,25 @@ def test_simulated_images_are_bounded_from_both_sides(prior: str) -> None:
     assert torch.equal(again.images, coarse.images) and torch.equal(again.upper, coarse.upper)
     assert not torch.equal(other.images, coarse.images) and not torch.equal(other.upper, coarse.upper)
     assert torch.equal(coarse.images, sandwich.images), "what is drawn does not depend on the chains"
+
+
+@pytest.mark.usefixtures("all_at_once")
+def test_chains_that_are_weighted_take_the_steps_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that were tuned by the chain itself would bias its weight, forward and back."""
+    calls = []
+
+    def watching(target, start, betas, generators, num_leapfrog_steps, step_sizes=None, backward=False):
+        chains = anneal(target, start, betas, generators, num_leapfrog_steps, step_sizes, backward=backward)
+        calls.append((len(start), step_sizes, chains.step_sizes, backward))
+        return chains
+
+    monkeypatch.setattr(annealed, "anneal", watching)
+    simulated_sandwich(make_vae("standard"), count=3, num_temperatures=5, num_chains=7, num_leapfrog_steps=2)
+    tuning, forward, back = calls
+    assert [count for count, *_ in calls] == [4, 7, 1] and [backward for *_, backward in calls] == [False, False, True]
+    assert tuning[1] is None
+    for weighted in (forward, back):
+        assert torch.equal(weighted[1], tuning[2]) and torch.equal(weighted[2], tuning[2]), "and they stay so"
 
 
 def binary_images(count: int) -> torch.Tensor:

@@ -44,6 +44,8 @@ def test_bounds_never_fall(scale: float) -> None:
     bounds = torch.stack(list(nested_bounds(log_w, nested_group_sizes(5_000)).values()))
     assert bool((bounds.diff(dim=0) >= -1e-9).all())
     assert scale == 0.0 or bool((bounds.diff(dim=0) > 0.0).all())
+    single = torch.stack(list(nested_bounds(log_w.float() - 1e4, nested_group_sizes(5_000)).values()))
+    assert bool((single.diff(dim=0) >= 0.0).all()), "nor in float32, however large the numbers"
 
 
 def test_effective_sample_size() -> None:
@@ -55,6 +57,7 @@ def test_effective_sample_size() -> None:
     torch.testing.assert_close(effective_sample_size(log_w - 2_000.0), expected)
     assert effective_sample_size(torch.full((50, 1), -7.0)).item() == pytest.approx(50.0, rel=1e-5)
     assert effective_sample_size(torch.tensor([[0.0], [-500.0], [-800.0]])).item() == 1.0
+    assert effective_sample_size(torch.full((5_000, 1), -1e5)).item() == pytest.approx(5_000.0, rel=1e-6)
 
 
 def test_monte_carlo_error_is_that_of_repeated_estimates() -> None:
@@ -66,6 +69,8 @@ def test_monte_carlo_error_is_that_of_repeated_estimates() -> None:
     assert monte_carlo_error(log_w).mean().item() == pytest.approx(math.sqrt(relative_variance / 500), rel=0.05)
     assert (estimates + 100.0).mean().item() == pytest.approx(-relative_variance / 1_000, abs=2e-3)
     assert monte_carlo_error(log_w[:1]).isnan().all()
+    two = monte_carlo_error(torch.tensor([[1.0], [3.0]]).log())  # weights of 1 and 3: mean 2, variance 2
+    assert two.item() == pytest.approx(math.sqrt(2.0 / 2) / 2.0)
 
 
 @pytest.mark.parametrize("shape", [0.2, 0.5, 0.7, 1.0, 1.5])

@@ -120,6 +120,10 @@ def test_the_strength_is_that_of_the_best_held_out_accuracy() -> None:
     assert probe.held_out_accuracy == max(held_out)
     clean = make_frames(400, classes=3, distance=1.0)
     assert fit_probe(clean.features, clean.labels["class"], 3, clean.recordings, (1e-4, 1e3)).strength == 1e-4
+    easy = make_frames(400, classes=3, distance=50.0)
+    assert fit_probe(easy.features, easy.labels["class"], 3, easy.recordings, (1e-3, 1e-2)).strength == 1e-2, (
+        "of equals"
+    )
 
 
 def test_two_classes_and_classes_never_seen() -> None:

@@ -1,5 +1,6 @@
 """Bits per sample against a loop over recordings, and what is shown."""
 
+import dataclasses
 import math
 import types
 
@@ -83,6 +84,19 @@ def test_results_are_means_over_samples() -> None:
     assert f"{bits:7.3f}" in evaluator.describe(record)
     alone = evaluator.evaluate(model, data, data.test[:1], EvaluationSettings(1, seed=0))
     assert math.isnan(alone["bits_per_sample_standard_error"])
+
+
+def test_baselines_are_made_of_training_recordings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, chosen, counted = make_data(), [], []
+    data = dataclasses.replace(data, train=data.train[:3])
+    count = evaluation.count_contexts
+    monkeypatch.setattr(evaluation, "choose_smoothing", lambda codes, order: chosen.append(len(codes)) or 0.25)
+    monkeypatch.setattr(
+        evaluation, "count_contexts", lambda codes, order: counted.append(len(codes)) or count(codes, order)
+    )
+    results = WaveNetEvaluator().evaluate(make_model(), data, data.test, EvaluationSettings(1, seed=0))
+    assert chosen == counted == [3, 3]
+    assert results["unigram_bits_smoothing"] == results["context_model_bits_smoothing"] == 0.25
 
 
 def test_the_standard_error_is_that_of_resampled_recordings() -> None:

@@ -146,6 +146,9 @@ def test_gradients_are_clipped_to_the_largest_norm():
     assert reported == pytest.approx(norm), "the norm before clipping is reported"
     for name in free:
         torch.testing.assert_close(clipped[name], free[name] / 4, rtol=1e-3, atol=1e-6)
+    for factor in (1.5, 3.0):
+        below, _ = updated(factor * norm)
+        assert all(torch.equal(below[name], free[name]) for name in free), "smaller gradients stay as they are"
 
 
 class ByColumns(Objective):

@@ -14,7 +14,7 @@ from popgen.training.objectives import NegativeELBO
 from popgen.training.replicas import make_replicated_step, split_states, stack_states, unstack
 from popgen.training.state import TrainState, initial_state
 from popgen.training.step import TrainStep, make_train_step
-from popgen.training.update import can_be_traced, traced_update
+from popgen.training.update import Update, can_be_traced, traced_update
 
 OPTIMIZERS = {
     "Adam": torch.optim.Adam,
@@ -86,6 +86,20 @@ def test_the_update_in_one_piece_is_the_optimizers_own(name: str, has_schedule: 
     assert_same(one_piece, plain, tolerance=1e-4)
     assert plain[0].skipped["total"] == 2
     assert [metrics["skipped_in_a_row"].item() for metrics in one_piece[1]] == [0, 0, 0, 0, 0, 1, 2, 0]
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_gradients_below_the_limit_stay_as_they_are() -> None:
+    """In one piece too: a limit that no step comes near changes nothing."""
+
+    def trained(limit: float | None) -> tuple[TrainState, list[dict]]:
+        step, state = setting(torch.optim.Adam)
+        update = Update(max_gradient_norm=limit, skip_gradient_norm=None)
+        return run(without_compiler(dataclasses.replace(step, parameter_update=update)), state)
+
+    free = trained(None)
+    largest = max(float(metrics["gradient_norm"]) for metrics in free[1] if metrics["gradient_norm"].isfinite())
+    assert_same(free, trained(1.5 * largest), tolerance=0.0)
 
 
 def test_it_is_compiled_and_traced(as_on_a_gpu, capsys: pytest.CaptureFixture) -> None:
