@@ -96,6 +96,8 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
         ...     print(round((x @ x).item(), 6))
         1.002001
     """
+    if device.type == "meta":
+        return contextlib.nullcontext()
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext() if _float32_is_full() else matrix_products("fp32", device)
@@ -310,7 +312,7 @@ def can_be_read(tensor: Tensor) -> bool:
         >>> can_be_read(torch.zeros(3)), torch.vmap(lambda x: x + can_be_read(x))(torch.zeros(3))
         (True, tensor([0., 0., 0.]))
     """
-    if tensor.is_cuda or torch.compiler.is_compiling() or hasattr(tensor, "fake_mode"):
+    if tensor.is_cuda or tensor.is_meta or torch.compiler.is_compiling() or hasattr(tensor, "fake_mode"):
         return False
     functorch = torch._C._functorch
     while functorch.is_gradtrackingtensor(tensor):  # torch.func.grad wraps what torch.vmap maps

@@ -50,8 +50,7 @@ def run(
     same experiment; the first one reads and writes all that there is in the directory.
 
     `stop` is asked before every step, by several processes about twice a second, and while the final evaluation lasts;
-    where it says so, the state is saved. To start `anew` removes what an earlier run wrote, once nothing speaks against
-    a start.
+    where it says so, the state is saved. To start `anew` removes an earlier run, once every check has passed.
 
     Raises:
         DataError: if the data cannot be loaded or does not fit the model.

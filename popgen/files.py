@@ -76,7 +76,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Returns a value of JSON with None, its `null`, wherever a number is infinite or none.
+    """Returns a value of JSON with None, its `null`, wherever a number is infinite or NaN.
 
     Tensors, and the numbers and arrays of NumPy, become numbers and lists.
 

@@ -75,7 +75,7 @@ def run_replicas(
         directory: of the whole; replica `i` is kept in `replica_<i>` there.
         configuration: of the whole.
         stop: asked before every step, and while the final evaluations last; where it says so, the states are saved.
-        anew: whether what is there is removed, once nothing speaks against a start.
+        anew: whether what is there is removed, once every check has passed.
 
     Raises:
         DataError: if the data cannot be loaded or does not fit the model.

@@ -118,7 +118,7 @@ class ImageData:
 
 
 def _check_levels(name: str, images: Any) -> None:
-    """Raises DataError if images are no tensor, or uint8 that can hardly be grey levels."""
+    """Raises DataError if images are not a tensor, or uint8 that can hardly be grey levels."""
     if not isinstance(images, Tensor):
         raise DataError(
             f"the {name} images must be a torch.Tensor, got a {type(images).__name__}: torch.from_numpy makes one of "
@@ -190,11 +190,15 @@ def as_values(images: Tensor, dtype: torch.dtype | None = None) -> Float[Tensor,
         images: uint8 or floating point.
         dtype: of the values; default that of floating-point images, PyTorch's default for others.
 
+    Raises:
+        DataError: if levels go up to 1, as those of binary images do that are no grey levels.
+
     Example:
         >>> as_values(torch.tensor([[0, 255]], dtype=torch.uint8))
         tensor([[0., 1.]])
     """
     if images.dtype == torch.uint8:
+        _check_levels("given", images)
         return images.to(dtype or torch.get_default_dtype()) / 255.0
     return images.to(dtype or images.dtype)
 

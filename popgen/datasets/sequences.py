@@ -26,7 +26,7 @@ class SequenceBatch(NamedTuple):
 
     Attributes:
         values: shape `(batch, time)` for waveforms in [-1, 1], `(batch, time, features)` for rows of images in
-            [0, 1]; nought beyond each length.
+            [0, 1]; zero beyond each length.
         lengths: how many of the steps are real, int64, shape `(batch,)`.
         labels: int64, each of shape `(batch,)`.
 
@@ -186,7 +186,7 @@ class Sequences:
     def windows(
         self, indices: Int64[Tensor, " batch"], starts: Int64[Tensor, " batch"], steps: Int64[Tensor, " window"]
     ) -> SequenceBatch:
-        """Returns a window of each sequence, nought beyond its end. Never waits for the device.
+        """Returns a window of each sequence, zero beyond its end. Never waits for the device.
 
         Args:
             indices: of the sequences.
@@ -367,7 +367,7 @@ def play(batch: SequenceBatch, speeds: Float64[Tensor, " batch"], steps: Int64[T
 
     Args:
         batch: long enough for every speed; padded where a sequence ends.
-        speeds: above nought.
+        speeds: above zero.
         steps: 0, 1, ... up to the size of the new window.
 
     Example:

@@ -1,4 +1,4 @@
-"""Annealed importance sampling: an estimate of log p(x) that owes nothing to the encoder.
+"""Annealed importance sampling: an estimate of log p(x) that does not use the encoder.
 
 Chains go from the prior to the posterior along f_β(z) = p(z) p(x | z)^β, by Hamiltonian Monte Carlo at each temperature
 (Neal 2001, https://arxiv.org/abs/physics/9803008; Wu et al. 2017, https://arxiv.org/abs/1611.04273). On data that the
@@ -172,7 +172,7 @@ def target_of(model: VAE, x: Float[Tensor, "count input"]) -> Target:
     Example: `annealed_estimate` calls it.
     """
     prior = model.prior_density()
-    return Target(prior.log_density, lambda z: model.decoder(z).log_density(x))
+    return Target(prior.log_density, lambda z: model.decode(z).log_density(x))
 
 
 @torch.no_grad()
@@ -280,7 +280,7 @@ def simulated_sandwich(
     for group in groups:
         generators = _generators(device, seed, "simulation", group)
         z = _prior_sample(model, 1, generators)
-        density = model.decoder(z)
+        density = model.decode(z)
         images = density.sample(_draw(torch.rand, generators, (1, model.input_dim), z))[0]
         lower, chains = annealed_estimate(
             model, images, num_temperatures, num_chains, num_leapfrog_steps, seed, group.start

@@ -314,8 +314,8 @@ class VAEEvaluator(ImageEvaluator):
             )
             if reliable < total:
                 lines.append(
-                    f"warning: as an estimate of log p(x) the bound is not to be believed for {total - reliable:,} "
-                    f"images, such as {', '.join(map(str, record['worst_images'][:3]))}; it takes more samples, or a "
+                    f"warning: as an estimate of log p(x) the bound is unreliable for {total - reliable:,} images, "
+                    f"such as {', '.join(map(str, record['worst_images'][:3]))}; it takes more samples, or a "
                     "better posterior"
                 )
         return "\n".join(lines)

@@ -32,7 +32,7 @@ Columns = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One of several parts of an evaluation; every so-manieth chunk of images belongs to it.
+    """One of several parts of an evaluation, which take its chunks of images in turn.
 
     Args:
         index: which part, from 1.

@@ -117,7 +117,7 @@ def pareto_shape(log_w: Float[Tensor, "samples count"]) -> Float[Tensor, " count
     """Returns k̂, the shape of a generalised Pareto distribution fitted to the largest weights of each example.
 
     Weights have 1/k finite moments. Below 0.5 the error of the estimate goes as 1/√K, below `reliable_pareto_shape`
-    the estimate is still to be believed, above that it would take far more samples (Vehtari et al.,
+    the estimate is still reliable, above that it would take far more samples (Vehtari et al.,
     https://arxiv.org/abs/1507.02646, with the estimator of Zhang and Stephens 2009 and a weak prior). Minus infinity
     where the largest weights are equal, as far as the precision of `log_w` can tell. Not a number where it cannot tell
     whether they are, where a weight is infinite or not a number, and where all are zero.

@@ -53,7 +53,7 @@ class LogMel(nn.Module):
 
     Frames are unpadded, as those of an encoder: frame i sees the samples from i · hop to i · hop + window - 1, under a
     Hann window. A stretch is padded with zeros before its Fourier transform until every filter has a frequency of its
-    own. Energies have a floor of 1e-8, about that of the rounding to 16 bits, so that silence is finite.
+    own. Energies have a floor of 1e-8, above what rounding to 16 bits leaves, so that silence is finite.
 
     Args:
         sample_rate: in hertz.

@@ -32,7 +32,7 @@ def prior_samples(model: VAE, image_shape: tuple[int, int], num_samples: int, ge
     noise = torch.randn(num_samples, model.latent_dim, generator=generator, device=device, dtype=dtype)
     uniform = torch.rand(num_samples, generator=generator, device=device, dtype=dtype)
     z = model.prior_density().sample(noise, uniform)
-    return image_grid(model.decoder(z).mean, image_shape, columns=COLUMNS)
+    return image_grid(model.decode(z).mean, image_shape, columns=COLUMNS)
 
 
 def originals(images: Tensor, image_shape: tuple[int, int]) -> Picture:
@@ -50,7 +50,7 @@ def reconstructions(model: VAE, images: Tensor, image_shape: tuple[int, int]) ->
     Example: `all_pictures` calls it.
     """
     x = as_values(images, model.dtype)
-    pairs = torch.stack([x, model.decoder(model.latent_code(x)).mean], dim=1).flatten(0, 1)
+    pairs = torch.stack([x, model.decode(model.latent_code(x)).mean], dim=1).flatten(0, 1)
     return image_grid(pairs, image_shape, columns=COLUMNS)
 
 
@@ -68,7 +68,7 @@ def interpolations(model: VAE, images: Tensor, image_shape: tuple[int, int]) -> 
     starts, ends = codes[0::2], codes[1::2]
     fractions = torch.linspace(0.0, 1.0, COLUMNS, device=codes.device, dtype=codes.dtype)[:, None]
     z = torch.stack([start + fractions * (end - start) for start, end in zip(starts, ends, strict=False)])
-    return image_grid(model.decoder(z).mean.flatten(0, 1), image_shape, columns=COLUMNS)
+    return image_grid(model.decode(z).mean.flatten(0, 1), image_shape, columns=COLUMNS)
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def pseudo_inputs(model: VAE, image_shape: tuple[int, int], count: int) -> Pictu
     if inputs is None:
         return None
     inputs = inputs[:count]
-    pairs = torch.stack([inputs, model.decoder(model.encoder(inputs)[0].mean).mean], dim=1).flatten(0, 1)
+    pairs = torch.stack([inputs, model.decode(model.encoder(inputs)[0].mean).mean], dim=1).flatten(0, 1)
     return image_grid(pairs, image_shape, columns=COLUMNS)
 
 

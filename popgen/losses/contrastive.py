@@ -20,7 +20,7 @@ def info_nce(
 
         L = -log( f(x, c) / Σ_j f(x_j, c) ),   log f being the scores        (eq. 4 of the paper)
 
-    It is nought where the mask leaves the positive alone.
+    It is zero where the mask leaves the positive alone.
 
     Args:
         scores: log f of the positive, which comes first, and of the negatives.

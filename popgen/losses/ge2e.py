@@ -23,12 +23,12 @@ def ge2e_similarities(
 
     Args:
         embeddings: shape `(speakers, utterances, dim)`.
-        scale: w, above nought. A number is checked; the value of a tensor is not, since that would wait for its
+        scale: w, above zero. A number is checked; the value of a tensor is not, since that would wait for its
             device: keep a learned one positive, as the exponential of a parameter.
         offset: b.
 
     Raises:
-        ArgumentError: if there are fewer than 2 speakers or utterances, or the scale is not above nought.
+        ArgumentError: if there are fewer than 2 speakers or utterances, or the scale is not above zero.
 
     Example:
         >>> ge2e_similarities(torch.eye(2).repeat_interleave(3, 0).view(2, 3, 2), scale=10.0, offset=-5.0)[:, 0]
@@ -66,12 +66,12 @@ def ge2e_loss(
 
     Args:
         embeddings: shape `(speakers, utterances, dim)`, of any length: they are divided by it.
-        scale: w, above nought; unchecked if it is a tensor, as in `ge2e_similarities`. The paper starts from 10.
+        scale: w, above zero; unchecked if it is a tensor, as in `ge2e_similarities`. The paper starts from 10.
         offset: b. The paper starts from -5.
         form: "softmax" or "contrast".
 
     Raises:
-        ArgumentError: if there are fewer than 2 speakers or utterances, the scale is not above nought, or the form is
+        ArgumentError: if there are fewer than 2 speakers or utterances, the scale is not above zero, or the form is
             unknown.
 
     Example:

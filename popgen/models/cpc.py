@@ -23,7 +23,7 @@ from popgen.nn.negatives import NEGATIVE_KINDS, Negatives, independent_negatives
 class CPCTerms(NamedTuple):
     """The losses of a batch, each a mean over pairs of an anchor and the frame k ahead of it.
 
-    A pair counts if both frames are real and there are negatives. What has no pair has weight nought and loss nought,
+    A pair counts if both frames are real and there are negatives. What has no pair has weight zero and loss zero,
     so means weighted by the number of pairs are exact, over any number of batches.
 
     Attributes:
@@ -46,7 +46,7 @@ class CPCTerms(NamedTuple):
     def means(self, pairs: Int64[Tensor, "whole steps"] | None = None) -> dict[str, Float[Tensor, ""]]:
         """Returns the loss, nats, and the accuracy: means over all pairs and over those of each step k ahead.
 
-        Each pair has the same weight; what has no pair is nought.
+        Each pair has the same weight; what has no pair is zero.
 
         Args:
             pairs: the `step_weights` of a whole batch of which these sequences are a part: the results are then what
@@ -175,7 +175,7 @@ class CPC(Model):
     def represent(
         self, values: Float[Tensor, "batch window ..."], lengths: Int64[Tensor, " batch"]
     ) -> Float[Tensor, "batch frames context"]:
-        """Returns the contexts c_t; nought from frame number `num_frames(lengths)` on.
+        """Returns the contexts c_t; zero from frame number `num_frames(lengths)` on.
 
         Raises:
             ArgumentError: if the sequences do not fit the encoder, or the lengths are not one for each.
@@ -340,7 +340,7 @@ class CPC(Model):
 
 
 def _mean(values: Tensor, weights: Tensor, dim: int) -> Tensor:
-    """Returns a weighted mean, nought if there is no weight."""
+    """Returns a weighted mean, zero if there is no weight."""
     return (values * weights).sum(dim) / weights.sum(dim).clamp_min(1)
 
 

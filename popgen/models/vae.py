@@ -1,7 +1,7 @@
 """The variational autoencoder, assembled from an encoder, a decoder, a prior and a posterior flow."""
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -173,13 +173,17 @@ class VAE(ImageModel):
             )
         return Encoded(posterior, bijection, prior)
 
+    def decode(self, z: Float[Tensor, "*sample batch latent"]) -> Any:
+        """Returns p(x|z), the decoder's likelihood; what densities drew in float32 is given to it in its own type."""
+        return self.decoder(z.to(self.dtype))
+
     def log_densities(
         self, x: Float[Tensor, "batch input"], encoded: Encoded, noise: Float[Tensor, "samples batch latent"]
     ) -> LogDensities:
         """Returns the terms of the bounds at the samples that the noise makes."""
         z, log_q_z_given_x, log_det = _posterior_sample(encoded, noise)
         return LogDensities(
-            log_p_x_given_z=self.decoder(z).log_density(x),
+            log_p_x_given_z=self.decode(z).log_density(x),
             log_p_z=encoded.prior.log_density(z),
             log_q_z_given_x=log_q_z_given_x,
             log_det=log_det,
@@ -209,7 +213,7 @@ class VAE(ImageModel):
         z = _WeightedGradient.apply(z, path_weights)
         along_path = ((z - z.detach()) * _posterior_score(encoded, noise)).sum(-1)  # 0, with the path's gradient
         return LogDensities(
-            log_p_x_given_z=self.decoder(z).log_density(x),
+            log_p_x_given_z=self.decode(z).log_density(x),
             log_p_z=encoded.prior.log_density(z),
             log_q_z_given_x=log_q_z_given_x.detach() + along_path,
             log_det=log_det.detach(),
@@ -261,7 +265,7 @@ class VAE(ImageModel):
             self._check_prior()
         noise = x.new_full((2, len(x), self.latent_dim), 0.5)
         with tried(self, f"{name} cannot decode points of shape {tuple(noise.shape)}"):
-            likelihood = self.decoder(noise)
+            likelihood = self.decode(noise)
             for wanted in ("log_density", "mean"):
                 if not hasattr(likelihood, wanted):
                     raise ArgumentError(

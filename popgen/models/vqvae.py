@@ -1,6 +1,6 @@
 """The VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937), and the same with an autoregressive prior over its codes.
 
-The posterior of a VQ-VAE is a point, the one map of codes that the encoder chooses. So log q(z|x) is nought, and
+The posterior of a VQ-VAE is a point, the one map of codes that the encoder chooses. So log q(z|x) is zero, and
 
     log p(x) ≥ log p(x|z(x)) + log p(z(x))
 
@@ -137,10 +137,10 @@ class VQVAETerms(NamedTuple):
     Attributes:
         log_p_x_given_z: nats, shape `(1, batch)`.
         log_p_z: under the uniform prior, the same shape.
-        log_q_z_given_x: nought, the same shape.
-        log_det: nought, the same shape.
+        log_q_z_given_x: zero, the same shape.
+        log_det: zero, the same shape.
         commitment_loss: shape `(batch,)`.
-        codebook_loss: shape `(batch,)`; nought where the codebook is not learned by gradient.
+        codebook_loss: shape `(batch,)`; zero where the codebook is not learned by gradient.
         indices: of the codes, shape `(batch, height, width)`.
         observed: what the quantiser's next state is made of, if it was asked for; see `Quantiser.observe`.
     """

@@ -66,7 +66,7 @@ def no_past_inputs(
         dtype: of the inputs.
 
     Raises:
-        ArgumentError: if `batch_size` is not an integer of at least nought.
+        ArgumentError: if `batch_size` is not a non-negative integer.
 
     Example:
         >>> state = no_past_inputs(kernel_size=2, dilations=(1, 2, 4), channels=64, batch_size=3)
@@ -100,7 +100,7 @@ class CausalConv1d(nn.Conv1d):
         kernel_size: number of taps K.
         dilation: steps between two taps.
         groups: the channels fall into so many groups, none of which sees another.
-        bias: whether b is learned; nought otherwise.
+        bias: whether b is learned; zero otherwise.
 
     Raises:
         ArgumentError: if an argument is outside its domain.
@@ -163,7 +163,7 @@ class CausalConv1d(nn.Conv1d):
             dtype: that of the weights unless given.
 
         Raises:
-            ArgumentError: if `batch_size` is not an integer of at least nought.
+            ArgumentError: if `batch_size` is not a non-negative integer.
         """
         device, dtype = device or self.weight.device, dtype or self.weight.dtype
         return no_past_inputs(self.kernel_size[0], self.dilation, self.in_channels, batch_size, device, dtype)

@@ -125,8 +125,8 @@ def drawn_vectors(
     """Returns a random vector for each code after a column of ones; shape `(codes, 1 + dim)`.
 
     Args:
-        vectors: what is drawn from; if there are none, all is nought.
-        uniform: noise that chooses a vector for each code, which lies in [0, 1). Where it does not, the row is nought:
+        vectors: what is drawn from; if there are none, all is zero.
+        uniform: noise that chooses a vector for each code, which lies in [0, 1). Where it does not, the row is zero:
             the vector is then drawn from another part of the batch, and the sum over all parts has each row once.
 
     Example:
@@ -221,7 +221,7 @@ def revive_from_drawn(
 
     Args:
         codebook: the state before.
-        drawn: the `drawn_vectors` of a whole batch; add up those of its parts. A code whose row is nought is not
+        drawn: the `drawn_vectors` of a whole batch; add up those of its parts. A code whose row is zero is not
             revived.
         least_usage: a fraction of the mean count, so that it means the same whatever the size of a batch; 0 revives
             none, and a code that falls out of use then drifts to the origin with its smoothed count.

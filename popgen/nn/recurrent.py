@@ -8,7 +8,7 @@ from popgen.products import leading
 
 
 def gru(frames: Float[Tensor, "batch frames input"], weights: list[Tensor]) -> Float[Tensor, "batch frames hidden"]:
-    """Returns the states of a GRU of one layer after each frame, from a state of nought.
+    """Returns the states of a GRU of one layer after each frame, from a state of zero.
 
     Args:
         frames: its inputs.

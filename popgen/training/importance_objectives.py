@@ -6,7 +6,7 @@
     NegativeIWAE                 -log 1/K Σ_k w_k                       as it comes
     DoublyReparameterisedIWAE    -log 1/K Σ_k w_k                       along the path alone, weights squared
 
-Each pair has the same expected gradient. What the path derivative leaves out has an expectation of nought, and where q
+Each pair has the same expected gradient. What the path derivative leaves out has an expectation of zero, and where q
 is near the true posterior it is all the noise there is.
 """
 
@@ -27,7 +27,7 @@ from popgen.training.objectives import AnnealedObjective, LossOutput, NegativeEL
 class StickingTheLanding(NegativeELBO):
     """Minimises the loss of `NegativeELBO`, with the path-derivative gradient (Roeder et al. 2017).
 
-    The score function of q, whose expectation is nought, is left out of the gradient (section 3 of
+    The score function of q, whose expectation is zero, is left out of the gradient (section 3 of
     https://arxiv.org/abs/1703.09194): where q is the true posterior, no noise is left.
 
     Metrics: those of `NegativeELBO`.
@@ -75,8 +75,6 @@ class NegativeIWAE(AnnealedObjective):
 
     num_samples: int = 5
 
-    model_type: ClassVar[type] = VAE
-
     def __call__(
         self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings: Settings, state: Tensors
     ) -> LossOutput:
@@ -111,6 +109,8 @@ class DoublyReparameterisedIWAE(NegativeIWAE):
         >>> DoublyReparameterisedIWAE(num_samples=8).num_samples
         8
     """
+
+    model_type: ClassVar[type] = VAE
 
     def terms(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, beta: Tensor) -> LogDensities:
         """Returns the terms of the bound; gradients through a sample are weighted, and those of q's parameters gone."""

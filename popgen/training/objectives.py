@@ -82,7 +82,7 @@ class Objective(abc.ABC):
         return {}
 
     def blank_batch(self, model: Any, batch_size: int) -> Any:
-        """Returns a batch of the right shapes that is nought throughout: images, unless a subclass says otherwise.
+        """Returns a batch of the right shapes that is zero throughout: images, unless a subclass says otherwise.
 
         Raises:
             ArgumentError: if the model is not one of images.
@@ -328,7 +328,7 @@ class ConstrainedELBO(ELBOObjective):
 class VQVAELoss(Objective):
     """Minimises -log p(x|z) + |sg[z_e] - e|² + w · |z_e - sg[e]|², a mean over the batch, nats per example.
 
-    Eq. 3 of van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937). The second term is nought where the codebook
+    Eq. 3 of van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937). The second term is zero where the codebook
     is a moving average, which moves after the vectors have been quantised.
 
     Metrics: `loss`, those of the bound under the model's own prior (`elbo`, `reconstruction`, `kl`, ...),

@@ -261,7 +261,7 @@ class RunDirectory:
     def clear(self) -> None:
         """Removes what an earlier run and its replicas wrote, and nothing else.
 
-        The last replica goes first: one who is killed in between leaves numbers from nought on.
+        The last replica goes first: one who is killed in between leaves numbers from zero on.
         """
         for replica in reversed(self.replicas()):
             replica.clear()

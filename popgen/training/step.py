@@ -297,6 +297,6 @@ def gradient_function(loss_function: LossFunction, compiled: bool) -> GradientFu
 
 
 def _with_settings_of_one(arguments: tuple) -> tuple:
-    """Returns the arguments of a loss function with which a mistake shows: a weight of nought hides what it weighs."""
+    """Returns the arguments of a loss function with which a mistake shows: a weight of zero hides what it weighs."""
     *others, settings, state = arguments
     return *others, {name: torch.ones_like(value) for name, value in settings.items()}, state

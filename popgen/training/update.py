@@ -39,7 +39,7 @@ class Update:
     """An update of the tensors of states in place, `update(states, losses, gradients, average_weight, rate)`.
 
     Where the loss or the gradient is not finite, or the gradient too large, parameters, optimizer and average stay as
-    they were; what a fused optimizer first keeps of a parameter in such a step is nought. Nothing waits for the device.
+    they were; what a fused optimizer first keeps of a parameter in such a step is zero. Nothing waits for the device.
 
     Attributes:
         max_gradient_norm: gradients with a larger norm are scaled down to it.

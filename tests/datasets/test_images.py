@@ -311,3 +311,9 @@ def test_images_that_are_drawn_once_have_no_grey_levels() -> None:
 def test_images_have_a_height_and_a_width() -> None:
     with pytest.raises(DataError, match=r"the height and the width of grey images, got \(3, 2, 1\)"):
         ImageData(torch.rand(4, 6), torch.rand(4, 6), (3, 2, 1), "none")
+
+
+def test_binary_uint8_images_are_not_taken_for_black_ones() -> None:
+    with pytest.raises(DataError, match="the given images have no level above 1, and grey levels go from 0 to 255"):
+        as_values(torch.tensor([[0, 1]], dtype=torch.uint8))
+    assert as_values(torch.zeros(2, 3, dtype=torch.uint8)).sum() == 0.0

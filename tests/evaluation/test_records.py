@@ -126,7 +126,7 @@ def test_evidence_of_many_samples(experiment: Experiment) -> None:
     assert "(1), " in described and "(200)" in described and "below 0.57 for 9 of 10 images" in described
     assert "warning" not in VAEEvaluator().describe({**record, "images_of_reliable_pareto_shape": 10})
     worse = VAEEvaluator().describe({**record, "images_of_reliable_pareto_shape": 8})
-    assert f"not to be believed for 2 images, such as {record['worst_images'][0]}, " in worse
+    assert f"unreliable for 2 images, such as {record['worst_images'][0]}, " in worse
     assert "k̂" not in VAEEvaluator().describe(evaluate_model(experiment, experiment.model, data, 7, None, step=1))
 
 

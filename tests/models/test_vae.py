@@ -1,5 +1,6 @@
 """The VAE: its terms against formulas written out, its contract with its parts, and its errors."""
 
+import copy
 import inspect
 import subprocess
 import sys
@@ -201,6 +202,26 @@ def test_float32_agrees_with_float64(flow: str, prior: str) -> None:
         assert reference.dtype == torch.float64
         assert term.dtype == torch.float32
         torch.testing.assert_close(term.double(), reference, rtol=1e-4, atol=1e-4)
+
+
+@every_flow
+@every_prior
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_have_densities_in_float32(flow: str, prior: str, dtype: torch.dtype) -> None:
+    model, x, noise = make_vae(flow, prior), make_images(), make_noise()
+    half = copy.deepcopy(model).to(dtype)
+    for weights in (None, torch.ones(2, 4)):
+        found = half(x.to(dtype), noise.to(dtype), weights).log_w
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), model(x, noise).log_w, rtol=0.05, atol=0.3)
+    half.check_parts(x)
+
+
+@every_flow
+@every_prior
+def test_shapes_are_known_on_the_meta_device(flow: str, prior: str) -> None:
+    model = make_vae(flow, prior).to("meta")
+    assert model(make_images().to("meta"), make_noise().to("meta")).log_w.shape == (2, 4)
 
 
 def test_saved_model_is_the_same_model() -> None:
@@ -413,6 +434,16 @@ moved = lambda context, z: flow(context).forward_and_log_det(z)[0]
 context, z = torch.randn(3, 5), torch.randn(2, 3, 4)
 found = torch.compile(moved, fullgraph=True, backend="eager")(context, z)
 torch.testing.assert_close(found, moved(context, z))
+
+from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
+from popgen.nn.flows import PlanarFlow
+from popgen.nn.vamp_prior import VampPrior
+x, noise = torch.rand(3, 16).round(), torch.randn(2, 3, 4)
+for flow in (HouseholderSylvesterFlow(4, 8, 2, 2), PlanarFlow(4, 8, 2)):
+    vae = VAE(GaussianEncoder(16, 4, 8), BernoulliDecoder(4, 16, 8), VampPrior(16, 5), flow)
+    for weights in (None, torch.ones(2, 3)):
+        found = torch.compile(vae, fullgraph=True, backend="eager")(x, noise, weights)
+        torch.testing.assert_close(found.log_w, vae(x, noise, weights).log_w)
 """
 
 

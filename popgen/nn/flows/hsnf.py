@@ -94,7 +94,6 @@ class HouseholderSylvesterBijection(Bijection):
                 points = rotated - (rotated @ w.mT) @ v  # Q u
         return points.transpose(0, 1)
 
-    @torch.no_grad()
     def push_score(
         self, z: Float[Tensor, "samples batch latent"], score: Float[Tensor, "samples batch latent"]
     ) -> Float[Tensor, "samples batch latent"]:
@@ -105,7 +104,7 @@ class HouseholderSylvesterBijection(Bijection):
         """
         check_points(z, self.reflectors.shape[1], self.reflectors.shape[-1])
         points, scores = (at_least_float32(tensor).transpose(0, 1) for tensor in (z, score))
-        with full_precision(z.device):
+        with torch.no_grad(), full_precision(z.device):
             for (inward, outward), (v, w, upper, lower, r, r_tilde, bias) in self._maps_and_parameters():
                 hidden = torch.tanh(inward(points) + bias)
                 points = points + outward(hidden)

@@ -49,19 +49,19 @@ class PlanarBijection(Bijection):
             z = z - direction * torch.tanh(along + bias)[..., None]
         return z
 
-    @torch.no_grad()
     def push_score(
         self, z: Float[Tensor, "samples batch latent"], score: Float[Tensor, "samples batch latent"]
     ) -> Float[Tensor, "samples batch latent"]:
         """Returns the score at the transformed points; (I + w h' uᵀ)⁻¹ is known (Sherman and Morrison)."""
         check_points(z, self.direction.shape[1], self.direction.shape[-1])
-        for direction, normal, bias, slope in self._transformations():
-            hidden = torch.tanh((z * normal).sum(-1) + bias)
-            z = z + direction * hidden[..., None]
-            rise = 1.0 - hidden.square()
-            determinant = 1.0 + rise * slope
-            grown = score + (2.0 * hidden * rise * slope / determinant)[..., None] * normal
-            score = grown - normal * (rise * (direction * grown).sum(-1) / determinant)[..., None]
+        with torch.no_grad():
+            for direction, normal, bias, slope in self._transformations():
+                hidden = torch.tanh((z * normal).sum(-1) + bias)
+                z = z + direction * hidden[..., None]
+                rise = 1.0 - hidden.square()
+                determinant = 1.0 + rise * slope
+                grown = score + (2.0 * hidden * rise * slope / determinant)[..., None] * normal
+                score = grown - normal * (rise * (direction * grown).sum(-1) / determinant)[..., None]
         return score
 
     def _transformations(self):
