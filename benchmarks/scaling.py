@@ -77,13 +77,13 @@ def median_seconds(work: Callable[[], Any], seconds: float, processes: Processes
     """Returns the median seconds of some work that all processes do equally often, for as long as `seconds`."""
     for _ in range(3):
         work()
-    processes.gather(None)
+    processes.all_gather_object(None)
     times, end, going = [], time.perf_counter() + seconds, True
     while going:
         began = time.perf_counter()
         work()
         times.append(time.perf_counter() - began)
-        going = len(times) % 10 > 0 or processes.largest(end - time.perf_counter()) > 0
+        going = len(times) % 10 > 0 or processes.all_reduce_max(end - time.perf_counter()) > 0
     return statistics.median(times)
 
 
@@ -123,7 +123,7 @@ def seconds_of_steps(name: str, batch_size: int, exchange: bool, seconds: float,
     return {
         "step": timed(take),
         "draw": timed(draw),
-        "exchange": timed(lambda: processes.add_up(messages)) if exchange else 0.0,
+        "exchange": timed(lambda: processes.all_reduce(messages)) if exchange else 0.0,
     }
 
 
@@ -200,7 +200,7 @@ def seconds_of_exchanges(
     def one_message(parameters: list[Tensor]) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         messages = packed(gradients, [], weight=1.0)
-        processes.add_up(messages)
+        processes.all_reduce(messages)
         for parameter, mean in zip(parameters, unpacked(messages, gradients, [])[0], strict=True):
             parameter.grad = mean
 

@@ -51,7 +51,7 @@ def evaluate_together(shard: Shard, processes: Processes) -> None:
     """Does the work of `main`, as one of several processes that share the images; the first one writes and prints."""
     processes.check_same({f"--{name}": FLAGS[name].value for name in SAME})
     directory, experiment, tensors = command.existing_run(FLAGS.run_dir, FLAGS.checkpoint, FLAGS.trust_config)
-    tensors = processes.from_first(tensors)
+    tensors = processes.broadcast(tensors)
     device = processes.device("Experiment.device", experiment.torch_device())
     with processes.first_goes_ahead():
         data, model = prepare(experiment, device)

@@ -44,7 +44,7 @@ def train_together(processes: Processes) -> None:
     """Does the work of `main`, as one of several processes; the first one holds the directory and prints."""
     loaded = config.load(FLAGS.gin_file, FLAGS.gin_bindings)
     configuration = dataclasses.replace(loaded.configuration, compared=tuple(FLAGS.hparam))
-    check_same_configuration(processes.gather(configuration.given))
+    check_same_configuration(processes.all_gather_object(configuration.given))
     check_one_process(loaded.experiment.num_replicas, processes)
     directory = RunDirectory(run_path())
     if not processes.first:

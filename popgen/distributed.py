@@ -67,7 +67,7 @@ class Processes:
 
         return batch if self.size == 1 else tree_map(cut, batch)
 
-    def add_up(self, messages: Sequence[Tensor]) -> None:
+    def all_reduce(self, messages: Sequence[Tensor]) -> None:
         """Replaces tensors by their sums over the processes, the same bits in all of them; one alone changes nothing.
 
         Args:
@@ -81,7 +81,7 @@ class Processes:
                 with _answered():
                     torch.distributed.all_reduce(message)
 
-    def whole(self, part: Tensor) -> Tensor:
+    def all_gather(self, part: Tensor) -> Tensor:
         """Returns the parts of all processes side by side along the first axis.
 
         What the losses of all processes give it of a gradient comes back to the process whose part it is, summed.
@@ -94,7 +94,7 @@ class Processes:
         """
         return part if self.size == 1 else _Whole.apply(part, self)
 
-    def largest(self, number: float) -> float:
+    def all_reduce_max(self, number: float) -> float:
         """Returns the largest of their numbers.
 
         Raises:
@@ -107,7 +107,7 @@ class Processes:
             torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
         return held.item()
 
-    def from_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Returns what the first process has, tensors, numbers and collections of them; the others may give None.
 
         Raises:
@@ -120,7 +120,7 @@ class Processes:
             torch.distributed.broadcast_object_list(held, src=0, device=torch.device("cpu"))
         return held[0]  # type: ignore[return-value]
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Returns what every process has, in their order.
 
         Raises:
@@ -140,7 +140,7 @@ class Processes:
             ArgumentError: in all of them, with what differs, if that is not the same.
             ProcessesError: if a process has ended.
         """
-        first, *others = self.gather(dict(settings))
+        first, *others = self.all_gather_object(dict(settings))
         for rank, other in enumerate(others, 1):
             names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
             if names:
@@ -151,10 +151,10 @@ class Processes:
     def first_goes_ahead(self) -> Iterator[None]:
         """Lets the first process of each machine finish some work before others begin it: it may leave files."""
         if self.local_rank:
-            self.gather(None)
+            self.all_gather_object(None)
         yield
         if not self.local_rank:
-            self.gather(None)
+            self.all_gather_object(None)
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:

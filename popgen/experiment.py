@@ -30,7 +30,7 @@ from popgen.training.diagnosis import with_replay
 from popgen.training.loop import DrawBatch, Hooks, MeanMetrics, Step, StopTogether, mean_metrics, train
 from popgen.training.recorder import Follower, Recorder, fit_files, selected_by
 from popgen.training.records import Configuration, EvaluationFiles
-from popgen.training.run_directory import Found, RunDirectory
+from popgen.training.run_directory import Checkpoint, RunDirectory
 from popgen.training.state import TrainState, initial_state, state_from_tensors, state_to_tensors
 from popgen.training.step import TrainStep, make_train_step
 from popgen.training.weights import initialise, model_of_checkpoint
@@ -205,7 +205,7 @@ def finish(
 
     Example: `run` calls it.
     """
-    tensors = processes.from_first(directory.load_checkpoint("best") if processes.first else {})
+    tensors = processes.broadcast(directory.load_checkpoint("best") if processes.first else {})
     best = model_of_checkpoint(model, tensors)
     recorder.show_best(best)
     in_parts = experiment.evaluator.in_parts
@@ -310,7 +310,7 @@ def initial_state_of(experiment: Experiment, model: Model) -> TrainState:
     return state
 
 
-def restored_or_initial_state(experiment: Experiment, model: Model, data: Data, found: Found | None) -> TrainState:
+def restored_or_initial_state(experiment: Experiment, model: Model, data: Data, found: Checkpoint | None) -> TrainState:
     """Returns the state that a checkpoint holds, or that before the first step if there is none.
 
     Raises:
@@ -334,12 +334,12 @@ def shared_state(
     Example: `run` calls it.
     """
     if not processes.first:
-        return state_from_tensors(processes.from_first({}), initial_state_of(experiment, model))
+        return state_from_tensors(processes.broadcast({}), initial_state_of(experiment, model))
     found = None if anew else directory.newest_checkpoint()
     selection = selected_by(experiment.selection_split, experiment.evaluator)
     state = fit_files(directory, found, restored_or_initial_state(experiment, model, data, found), selection)
     on_cpu = tree_map_only(torch.Tensor, Tensor.cpu, state_to_tensors(state))  # from a GPU all would open the first's
-    processes.from_first(on_cpu)
+    processes.broadcast(on_cpu)
     return state
 
 

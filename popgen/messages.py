@@ -34,7 +34,7 @@ def unpacked(
     """Returns the weighted means of some tensors over the processes, and the sums of others.
 
     Args:
-        messages: what `packed` returned, after `Processes.add_up`; consumed.
+        messages: what `packed` returned, after `Processes.all_reduce`; consumed.
         means: what `packed` was given, for the shapes.
         sums: the same.
 

@@ -44,7 +44,7 @@ from popgen.training.replicas import (
     spread,
     stack_states,
 )
-from popgen.training.run_directory import Found, RunDirectory
+from popgen.training.run_directory import Checkpoint, RunDirectory
 from popgen.training.state import TrainState
 
 
@@ -164,7 +164,7 @@ def check_one_process(num_replicas: int, processes: Processes) -> None:
         raise ArgumentError("Experiment.num_replicas must be 1 where there are several processes: give each its seeds")
 
 
-def newest_common(path: pathlib.Path, directories: Sequence[RunDirectory]) -> list[Found | None]:
+def newest_common(path: pathlib.Path, directories: Sequence[RunDirectory]) -> list[Checkpoint | None]:
     """Returns the newest checkpoints of replicas that are of one step; None for each if none has begun.
 
     A process may be killed when some replicas have saved a step and others have not: those go back to the step before,

@@ -48,9 +48,9 @@ def test_one_process_alone_starts_nothing() -> None:
         assert processes is ALONE and processes.first
     assert not torch.distributed.is_initialized() and not launched_together()
     means, sums = [torch.ones(2)], [torch.zeros(3)]
-    ALONE.add_up([*means, *sums])
+    ALONE.all_reduce([*means, *sums])
     assert torch.equal(means[0], torch.ones(2)) and torch.equal(sums[0], torch.zeros(3))
-    assert ALONE.from_first(means) is means and ALONE.gather(3) == [3] and ALONE.largest(2.5) == 2.5
+    assert ALONE.broadcast(means) is means and ALONE.all_gather_object(3) == [3] and ALONE.all_reduce_max(2.5) == 2.5
     assert ALONE.part(means) is means
 
 
@@ -65,7 +65,7 @@ def combine(
     processes: Processes, means: list[Tensor], sums: list[Tensor], weight: float = 1.0
 ) -> tuple[list[Tensor], list[Tensor]]:
     messages = packed(means, sums, weight)
-    processes.add_up(messages)
+    processes.all_reduce(messages)
     return unpacked(messages, means, sums)
 
 
@@ -83,8 +83,14 @@ def test_processes_combine_and_tell() -> None:
         own = held[processes.rank]
         combined = combine(processes, own[:2], own[2:], weights[processes.rank])
         unweighted = combine(processes, own, [])
-        told = processes.from_first({"rank": processes.rank, "values": own[1]})
-        return combined, unweighted, told, processes.gather(processes.rank), processes.largest(processes.rank / 2)
+        told = processes.broadcast({"rank": processes.rank, "values": own[1]})
+        return (
+            combined,
+            unweighted,
+            told,
+            processes.all_gather_object(processes.rank),
+            processes.all_reduce_max(processes.rank / 2),
+        )
 
     results = results_of(work, size=3)
     for (means, sums), (plain_means, no_sums), told, ranks, largest in results:
@@ -110,9 +116,9 @@ def test_integers_are_summed() -> None:
 def test_parts_are_put_together_with_their_gradients() -> None:
     def work(processes: Processes) -> Any:
         own = torch.full((2, 3), float(processes.rank), requires_grad=True)
-        whole = processes.whole(own)
+        whole = processes.all_gather(own)
         (whole * torch.arange(12.0).view(4, 3) * (1 + processes.rank)).sum().backward()
-        return whole.detach(), own.grad, processes.whole(torch.tensor([processes.rank]))
+        return whole.detach(), own.grad, processes.all_gather(torch.tensor([processes.rank]))
 
     for rank, (whole, gradient, ranks) in enumerate(results_of(work, size=2)):
         assert whole[:, 0].tolist() == [0.0, 0.0, 1.0, 1.0] and ranks.tolist() == [0, 1]
@@ -133,10 +139,10 @@ def test_a_process_that_is_killed_takes_the_others_down() -> None:
     """At once, long before the timeout, with one line between them."""
 
     def work(processes: Processes) -> None:
-        processes.largest(0.0)
+        processes.all_reduce_max(0.0)
         if processes.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        processes.largest(0.0)
+        processes.all_reduce_max(0.0)
 
     started = time.perf_counter()
     outcomes = together(work, size=3, timeout=60.0)
@@ -152,7 +158,7 @@ def test_a_process_that_hangs_is_not_waited_for_longer_than_the_timeout() -> Non
         if processes.rank == 1:
             time.sleep(4.0)
             os._exit(9)
-        processes.largest(0.0)
+        processes.all_reduce_max(0.0)
 
     started = time.perf_counter()
     outcomes = together(work, size=2, timeout=1.0)
@@ -167,7 +173,7 @@ def test_the_first_alone_may_take_longer_than_the_timeout() -> None:
             with processes.first_alone():
                 if processes.first:
                     time.sleep(2.5)
-        return processes.largest(1.0 - processes.rank)
+        return processes.all_reduce_max(1.0 - processes.rank)
 
     assert results_of(work, size=2, timeout=1.0) == [1.0, 1.0]
 
@@ -184,7 +190,7 @@ def test_the_others_learn_that_the_first_has_gone_while_it_was_alone(
                 raise ArgumentError("the loss is bad")
             if processes.first:
                 os.kill(os.getpid(), signal.SIGKILL)
-        processes.largest(0.0)
+        processes.all_reduce_max(0.0)
 
     started = time.perf_counter()
     first, second = together(work, size=2, timeout=60.0)
@@ -202,7 +208,7 @@ def test_an_error_is_said_once(everywhere: bool) -> None:
     def work(processes: Processes) -> None:
         if everywhere or processes.rank == 1:
             raise CheckpointError("it is damaged")
-        processes.largest(0.0)
+        processes.all_reduce_max(0.0)
 
     outcomes = together(work, size=3)
     assert [outcome.status for outcome in outcomes] == [1, 1, 1]
@@ -234,7 +240,7 @@ def test_processes_ask_each_other_about_twice_a_second(asked_at: int) -> None:
 
     def work(processes: Processes) -> tuple[int, int, float]:
         calls, exchanges, asked = 0, 0, math.inf
-        largest = Processes.largest
+        largest = Processes.all_reduce_max
 
         def counted(processes: Processes, number: float) -> float:
             nonlocal exchanges
@@ -245,7 +251,7 @@ def test_processes_ask_each_other_about_twice_a_second(asked_at: int) -> None:
             return calls >= asked_at and processes.rank == 1
 
         stop = StopTogether(is_asked, processes)
-        with mock.patch.object(Processes, "largest", counted):
+        with mock.patch.object(Processes, "all_reduce_max", counted):
             while not stop():
                 calls += 1
                 asked = time.monotonic() if calls == asked_at else asked
@@ -280,7 +286,10 @@ def test_processes_that_never_come_are_named(present: list[int], said: str, by_h
 
 
 def test_processes_that_are_started_by_hand_find_each_other() -> None:
-    assert results_of(lambda processes: processes.gather(processes.rank), size=3, by_hand=True) == [[0, 1, 2]] * 3
+    assert (
+        results_of(lambda processes: processes.all_gather_object(processes.rank), size=3, by_hand=True)
+        == [[0, 1, 2]] * 3
+    )
 
 
 def meet(store: Any, rank: int, size: int, timeout: float) -> str:
@@ -344,7 +353,7 @@ def test_what_an_earlier_start_has_left_in_the_store_does_no_harm() -> None:
             if processes.rank == 1:
                 time.sleep(0.1)  # the first one finds what this one has left
             with joined(timeout=20.0) as again:
-                found.append(again.gather(again.rank))
+                found.append(again.all_gather_object(again.rank))
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         return found  # and leaves what it has just begun
 

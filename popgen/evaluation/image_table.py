@@ -139,7 +139,7 @@ class ImageTable:
             found = dict(zip(images, torch.stack(list(columns.values()), dim=1).tolist(), strict=True))
             self._append(identity, names, found)
             rows |= found
-        for rank, (other_rows, other_names) in enumerate(self.processes.gather((rows, names))):
+        for rank, (other_rows, other_names) in enumerate(self.processes.all_gather_object((rows, names))):
             if names and other_names and names != other_names:
                 raise DataError(f"process {rank} forms the columns {', '.join(other_names)}, not {', '.join(names)}")
             rows, names = rows | other_rows, names or other_names

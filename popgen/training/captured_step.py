@@ -120,8 +120,8 @@ class CapturedStep:
 
         step = self.train_step
         self._work = lambda: step.update(state, batch(), settings)
-        self._find = lambda: step.find(state, batch(), settings)
-        self._take = lambda found: step.take(state, *step.combined(found), settings)
+        self._find = lambda: step.local_gradients(state, batch(), settings)
+        self._take = lambda found: step.apply(state, *step.reduced(found), settings)
         self._replay, self._warmed_up = None, 0
 
     def _recorded(self, generators: list[torch.Generator]) -> Callable[[], Metrics]:
@@ -135,7 +135,7 @@ class CapturedStep:
 
         def replay() -> Metrics:
             find()
-            processes.add_up(found.messages)
+            processes.all_reduce(found.messages)
             take()
             return metrics
 

@@ -112,7 +112,7 @@ class StopTogether:
             return self.asked()
         if self._left == 0 and not self._stopping:
             now = time.monotonic()
-            slowest = self.processes.largest(math.inf if self.asked() else now - self._since)
+            slowest = self.processes.all_reduce_max(math.inf if self.asked() else now - self._since)
             self._stopping, self._since = math.isinf(slowest), now
             at_that_rate = int(ASKING_SECONDS * self._every / max(slowest, 1e-9))
             self._every = self._left = max(1, min(at_that_rate, 2 * self._every))

@@ -15,7 +15,7 @@ from popgen.models.model import Model
 from popgen.streams import make_generator
 from popgen.summaries import Writer
 from popgen.training.records import EvaluationFiles
-from popgen.training.run_directory import Found, RunDirectory
+from popgen.training.run_directory import Checkpoint, RunDirectory
 from popgen.training.state import TrainState, model_with_weights, state_to_tensors
 
 
@@ -60,7 +60,7 @@ class Recorder:
         """
         with self.processes.first_alone():
             state = self._evaluate(state)
-        self.processes.from_first((state.best_loss, state.best_step))
+        self.processes.broadcast((state.best_loss, state.best_step))
         return state
 
     def _evaluate(self, state: TrainState) -> TrainState:
@@ -147,7 +147,7 @@ class Follower:
         """Returns the state with what the evaluation of the first process has found."""
         with self.processes.first_alone():
             pass  # what the first one does meanwhile
-        best_loss, best_step = self.processes.from_first((state.best_loss, state.best_step))
+        best_loss, best_step = self.processes.broadcast((state.best_loss, state.best_step))
         return dataclasses.replace(state, best_loss=best_loss, best_step=best_step)
 
     def checkpoint(self, state: TrainState) -> None:
@@ -178,7 +178,7 @@ def selected_by(selection_split: str, evaluator: Evaluator) -> str:
     return f"{selection_split} loss" + (f" of {samples} samples" if samples != 1 else "")
 
 
-def fit_files(directory: RunDirectory, found: Found | None, state: TrainState, selection: str) -> TrainState:
+def fit_files(directory: RunDirectory, found: Checkpoint | None, state: TrainState, selection: str) -> TrainState:
     """Makes the files of a run fit the checkpoint that its state was found in, and returns the state.
 
     Where the best checkpoint is lost, or was chosen by another loss than `selection`, the lowest is sought anew.

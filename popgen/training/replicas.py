@@ -186,7 +186,7 @@ class ReplicatedStep(TrainStep):
         )
         parts = unstack(self.gradients(state, stack(batch), noise, settings), len(replicas))
         results, gradients = zip(*parts, strict=True)
-        return stack(self.take_together(replicas, results, gradients, settings))
+        return stack(self.apply_together(replicas, results, gradients, settings))
 
 
 def make_replicated_step(step: TrainStep, compiled: bool = False) -> ReplicatedStep:

@@ -41,7 +41,7 @@ CONTENTS = (
 )
 
 
-class Found(NamedTuple):
+class Checkpoint(NamedTuple):
     """A checkpoint that is whole, and what was passed over.
 
     Attributes:
@@ -162,7 +162,7 @@ class RunDirectory:
         except CheckpointError:
             return None
 
-    def newest_checkpoint(self, last_step: int | None = None) -> Found | None:
+    def newest_checkpoint(self, last_step: int | None = None) -> Checkpoint | None:
         """Returns the newest checkpoint that is whole and not of a later step, or None if there is none at all.
 
         `latest` is the newest where it is whole; `previous`, the newest one that was kept, and `best` are looked at
@@ -172,7 +172,7 @@ class RunDirectory:
             CheckpointError: if there are some, and all are damaged.
         """
         limit = math.inf if last_step is None else last_step
-        found: list[Found] = []
+        found: list[Checkpoint] = []
         damaged: list[str] = []
         for name in self.checkpoint_names():
             if name.isdecimal() and (int(name) > limit or any(other.name.isdecimal() for other in found)):
@@ -183,7 +183,7 @@ class RunDirectory:
                 damaged.append(str(error))
                 continue
             if tensors["step"] <= limit:
-                found.append(Found(name, tensors, ()))
+                found.append(Checkpoint(name, tensors, ()))
                 if name == "latest":
                     break
         if damaged and not found:
@@ -191,7 +191,7 @@ class RunDirectory:
         newest = max(found, key=lambda one: one.tensors["step"], default=None)
         return newest and newest._replace(damaged=tuple(damaged))
 
-    def continue_from(self, found: Found) -> bool:
+    def continue_from(self, found: Checkpoint) -> bool:
         """Makes the files fit the checkpoint that a run continues from, and returns whether its best one is there.
 
         What was passed over is named in one line. A damaged `latest` is moved aside and written anew, lest it become

@@ -136,7 +136,7 @@ class SharedSequences(NamedTuple):
     def means(self, forward: Callable[..., Any], noise: Tensor) -> dict[str, Tensor]:
         """Returns what, averaged over the processes, are the means over all pairs of the batch."""
         own = self.processes.part(self.batch.values)
-        part = Part(self.processes.rank * len(own), self.processes.whole)
+        part = Part(self.processes.rank * len(own), self.processes.all_gather)
         terms = forward(own, self.batch.lengths, noise, self.batch.labels, part)
-        means = terms.means(self.processes.whole(terms.step_weights))
+        means = terms.means(self.processes.all_gather(terms.step_weights))
         return {name: self.processes.size * mean for name, mean in means.items()}

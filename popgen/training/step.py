@@ -24,8 +24,8 @@ LossFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], LossOut
 GradientFunction = Callable[[Tensors, Tensors, Any, Any, Settings, Tensors], tuple[LossOutput, Gradients]]
 
 
-class Found(NamedTuple):
-    """What a process finds in its part of a batch.
+class PartialGradients(NamedTuple):
+    """Loss, metrics and gradients of a process's part of a batch.
 
     Attributes:
         result: what the loss function returns.
@@ -81,7 +81,7 @@ class TrainStep:
         own_rate = float(state.optimizer.param_groups[0]["lr"])
         return {
             **self.objective.settings(state.step),
-            "average_weight": 1.0 - effective_decay(self.weight_average_decay, state.step),
+            "averaging_rate": 1.0 - effective_decay(self.weight_average_decay, state.step),
             "learning_rate": own_rate if self.learning_rate is None else float(self.learning_rate(state.step)),
         }
 
@@ -101,15 +101,15 @@ class TrainStep:
         Every process is given the whole batch and draws all of the noise, so that both are what one process would have;
         each then takes its part of both. All that follows from the combined gradient is the same in every process.
         """
-        found = self.find(state, batch, settings)
-        self.processes.add_up(found.messages)
-        return self.take(state, *self.combined(found), settings)
+        found = self.local_gradients(state, batch, settings)
+        self.processes.all_reduce(found.messages)
+        return self.apply(state, *self.reduced(found), settings)
 
-    def find(self, state: TrainState, batch: Any, settings: Settings) -> Found:
+    def local_gradients(self, state: TrainState, batch: Any, settings: Settings) -> PartialGradients:
         """Returns what this process finds in its part of a batch; of the state only its generators move on."""
         noise = self.objective.draw_noise(self.model, batch, state.generators["posterior noise"])
         if self.processes.size == 1:
-            return Found(*self.gradients(state, batch, noise, settings), [])
+            return PartialGradients(*self.gradients(state, batch, noise, settings), [])
         batch = self.objective.part_of_batch(batch, self.processes)
         noise = self.objective.part_of_noise(noise, self.processes)
         result, gradients = self.gradients(state, batch, noise, settings)
@@ -119,9 +119,9 @@ class TrainStep:
                 f"transition, which is given the sums over all of {', '.join(result.observed)}"
             )
         messages = packed(*_means_and_sums(result, gradients), self.objective.weight(batch))
-        return Found(result, gradients, messages)
+        return PartialGradients(result, gradients, messages)
 
-    def combined(self, found: Found) -> tuple[LossOutput, Gradients]:
+    def reduced(self, found: PartialGradients) -> tuple[LossOutput, Gradients]:
         """Returns what the loss function returns for the whole batch, given what was added up of all its parts."""
         result, gradients, messages = found
         if not messages:
@@ -136,11 +136,11 @@ class TrainStep:
         with matrix_products(self.precision, device_of(state)):
             return self.gradient_function(state.parameters, state.buffers, batch, noise, settings, state.auxiliary)
 
-    def take(self, state: TrainState, result: LossOutput, gradients: Gradients, settings: Settings) -> Metrics:
+    def apply(self, state: TrainState, result: LossOutput, gradients: Gradients, settings: Settings) -> Metrics:
         """Updates the tensors of a state in place along its gradients, and returns the metrics."""
-        return self.take_together([state], [result], [gradients], settings)[0]
+        return self.apply_together([state], [result], [gradients], settings)[0]
 
-    def take_together(
+    def apply_together(
         self,
         states: Sequence[TrainState],
         results: Sequence[LossOutput],
@@ -156,7 +156,7 @@ class TrainStep:
             metrics.append(own_metrics)
         rate = None if self.learning_rate is None else settings["learning_rate"]
         losses = [result.loss for result in results]
-        outcomes = self.parameter_update(states, losses, gradients, settings["average_weight"], rate)
+        outcomes = self.parameter_update(states, losses, gradients, settings["averaging_rate"], rate)
         for pairs, outcome in zip(changing, outcomes, strict=True):
             for tensor, value in pairs:
                 tensor.copy_(torch.where(outcome.taken, value, tensor))
@@ -260,7 +260,7 @@ def make_train_step(
 
         return objective(forward, batch, noise, settings, state)
 
-    reserved = {"average_weight", "learning_rate"} & set(objective.settings(0))
+    reserved = {"averaging_rate", "learning_rate"} & set(objective.settings(0))
     if reserved:
         raise ArgumentError(f"the settings of {objective!r} must have other names than {', '.join(sorted(reserved))}")
     update = Update(max_gradient_norm=max_gradient_norm, skip_gradient_norm=skip_gradient_norm)

@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Update:
-    """An update of the tensors of states in place, `update(states, losses, gradients, average_weight, rate)`.
+    """An update of the tensors of states in place, `update(states, losses, gradients, averaging_rate, rate)`.
 
     Where the loss or the gradient is not finite, or the gradient too large, parameters, optimizer and average stay as
     they were; what a fused optimizer first keeps of a parameter in such a step is zero. Nothing waits for the device.
@@ -58,7 +58,7 @@ class Update:
         states: Sequence[TrainState],
         losses: Sequence[Tensor],
         gradients: Sequence[Gradients],
-        average_weight: Tensor,
+        averaging_rate: Tensor,
         rate: Tensor | None,
     ) -> list[Outcome]:
         """Updates parameters, optimizer and weight average of each state, and returns what it found.
@@ -67,24 +67,24 @@ class Update:
             states: are updated; of the same model and optimizer.
             losses: of the step of each.
             gradients: of the parameters of each.
-            average_weight: of the new parameters in the weight average.
+            averaging_rate: of the new parameters in the weight average.
             rate: the learning rate; None for that of the optimizer.
         """
         each = list(zip(states, losses, gradients, strict=True))
         if self.on_tensors is not None and all(can_be_traced(state.optimizer, own) for state, _, own in each):
             tensors = [(*_tensors_of(state, own), loss) for state, loss, own in each]
-            return self.on_tensors(tensors, average_weight, rate, states[0].optimizer)
-        return [self._one(*one, average_weight, rate) for one in each]
+            return self.on_tensors(tensors, averaging_rate, rate, states[0].optimizer)
+        return [self._one(*one, averaging_rate, rate) for one in each]
 
     def _one(
-        self, state: TrainState, loss: Tensor, gradients: Gradients, average_weight: Tensor, rate: Tensor | None
+        self, state: TrainState, loss: Tensor, gradients: Gradients, averaging_rate: Tensor, rate: Tensor | None
     ) -> Outcome:
         norm = gradient_norm(gradients)
         taken = self.is_taken(loss, norm)
         with _learning_rate(state.optimizer, rate):
             self._apply(gradients, norm, taken, state)
         if state.weight_average is not None:
-            update_weight_average(state.weight_average, state.parameters, average_weight * taken)
+            update_weight_average(state.weight_average, state.parameters, averaging_rate * taken)
         return Outcome(norm, taken, *count_skipped(state.skipped, taken, norm.dtype))
 
     def is_taken(self, loss: Tensor, norm: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def traced_update(update: Update) -> Update:
     Example: `make_train_step` calls it.
     """
 
-    def one(tensors: tuple, average_weight: Tensor, rate: Tensor | None, like: torch.optim.Optimizer) -> Outcome:
+    def one(tensors: tuple, averaging_rate: Tensor, rate: Tensor | None, like: torch.optim.Optimizer) -> Outcome:
         parameters, gradients, kept, average, skipped, loss = tensors
         squares = [norm.square() for norm in torch._foreach_norm(gradients)]
         norm = functools.reduce(torch.add, squares).sqrt()  # in one kernel, unlike what `gradient_norm` stacks
@@ -153,14 +153,14 @@ def traced_update(update: Update) -> Update:
         for tensor, value in zip(changing, before, strict=True):
             tensor.copy_(torch.where(taken, tensor, value))
         if average is not None:
-            update_weight_average(average, parameters, average_weight * taken)
+            update_weight_average(average, parameters, averaging_rate * taken)
         return Outcome(norm, taken, *count_skipped(skipped, taken, norm.dtype))
 
     @torch.no_grad()
     def on_tensors(
-        each: list[tuple], average_weight: Tensor, rate: Tensor | None, like: torch.optim.Optimizer
+        each: list[tuple], averaging_rate: Tensor, rate: Tensor | None, like: torch.optim.Optimizer
     ) -> list[Outcome]:
-        return [one(own, average_weight, rate, like) for own in each]
+        return [one(own, averaging_rate, rate, like) for own in each]
 
     compiled = compile_or_fall_back(on_tensors, traced=True, in_place=True)
     return dataclasses.replace(update, on_tensors=compiled)
