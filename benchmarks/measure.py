@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import popgen.products  # noqa: F401 (registers popgen::linear)
-from popgen.execution import record_cuda_graph
+from popgen.cuda_graphs import record_cuda_graph
 
 PRODUCTS = {  # the operator, and which of its tensors are the factors
     torch.ops.aten.mm.default: slice(0, 2),

@@ -17,8 +17,8 @@ from popgen import config
 from popgen.errors import ArgumentError
 from popgen.evaluation.likelihood import estimate_log_likelihood
 from popgen.evaluation.statistics import standard_error
-from popgen.execution import PRECISIONS, check_precision
 from popgen.experiment import prepare
+from popgen.precision import PRECISIONS, check_precision
 from popgen.training.run_directory import RunDirectory
 from popgen.training.weights import model_of_checkpoint
 

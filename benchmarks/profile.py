@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import synchronise
 from benchmarks.speed import CONFIGS, STEPS, project_evaluation, project_training
-from popgen.execution import PRECISIONS
+from popgen.precision import PRECISIONS
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ class Training(NamedTuple):
     Attributes:
         curves: values by step, at its evaluations.
         seconds: that its steps took.
-        hardware: what `popgen.execution.hardware` said at each start, once; empty for a run that does not tell.
+        hardware: what `popgen.provenance.hardware` said at each start, once; empty for a run that does not tell.
         precision: of the products, and the steps from which it was another; empty too where nothing tells.
     """
 

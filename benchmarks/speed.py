@@ -22,9 +22,9 @@ from benchmarks.measure import Work, bare_products, in_fresh_process, interleave
 from popgen import config
 from popgen.datasets.images import ImageData, as_values
 from popgen.evaluation.likelihood import estimate_log_likelihood
-from popgen.execution import PRECISIONS
 from popgen.experiment import Experiment, prepare, training_functions
 from popgen.models.vae import VAE
+from popgen.precision import PRECISIONS
 from popgen.training.loop import Hooks, train
 from popgen.training.state import initial_state
 from tests import textbook

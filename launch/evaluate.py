@@ -15,8 +15,8 @@ from popgen.distributed import Processes
 from popgen.errors import UnfinishedEvaluationError, check_integer
 from popgen.evaluation.annealed import check_by_annealing, check_can_anneal, describe_check
 from popgen.evaluation.image_table import ImageTable, Shard
-from popgen.execution import PRECISIONS
 from popgen.experiment import evaluate_model, prepare
+from popgen.precision import PRECISIONS
 from popgen.summaries import Writer
 from popgen.training.records import EvaluationFiles
 from popgen.training.weights import model_of_checkpoint

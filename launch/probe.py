@@ -15,9 +15,9 @@ from popgen.evaluation.representations import (
     representations,
     unseen_labels,
 )
-from popgen.execution import surroundings
 from popgen.experiment import prepare
 from popgen.files import write_json
+from popgen.provenance import surroundings
 from popgen.summaries import Writer
 from popgen.training.weights import model_of_checkpoint
 

@@ -15,9 +15,9 @@ from popgen.errors import (
     reason_of,
 )
 from popgen.evaluation.evaluator import Evaluator, VAEEvaluator
-from popgen.execution import PRECISIONS
 from popgen.models.model import Model
 from popgen.optim.schedules import Schedule
+from popgen.precision import PRECISIONS
 from popgen.training.objectives import NegativeELBO, Objective
 from popgen.training.state import (
     OptimizerFactory,

@@ -19,9 +19,10 @@ from popgen.errors import ArgumentError, DataError, DivergedError, StoppedError
 from popgen.evaluation.evaluator import EvaluationSettings
 from popgen.evaluation.image_table import ImageTable, Shard
 from popgen.evaluation.progress import show_mean
-from popgen.execution import check_precision, surroundings
 from popgen.files import write_whole
 from popgen.models.model import Model
+from popgen.precision import check_precision
+from popgen.provenance import surroundings
 from popgen.streams import make_generator
 from popgen.summaries import Writer
 from popgen.training import checks

@@ -14,7 +14,6 @@ from typing import Any, cast
 from popgen.datasets.data import Data
 from popgen.distributed import Processes
 from popgen.errors import ArgumentError, CheckpointError, TrainingError
-from popgen.execution import check_precision
 from popgen.experiment import (
     Configuration,
     Experiment,
@@ -30,6 +29,7 @@ from popgen.experiment import (
     train_to_the_end,
 )
 from popgen.models.model import Model
+from popgen.precision import check_precision
 from popgen.summaries import Writer
 from popgen.training.loop import DrawBatch, Step
 from popgen.training.recorder import Recorder, fit_files, selected_by

@@ -12,10 +12,10 @@ import torch
 from benchmarks import results
 from popgen.datasets.images import ImageData
 from popgen.errors import ArgumentError, PopgenError, RunDirectoryError
-from popgen.execution import hardware
 from popgen.experiment import Configuration, Experiment, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.priors import StandardNormalPrior
+from popgen.provenance import hardware
 from popgen.training.run_directory import RunDirectory
 
 
@@ -77,7 +77,7 @@ def test_the_table_says_where_a_run_was_trained(trained: RunDirectory, monkeypat
     assert told("a GPU", None) == told("", "a GPU") == told("a GPU", "another") == "a GPU, fp32 |"
     assert told("", None) == "—, fp32 |", "where it was evaluated says nothing of it"
     monkeypatch.undo()
-    monkeypatch.setattr("popgen.execution.hardware", lambda device: "another machine")
+    monkeypatch.setattr("popgen.provenance.hardware", lambda device: "another machine")
     with trained.locked():
         experiment = dataclasses.replace(make_experiment(), num_steps=12)
         run(experiment, trained, Configuration("given", "operative", {}))

@@ -7,7 +7,6 @@ import torch
 
 from popgen.distributions.codes import CategoricalOutput, LogisticMixtureOutput
 from popgen.evaluation.likelihood import estimate_log_likelihood, evaluate_elbo, image_noise
-from popgen.execution import matrix_products
 from popgen.models.cpc import CPC
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.models.wavenet import WaveNet
@@ -15,6 +14,7 @@ from popgen.nn.cpc import CausalConvContext, GRUContext, LinearPredictors, Strid
 from popgen.nn.flows import HouseholderSylvesterFlow
 from popgen.nn.priors import StandardNormalPrior
 from popgen.nn.vamp_prior import VampPrior
+from popgen.precision import matrix_products
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

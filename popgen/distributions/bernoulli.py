@@ -7,7 +7,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from popgen.errors import ArgumentError, DataError
-from popgen.execution import can_be_read
+from popgen.tensors import can_be_read
 
 HALVINGS = 4  # of the factors of a logarithm: up to sixteen in one
 

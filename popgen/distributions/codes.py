@@ -14,7 +14,7 @@ from torch import Tensor
 
 from popgen.distributions.mu_law import NUM_CODES
 from popgen.errors import ArgumentError, check_integer
-from popgen.execution import at_least_float32
+from popgen.precision import at_least_float32
 
 WIDTH = 2.0 / NUM_CODES  # of the interval of a code in [-1, 1]
 LOWEST_LOG_SCALE = -7.0  # a logistic of this scale has up to 97 % of its mass on one code

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from popgen.distributions.normal import LOG_TWO_PI, DiagonalNormal
 from popgen.errors import ArgumentError
-from popgen.execution import at_least_float32, full_precision
+from popgen.precision import at_least_float32, full_precision
 from popgen.products import linear
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from popgen.execution import at_least_float32
+from popgen.precision import at_least_float32
 
 NUM_CODES = 256
 MU = NUM_CODES - 1

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from popgen.execution import at_least_float32
+from popgen.precision import at_least_float32
 
 LOG_TWO_PI = math.log(2.0 * math.pi)
 

@@ -17,8 +17,8 @@ from popgen.evaluation.evaluator import EvaluationSettings, Evaluator, Results
 from popgen.evaluation.progress import Progress
 from popgen.evaluation.shown import Shown
 from popgen.evaluation.statistics import standard_error_of_ratio
-from popgen.execution import matrix_products
 from popgen.models.cpc import CPC, CPCTerms
+from popgen.precision import matrix_products
 from popgen.streams import make_generator
 
 

@@ -47,7 +47,7 @@ class EvaluationSettings:
     Args:
         num_samples: for each example.
         seed: of its noise.
-        precision: of the networks' matrix products; see `popgen.execution.matrix_products`.
+        precision: of the networks' matrix products; see `popgen.precision.matrix_products`.
         compiled: whether torch.compile fuses what is done to the samples, where an evaluator can use it.
         progress: called with a number for each example that has been finished since the last call.
         table: keeps what is found of every image, where an evaluator works `in_parts`.

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from popgen.compilation import compile_or_fall_back
 from popgen.datasets.images import as_values
 from popgen.distributions import StandardNormal
 from popgen.errors import check_integer
@@ -27,10 +28,10 @@ from popgen.evaluation.importance import (
     pareto_shape,
 )
 from popgen.evaluation.progress import Progress
-from popgen.execution import compile_or_fall_back, matrix_products
 from popgen.losses import elbo
 from popgen.models.image_model import ImageModel
 from popgen.models.vae import VAE, Encoded
+from popgen.precision import matrix_products
 from popgen.streams import make_generator, stream_seed
 
 ACTIVE_UNIT_VARIANCE = 0.01
@@ -257,7 +258,7 @@ def importance_estimate(
         num_samples: importance samples K for each image.
         seed: of the noise.
         progress: called with the bounds of the images that have been finished since the last call.
-        precision: of the matrix products; see `popgen.execution.matrix_products`.
+        precision: of the matrix products; see `popgen.precision.matrix_products`.
         log_weights: what `log_weight_function` returned; None for that of plain code.
         first_image: index in the data set of the first of these images, to which their noise belongs.
 

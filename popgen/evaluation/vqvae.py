@@ -15,9 +15,9 @@ from popgen.evaluation.evaluator import EvaluationSettings, ImageEvaluator, Resu
 from popgen.evaluation.likelihood import evaluate_elbo
 from popgen.evaluation.pictures import COLUMNS, originals
 from popgen.evaluation.shown import Shown
-from popgen.execution import matrix_products
 from popgen.models.vqvae import VQVAE, VQVAEWithPrior
 from popgen.nn.vqvae import CodeUsage
+from popgen.precision import matrix_products
 from popgen.streams import make_generator
 from popgen.summaries import image_grid
 

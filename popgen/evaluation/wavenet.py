@@ -17,8 +17,8 @@ from popgen.evaluation.progress import Progress
 from popgen.evaluation.shown import Shown, Sound
 from popgen.evaluation.spectrogram import spectrogram
 from popgen.evaluation.statistics import standard_error_of_ratio
-from popgen.execution import matrix_products
 from popgen.models.wavenet import WaveNet
+from popgen.precision import matrix_products
 
 SAMPLES_AT_ONCE = 32_768  # of all recordings that pass through the network together
 CONTEXT_ORDERS = {"unigram_bits": 0, "context_model_bits": 2}

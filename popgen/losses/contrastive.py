@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from popgen.errors import ArgumentError, check_integer
-from popgen.execution import at_least_float32
+from popgen.precision import at_least_float32
 
 
 def info_nce(

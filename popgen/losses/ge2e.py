@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from popgen.errors import ArgumentError, check_choice, check_number
-from popgen.execution import at_least_float32, full_precision
+from popgen.precision import at_least_float32, full_precision
 
 FORMS = ("softmax", "contrast")
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from popgen.errors import ArgumentError, PopgenError, reason_of
-from popgen.execution import matrix_products
+from popgen.precision import matrix_products
 
 LIBRARY = Path(__file__).resolve().parents[1]
 

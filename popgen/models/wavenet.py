@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from popgen.distributions.codes import CategoricalOutput, CodeDensity, LogisticMixtureOutput
 from popgen.distributions.mu_law import NUM_CODES
 from popgen.errors import ArgumentError, DataError, check_integer
-from popgen.execution import can_be_read
 from popgen.models.model import Model
 from popgen.models.wavenet_generation import (
     SHARED_BATCH,
@@ -27,6 +26,7 @@ from popgen.models.wavenet_generation import (
     take_step,
 )
 from popgen.nn.causal_conv import CausalConv1d, PastInputs, no_past_inputs
+from popgen.tensors import can_be_read
 
 __all__ = [
     "SHARED_BATCH",

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from popgen.compilation import compile_or_fall_back
+from popgen.cuda_graphs import record_or_fall_back
 from popgen.distributions.codes import CategoricalOutput, LogisticMixtureOutput
 from popgen.distributions.mu_law import NUM_CODES
-from popgen.execution import compile_or_fall_back, record_or_fall_back
 from popgen.nn.causal_conv import PastInputs
 
 START = NUM_CODES  # what stands before the first code

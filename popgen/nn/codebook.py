@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from popgen.errors import ArgumentError, check_integer
-from popgen.execution import at_least_float32, full_precision
+from popgen.precision import at_least_float32, full_precision
 
 # (vector, code) pairs whose products are formed at once: on a CPU they fit the cache, on a GPU they fill it.
 PAIRS_IN_FLIGHT = {"cpu": 2**18, "cuda": 2**26}

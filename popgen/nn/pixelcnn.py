@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from popgen.distributions.codes import invert_cumulative
 from popgen.errors import ArgumentError, check_integer
-from popgen.execution import at_least_float32
+from popgen.precision import at_least_float32
 
 
 class GatedPixelCNN(nn.Module):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from popgen.execution import can_be_read
+from popgen.tensors import can_be_read
 
 
 def effective_decay(decay: float, step: int) -> float:

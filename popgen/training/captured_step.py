@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from popgen.cuda_graphs import Recorded, record_cuda_graph
 from popgen.datasets.data import Batches
 from popgen.errors import TrainingError, reason_of
-from popgen.execution import Recorded, record_cuda_graph
 from popgen.training.objectives import Metrics
 from popgen.training.replicas import replicas_of
 from popgen.training.state import TrainState

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from popgen.errors import ArgumentError, reason_of
-from popgen.execution import matrix_products
+from popgen.precision import matrix_products
 from popgen.streams import make_generator
 from popgen.training.checkpoints import check_plain
 from popgen.training.objectives import LossOutput

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from popgen.datasets.data import Batches
 from popgen.errors import ArgumentError, DivergedError, reason_of
-from popgen.execution import matrix_products
+from popgen.precision import matrix_products
 from popgen.streams import make_generator
 from popgen.training.loop import mean_metrics
 from popgen.training.objectives import LossOutput, Metrics, Settings
@@ -194,7 +194,7 @@ def make_replicated_step(step: TrainStep, compiled: bool = False) -> ReplicatedS
 
     Args:
         step: of one alone.
-        compiled: whether torch.compile fuses the losses and their gradients; see `popgen.execution`.
+        compiled: whether torch.compile fuses the losses and their gradients; see `popgen.compilation`.
 
     Example:
         >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from popgen.compilation import compile_or_fall_back
 from popgen.distributed import ALONE, Processes
 from popgen.errors import ArgumentError
-from popgen.execution import compile_or_fall_back, matrix_products
 from popgen.messages import packed, unpacked
 from popgen.optim.schedules import Schedule
 from popgen.optim.weight_average import effective_decay
+from popgen.precision import matrix_products
 from popgen.training.objectives import LossOutput, Metrics, Objective, Settings, Tensors
 from popgen.training.state import TrainState
 from popgen.training.update import Gradients, Update, traced_update
@@ -231,8 +232,8 @@ def make_train_step(
         weight_average_decay: decay of the weight average, where the state has one.
         max_gradient_norm: gradients with a larger norm are scaled down to it; None for no limit.
         compiled: whether torch.compile fuses the loss and its gradient, and on a GPU the update; see
-            `popgen.execution` and `popgen.training.update.traced_update`.
-        precision: of the matrix products; see `popgen.execution`.
+            `popgen.compilation` and `popgen.training.update.traced_update`.
+        precision: of the matrix products; see `popgen.precision`.
         learning_rate: as a function of the steps taken; None for that of the optimizer.
         skip_gradient_norm: steps whose gradient has a larger norm are skipped, as are those whose loss or gradient is
             not finite; None for no limit.
@@ -282,7 +283,7 @@ def gradient_function(loss_function: LossFunction, compiled: bool) -> GradientFu
 
     Args:
         loss_function: a loss with several values is summed.
-        compiled: whether torch.compile fuses the loss and its gradient; see `popgen.execution`.
+        compiled: whether torch.compile fuses the loss and its gradient; see `popgen.compilation`.
 
     Example: `make_train_step` calls it.
     """

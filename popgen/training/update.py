@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from popgen.execution import compile_or_fall_back, launches_cost
+from popgen.compilation import compile_or_fall_back
 from popgen.optim.weight_average import update_weight_average
+from popgen.tensors import launches_cost
 from popgen.training.state import TrainState
 
 Gradients = tuple[Tensor | None, ...]

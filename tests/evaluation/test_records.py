@@ -15,10 +15,10 @@ from popgen.datasets.images import ImageData
 from popgen.errors import ArgumentError
 from popgen.evaluation.evaluator import VAEEvaluator
 from popgen.evaluation.likelihood import estimate_log_likelihood, evaluate_elbo, importance_estimate
-from popgen.execution import commit
 from popgen.experiment import Experiment, evaluate_model
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.priors import GaussianMixturePrior
+from popgen.provenance import commit
 from popgen.summaries import Writer
 from popgen.training.records import EvaluationFiles
 
@@ -118,8 +118,10 @@ def test_evidence_of_many_samples(experiment: Experiment) -> None:
     assert list(estimate.bounds) == [1, 10, 100, 200]
     errors = estimate.monte_carlo_error.double().numpy()
     assert record["monte_carlo_error"] == pytest.approx(np.sqrt((errors**2).sum()) / 10)
+    sizes = estimate.effective_sample_size.double().numpy()
+    assert record["effective_sample_size_median"] == pytest.approx(np.median(sizes)), "of an even count too"
     shapes = estimate.pareto_shape
-    assert record["pareto_shape_median"] == shapes.median().item()
+    assert record["pareto_shape_median"] == pytest.approx(np.median(shapes.double().numpy()))
     assert record["worst_images"] == shapes.argsort(descending=True).tolist()
     assert record["images_of_reliable_pareto_shape"] == (shapes < 1.0 - 1.0 / math.log10(200)).sum() == 9
     described = VAEEvaluator().describe(record)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from popgen import execution
+from popgen import compilation
+from popgen.cuda_graphs import record_or_fall_back
 from popgen.distributions.codes import CategoricalOutput, CodeDensity, DiscretisedLogisticMixture, LogisticMixtureOutput
 from popgen.errors import ArgumentError
-from popgen.execution import record_or_fall_back
 from popgen.models import wavenet_generation
 from popgen.models.wavenet import SHARED_BATCH, START, WaveNet
 
@@ -361,7 +361,7 @@ def test_gradients_of_single_batches_are_mapped() -> None:
 # In a process of its own, where nothing checks shapes at runtime and so nothing stands between compiler and code.
 COMPILED_RUN = """
 import torch, torch._dynamo.utils as utils
-from popgen import execution
+from popgen import compilation
 from popgen.models.wavenet import CategoricalOutput, LogisticMixtureOutput, WaveNet
 torch.manual_seed(0)
 codes, local = torch.randint(256, (3, 50)), torch.randn(3, 4, 50, dtype=torch.float64)
@@ -377,7 +377,7 @@ def graphs(output, kernel_size):
 
 print(graphs(CategoricalOutput(), 2))
 real, arguments = torch.compile, {"backend": "eager", "fullgraph": True, "dynamic": False}
-execution.torch.compile = lambda function, **_: real(function, **arguments)  # which takes less time
+compilation.torch.compile = lambda function, **_: real(function, **arguments)  # which takes less time
 print(graphs(LogisticMixtureOutput(3), 3))
 torch.compile = real
 for output in (CategoricalOutput(), LogisticMixtureOutput(3)):
@@ -408,7 +408,7 @@ def test_a_wrong_compilation_is_never_used(which: int, as_a_user, monkeypatch: p
 
         return wrong
 
-    monkeypatch.setattr(execution.torch, "compile", spoiled)
+    monkeypatch.setattr(compilation.torch, "compile", spoiled)
     model, uniform = make_model(), torch.rand(2, 20)
     codes = model.generate(uniform, compiled=True)
     (line,) = capsys.readouterr().err.splitlines()

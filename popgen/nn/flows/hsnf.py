@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from popgen.errors import check_integer
-from popgen.execution import at_least_float32, full_precision, launches_cost
 from popgen.nn.flows.flow import Bijection, PosteriorFlow, check_points, solve_residual_tanh
 from popgen.nn.linear import Linear
+from popgen.precision import at_least_float32, full_precision
+from popgen.tensors import launches_cost
 
 # Both diagonals stay within ±MAX_DIAGONAL, so that r_ii · r̃_ii ≥ -MAX_DIAGONAL² ≥ -1 + 1e-4 even where tanh rounds to
 # ±1, and with tanh' ≤ 1 the determinant cannot vanish (theorem 2 of the paper asks for r_ii · r̃_ii > -1).

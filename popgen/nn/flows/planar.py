@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from popgen.errors import check_integer
-from popgen.execution import at_least_float32
 from popgen.nn.flows.flow import Bijection, PosteriorFlow, check_points, solve_residual_tanh
 from popgen.nn.linear import Linear
+from popgen.precision import at_least_float32
 
 MIN_SLOPE = 1e-4  # wᵀ u is kept at or above -1 + MIN_SLOPE, so that the determinant cannot vanish
 
