@@ -15,7 +15,7 @@ from torch import Tensor
 
 from popgen.errors import ArgumentError, DataError, check_choice, check_integer
 from popgen.losses import contrastive_accuracy, info_nce
-from popgen.models.model import Model
+from popgen.models.model import Model, check_equal
 from popgen.nn.cpc import Context, FrameEncoder, Predictors
 from popgen.nn.negatives import NEGATIVE_KINDS, Negatives, independent_negatives, negative_indices
 
@@ -148,9 +148,8 @@ class CPC(Model):
             ("predictors.context_dim", predictors.context_dim, "context.context_dim", context.context_dim),
             ("predictors.encoding_dim", predictors.encoding_dim, "encoder.encoding_dim", encoder.encoding_dim),
         )
-        for name, size, other, expected in sizes:
-            if size != expected:
-                raise ArgumentError(f"CPC.{name} must be {other} = {expected}, got {size}")
+        for pair in sizes:
+            check_equal("CPC", *pair)
         self.encoder, self.context, self.predictors = encoder, context, predictors
         self.negatives, self.num_negatives, self.label = negatives, num_negatives, label
         self.num_steps = predictors.num_steps

@@ -1,6 +1,7 @@
 """What every model of images offers: a bound on log p(x), in parts."""
 
 import abc
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -79,16 +80,16 @@ class ImageModel(Model):
             ArgumentError: if they cannot, or those of an image depend on the images beside it.
         """
         name, x = type(self).__name__, self._values(examples)
-        noise = torch.linspace(-1.0, 1.0, 2 * len(x) * self.noise_dim).to(x).view(2, len(x), self.noise_dim)
+        num_samples = 2 if self.noise_dim else 1  # where the posterior is a point, there is one sample
+        shape = (num_samples, len(x), self.noise_dim)
+        noise = torch.linspace(-1.0, 1.0, math.prod(shape)).to(x).view(shape)
         with tried(self, f"{name} cannot form its bound of images of shape {tuple(x.shape)}"):
             terms, fewer = self(x, noise), self(x[:2], noise[:, :2])
         for term in LogDensities._fields:
             found = getattr(terms, term, None)
-            if not isinstance(found, Tensor) or found.shape != (2, len(x)):
+            if not isinstance(found, Tensor) or found.shape != shape[:2]:
                 got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-                raise ArgumentError(
-                    f"{name} must return {term} of shape (samples, batch), here {(2, len(x))}, got {got}"
-                )
+                raise ArgumentError(f"{name} must return {term} of shape (samples, batch), here {shape[:2]}, got {got}")
             if not are_close(getattr(fewer, term), found[:, :2]):
                 raise ArgumentError(
                     f"{term} of an image depends on the images beside it, as under batch normalisation: the bound on "

@@ -38,6 +38,22 @@ class Model(nn.Module, abc.ABC):
         """
 
 
+def check_equal(owner: str, name: str, size: Any, other: str, wanted: Any) -> None:
+    """Checks that two parts of a model state the same size; a part of one's own need not state it, which is None.
+
+    Raises:
+        ArgumentError: if they do not.
+
+    Example:
+        >>> check_equal("VAE", "decoder.latent_dim", 40, "encoder.latent_dim", 30)
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: VAE: decoder.latent_dim is 40, but encoder.latent_dim is 30; the two must be equal
+    """
+    if size is not None and wanted is not None and size != wanted:
+        raise ArgumentError(f"{owner}: {name} is {size}, but {other} is {wanted}; the two must be equal")
+
+
 @contextlib.contextmanager
 def tried(model: nn.Module, doing: str) -> Iterator[None]:
     """Tries a model out as an evaluation would, at full precision; an error in a part of it becomes one line.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from popgen.distributions import Bernoulli, DiagonalNormal, GaussianMixture, StandardNormal
 from popgen.errors import ArgumentError, check_integer, reason_of
 from popgen.models.image_model import ImageModel, LogDensities, are_close
-from popgen.models.model import tried
+from popgen.models.model import check_equal, tried
 from popgen.nn.flows import Bijection, PosteriorFlow
 from popgen.nn.gated_dense import GatedDense
 from popgen.nn.linear import Linear
@@ -326,9 +326,7 @@ class VAE(ImageModel):
             ("flow.context_dim", flow, "encoder.context_dim", getattr(encoder, "context_dim", None)),
         )
         for name, part, reference, wanted in pairs:
-            size = getattr(part, name.split(".")[1], None)  # a part of one's own need not state its sizes
-            if size is not None and wanted is not None and size != wanted:
-                raise ArgumentError(f"VAE: {name} is {size}, but {reference} is {wanted}; the two must be equal")
+            check_equal("VAE", name, getattr(part, name.split(".")[1], None), reference, wanted)
 
 
 def _posterior_sample(encoded: Encoded, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from popgen.distributions import Bernoulli
 from popgen.errors import ArgumentError, check_choice, check_integer
 from popgen.losses import codebook_loss, commitment_loss
 from popgen.models.image_model import ImageModel, LogDensities
+from popgen.models.model import check_equal
 from popgen.nn.vqvae import Quantiser
 
 DOWNSAMPLING = 4  # of the encoder, in each direction
@@ -188,12 +189,10 @@ class VQVAE(ImageModel):
             if not isinstance(part, kind):
                 raise ArgumentError(f"VQVAE.{name} must be a {described}, got {part!r}")
         for name, part in (("encoder", encoder), ("decoder", decoder)):
-            size = getattr(part, "code_dim", quantiser.code_dim)  # a part of one's own need not state it
-            if size != quantiser.code_dim:
-                raise ArgumentError(f"VQVAE: {name}.code_dim is {size}, but quantiser.code_dim is {quantiser.code_dim}")
+            size = getattr(part, "code_dim", None)
+            check_equal("VQVAE", f"{name}.code_dim", size, "quantiser.code_dim", quantiser.code_dim)
         sizes = getattr(encoder, "input_dim", None), getattr(decoder, "output_dim", None)
-        if None not in sizes and sizes[0] != sizes[1]:
-            raise ArgumentError(f"VQVAE: encoder.input_dim is {sizes[0]}, but decoder.output_dim is {sizes[1]}")
+        check_equal("VQVAE", "encoder.input_dim", sizes[0], "decoder.output_dim", sizes[1])
         self.encoder, self.quantiser, self.decoder = encoder, quantiser, decoder
         self.initialisation = check_choice("VQVAE.initialisation", initialisation, ("kmeans", "random"))
 
@@ -313,9 +312,7 @@ class VQVAEWithPrior(ImageModel):
             )
         pairs = (("num_codes", autoencoder.quantiser.num_codes), ("map_shape", tuple(autoencoder.map_shape)))
         for name, wanted in pairs:
-            found = getattr(prior, name, wanted)
-            if found != wanted:
-                raise ArgumentError(f"VQVAEWithPrior: prior.{name} is {found}, but that of the autoencoder is {wanted}")
+            check_equal("VQVAEWithPrior", f"prior.{name}", getattr(prior, name, None), f"autoencoder's {name}", wanted)
         self.autoencoder, self.prior = autoencoder.requires_grad_(False), prior
 
     @property

@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from popgen.distributed import ALONE, Processes
@@ -24,7 +25,7 @@ def mean_metrics(recent: Sequence[Metrics], step: int, max_skipped_steps: int) -
     """Returns the mean of each metric over the steps that were taken, read from the device once.
 
     Raises:
-        DivergedError: if more steps in a row were skipped than may be.
+        DivergedError: as `check_not_diverged`.
 
     Example:
         >>> row = {"loss": torch.tensor(3.0), "skipped_steps": torch.tensor(0.0), "skipped_in_a_row": torch.tensor(0.0)}
@@ -34,12 +35,32 @@ def mean_metrics(recent: Sequence[Metrics], step: int, max_skipped_steps: int) -
     names = list(recent[0])
     table = torch.stack([metrics[name] for metrics in recent for name in names]).double().cpu().view(len(recent), -1)
     columns = dict(zip(names, table.unbind(1), strict=True))
-    in_a_row = columns.pop("skipped_in_a_row")
+    check_not_diverged(columns, step, max_skipped_steps)
+    in_a_row, skipped = columns.pop("skipped_in_a_row"), columns.pop("skipped_steps")
+    taken = in_a_row == 0
+    means = {name: column[taken].mean().item() for name, column in columns.items()} if taken.any() else {}
+    return {**means, "skipped_steps": skipped[-1].item()}
+
+
+def check_not_diverged(columns: Mapping[str, Tensor], step: int, max_skipped_steps: int) -> None:
+    """Checks that no more steps in a row were skipped than may be.
+
+    Args:
+        columns: each metric of the last steps.
+        step: the last of them.
+        max_skipped_steps: how many may be.
+
+    Raises:
+        DivergedError: naming the first step at which there were more, and what was not finite or too large there.
+
+    Example: `mean_metrics` calls it.
+    """
+    in_a_row = columns["skipped_in_a_row"]
     for row in (in_a_row > max_skipped_steps).nonzero().flatten().tolist()[:1]:
         wrong = next((name for name in ("loss", "gradient_norm") if not math.isfinite(columns[name][row])), None)
         what = "gradient norm became too large," if wrong is None else f"{wrong.replace('_', ' ')} became"
         value, number = columns[wrong or "gradient_norm"][row].item(), int(in_a_row[row])
-        last = step - len(recent) + row + 1
+        last = step - len(in_a_row) + row + 1
         raise DivergedError(
             f"the {what} {value:.6g} at step {last}"
             + (f", and {number} steps in a row were skipped" if number > 1 else "")
@@ -47,9 +68,6 @@ def mean_metrics(recent: Sequence[Metrics], step: int, max_skipped_steps: int) -
             "may help",
             step=last - number + 1,
         )
-    skipped, taken = columns.pop("skipped_steps"), in_a_row == 0
-    means = {name: column[taken].mean().item() for name, column in columns.items()} if taken.any() else {}
-    return {**means, "skipped_steps": skipped[-1].item()}
 
 
 class Hooks(NamedTuple):
@@ -161,10 +179,8 @@ def train(
         while state.step < num_steps and not hooks.stop():
             batch = draw_batch(state.step, state.generators["binarisation"])
             state, metrics = train_step(state, batch)
-            if (
-                state.recent and state.recent[-1].keys() != metrics.keys()
-            ):  # of another objective, before it was changed
-                state.recent.clear()
+            if state.recent and state.recent[-1].keys() != metrics.keys():
+                state.recent.clear()  # they are of another objective, before it was changed
             state.recent.append(metrics)
             bar.update()
 

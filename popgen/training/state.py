@@ -243,8 +243,16 @@ def _check_can_step(optimizer: torch.optim.Optimizer) -> None:
         ) from error
 
 
-def check_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], of: str = "model") -> None:
-    """Compares names and shapes of the tensors of a model, or of what `of` says.
+def check_same_tensors(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], kind: str = "model", where: str = ""
+) -> None:
+    """Compares names and shapes of tensors.
+
+    Args:
+        found: in a checkpoint.
+        wanted: by what it is loaded into.
+        kind: of what they are, for the error.
+        where: which of that kind, for the error.
 
     Raises:
         CheckpointError: naming the first tensors that differ.
@@ -254,14 +262,13 @@ def check_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], of: 
     """
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (found, wanted)]
     if shapes[0] != shapes[1]:
-        kind = of.split()[0]
         differing = sorted(name for name in {*found, *wanted} if shapes[0].get(name) != shapes[1].get(name))
         listed = "; ".join(
             f"{name}: {shapes[0].get(name, 'absent')} in the checkpoint, {shapes[1].get(name, 'absent')} in the {kind}"
             for name in differing[:3]
         )
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise CheckpointError(f"the checkpoint is of another {of}: {listed}{more}")
+        raise CheckpointError(f"the checkpoint is of another {kind}{where}: {listed}{more}")
 
 
 def model_with_weights(model: AnyModule, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> AnyModule:

@@ -40,8 +40,8 @@ def initialise(model: nn.Module, pretrained: Mapping[str, str], examples: Any, s
             )
         tensors = find_run(f"Experiment.pretrained[{name!r}]", run_name).load_checkpoint("best")
         weights = {**tensors["parameters"], **tensors["buffers"]}
-        of = f"model than Experiment.model{name and '.'}{name}, in the run {run_name!r}"
-        check_same_tensors(weights, tensors_of(parts[name]), of)
+        where = f" than Experiment.model{name and '.'}{name}, in the run {run_name!r}"
+        check_same_tensors(weights, tensors_of(parts[name]), "model", where)
         copy_by_name(weights, into=tensors_of(parts[name]))
         given.update(parts[name].modules())
     for module in model.modules():

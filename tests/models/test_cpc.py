@@ -388,9 +388,9 @@ def test_losses_are_formed_in_float32_under_autocast() -> None:
         ({"num_negatives": 0}, "CPC.num_negatives must be an integer of at least 1, got 0"),
         ({"negatives": "speaker"}, "CPC.label must name a label .*, got None with 'speaker'"),
         ({"label": "speaker"}, "CPC.label must name a label .*, got 'speaker' with 'batch'"),
-        ({"context": GRUContext(5, 8)}, "CPC.context.input_dim must be encoder.encoding_dim = 6, got 5"),
-        ({"predictors": LinearPredictors(7, 6, 1)}, "CPC.predictors.context_dim must be context.context_dim = 8, got"),
-        ({"predictors": LinearPredictors(8, 7, 1)}, "CPC.predictors.encoding_dim must be encoder.encoding_dim = 6"),
+        ({"context": GRUContext(5, 8)}, "CPC: context.input_dim is 5, but encoder.encoding_dim is 6"),
+        ({"predictors": LinearPredictors(7, 6, 1)}, "CPC: predictors.context_dim is 7, but context.context_dim is 8"),
+        ({"predictors": LinearPredictors(8, 7, 1)}, "CPC: predictors.encoding_dim is 7, but encoder.encoding_dim is 6"),
     ],
 )
 def test_bad_arguments_are_named(as_a_user, arguments: dict, message: str) -> None:

@@ -535,8 +535,8 @@ def test_arguments(part: type, arguments: dict[str, Any], message: str) -> None:
 def test_a_prior_that_does_not_fit() -> None:
     vqvae = VQVAE(**parts())
     for num_codes, map_shape, message in (
-        (5, (2, 2), "prior.num_codes is 5, but that of the autoencoder is 4"),
-        (4, (2, 3), r"prior.map_shape is \(2, 3\), but that of the autoencoder is \(2, 2\)"),
+        (5, (2, 2), "prior.num_codes is 5, but autoencoder's num_codes is 4"),
+        (4, (2, 3), r"prior.map_shape is \(2, 3\), but autoencoder's map_shape is \(2, 2\)"),
     ):
         with pytest.raises(ArgumentError, match=f"VQVAEWithPrior: {message}"):
             VQVAEWithPrior(vqvae, GatedPixelCNN(num_codes, map_shape, 4, 1))

@@ -24,7 +24,7 @@ from popgen.optim.geco import GECO
 from popgen.optim.schedules import CosineAnnealing, SigmoidAnnealing
 from popgen.training import captured_step
 from popgen.training.captured_step import CapturedStep, record_step
-from popgen.training.objectives import ConstrainedELBO, NegativeELBO, VQVAELoss
+from popgen.training.objectives import ConstrainedELBO, LossOutput, NegativeELBO, VQVAELoss
 from popgen.training.sequence_objectives import ContrastiveLoss, NegativeLogLikelihood
 from popgen.training.state import TrainState, initial_state
 from popgen.training.step import make_train_step
@@ -102,7 +102,7 @@ class SometimesNan(NegativeELBO):
 
     def __call__(self, forward, batch, noise, settings, state):
         loss, metrics, changes = super().__call__(forward, batch, noise, settings, state)
-        return loss * settings["scale"], metrics, changes
+        return LossOutput(loss * settings["scale"], metrics, changes)
 
 
 KINDS = {

@@ -26,7 +26,7 @@ from popgen.nn.vamp_prior import VampPrior
 from popgen.replay import replay
 from popgen.training import checkpoints
 from popgen.training.diagnosis import diagnose
-from popgen.training.objectives import NegativeELBO
+from popgen.training.objectives import LossOutput, NegativeELBO
 from popgen.training.run_directory import RunDirectory
 from popgen.training.state import TrainState
 from popgen.training.weights import model_of_checkpoint
@@ -397,7 +397,8 @@ class SometimesNan(NegativeELBO):
 
     def __call__(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings, state):
         loss, metrics, changes = super().__call__(forward, batch, noise, settings, state)
-        return loss * settings["scale"], metrics | {"loss": metrics["loss"] * settings["scale"]}, changes
+        scaled = metrics | {"loss": metrics["loss"] * settings["scale"]}
+        return LossOutput(loss * settings["scale"], scaled, changes)
 
 
 def test_a_few_bad_steps_are_skipped_and_counted(tmp_path: pathlib.Path) -> None:
@@ -529,11 +530,12 @@ class BecomesInfinite(NegativeELBO):
     """Has an infinite loss from the eighth step on."""
 
     def settings(self, step: int) -> dict[str, float]:
-        return {**super().settings(step), "scale": torch.inf if step >= 7 else 1.0}
+        return {**super().settings(step), "scale": 1e39 if step >= 7 else 1.0}  # infinite in float32
 
     def __call__(self, forward: Callable[..., Any], batch: Tensor, noise: Tensor, settings, state):
         loss, metrics, changes = super().__call__(forward, batch, noise, settings, state)
-        return loss * settings["scale"], metrics | {"loss": metrics["loss"] * settings["scale"]}, changes
+        scaled = metrics | {"loss": metrics["loss"] * settings["scale"]}
+        return LossOutput(loss * settings["scale"], scaled, changes)
 
 
 def test_a_diverged_run_keeps_what_was_good(tmp_path: pathlib.Path) -> None:

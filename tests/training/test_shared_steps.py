@@ -225,7 +225,7 @@ class NanAtOne(NegativeELBO):
 
     def __call__(self, forward, batch, noise, settings, state):
         loss, metrics, observed = super().__call__(forward, batch, noise, settings, state)
-        return torch.where(batch[-1, 0] == 1, torch.nan, loss), metrics, observed
+        return LossOutput(torch.where(batch[-1, 0] == 1, torch.nan, loss), metrics, observed)
 
 
 @pytest.mark.parametrize("recorded", [False, True])
