@@ -104,69 +104,68 @@ class Experiment:
     cuda_graph: bool = True
 
     def __post_init__(self) -> None:
-        for name, minimum in (
-            ("num_steps", 1),
-            ("batch_size", 1),
-            ("seed", 0),
-            ("num_replicas", 1),
-            ("eval_every", 1),
-            ("log_every", 1),
-            ("checkpoint_every", 1),
-            ("max_skipped_steps", 0),
-            ("final_num_samples", 0),
-        ):
-            check_integer(f"Experiment.{name}", getattr(self, name), minimum)
-        if self.final_num_examples is not None:
-            check_integer("Experiment.final_num_examples", self.final_num_examples, minimum=1)
-        check_choice("Experiment.selection_split", self.selection_split, SELECTION_SPLITS)
+        self._check_numbers()
+        self._check_parts()
+        self._check_evaluation()
+        check_choice("Experiment.precision", self.precision, PRECISIONS)
+        for name in ("compile", "cuda_graph"):
+            check_flag(f"Experiment.{name}", getattr(self, name))
+        self.torch_device()
+
+    def _check_numbers(self) -> None:
+        for name in ("num_steps", "batch_size", "num_replicas", "eval_every", "log_every", "checkpoint_every"):
+            check_integer(f"Experiment.{name}", getattr(self, name), minimum=1)
+        for name in ("seed", "max_skipped_steps"):
+            check_integer(f"Experiment.{name}", getattr(self, name), minimum=0)
         if self.weight_average_decay is not None:
             check_number("Experiment.weight_average_decay", self.weight_average_decay, minimum=0.0, maximum=1.0)
         for name in ("max_gradient_norm", "skip_gradient_norm"):
             if getattr(self, name) is not None:
                 check_number(f"Experiment.{name} (None for no limit)", getattr(self, name), above=0.0)
-        for name, described, fits in (
-            (
-                "model",
-                "a Model (see popgen.models.model), such as @popgen.models.vae.VAE()",
-                isinstance(self.model, Model),
-            ),
-            ("dataset", "an object with a load() method", hasattr(self.dataset, "load")),
+
+    def _check_parts(self) -> None:
+        of_type: tuple[tuple[str, type, str], ...] = (
+            ("model", Model, "a Model (see popgen.models.model), such as @popgen.models.vae.VAE()"),
             (
                 "objective",
+                Objective,
                 "an Objective (see popgen.training.objectives), such as @popgen.training.objectives.NegativeELBO()",
-                isinstance(self.objective, Objective),
             ),
-            (
-                "evaluator",
-                "an Evaluator, such as @popgen.evaluation.evaluator.VAEEvaluator()",
-                isinstance(self.evaluator, Evaluator),
-            ),
-            (
-                "pretrained",
-                "a dictionary of parts of the model and runs, such as {'autoencoder': 'vqvae'}",
-                isinstance(self.pretrained, Mapping)
-                and all(isinstance(text, str) for item in self.pretrained.items() for text in item),
-            ),
-            ("optimizer", "a function of the parameters, such as @torch.optim.Adam", callable(self.optimizer)),
-            (
-                "learning_rate",
-                "None or a function of the step, such as @popgen.optim.schedules.CosineAnnealing()",
-                self.learning_rate is None or callable(self.learning_rate),
-            ),
-        ):
-            if not fits or (name != "optimizer" and isinstance(getattr(self, name), type)):
-                got = repr(getattr(self, name)).partition("(\n")[0]  # that of a module goes on with its parts
-                raise ArgumentError(f"Experiment.{name} must be {described}, got {got}")
+            ("evaluator", Evaluator, "an Evaluator, such as @popgen.evaluation.evaluator.VAEEvaluator()"),
+        )
+        for name, kind, described in of_type:
+            self._check(name, isinstance(getattr(self, name), kind), described)
+        is_class = isinstance(self.dataset, type)
+        self._check("dataset", hasattr(self.dataset, "load") and not is_class, "an object with a load() method")
+        self._check("optimizer", callable(self.optimizer), "a function of the parameters, such as @torch.optim.Adam")
+        self._check(
+            "learning_rate",
+            self.learning_rate is None or (callable(self.learning_rate) and not isinstance(self.learning_rate, type)),
+            "None or a function of the step, such as @popgen.optim.schedules.CosineAnnealing()",
+        )
+        self._check(
+            "pretrained",
+            isinstance(self.pretrained, Mapping)
+            and all(isinstance(text, str) for item in self.pretrained.items() for text in item),
+            "a dictionary of parts of the model and runs, such as {'autoencoder': 'vqvae'}",
+        )
         self.objective.check_model(self.model)
+
+    def _check_evaluation(self) -> None:
+        check_choice("Experiment.selection_split", self.selection_split, SELECTION_SPLITS)
         if not isinstance(self.model, self.evaluator.model_type):
             evaluated = f"{type(self.evaluator).__name__} evaluates a {self.evaluator.model_type.__name__}"
             raise ArgumentError(f"Experiment.evaluator: {evaluated}, and the model is a {type(self.model).__name__}")
+        check_integer("Experiment.final_num_samples", self.final_num_samples, minimum=0)
         if self.final_num_samples:  # an error now rather than after the last step
             self.evaluator.check_num_samples("Experiment.final_num_samples", self.final_num_samples)
-        for name in ("compile", "cuda_graph"):
-            check_flag(f"Experiment.{name}", getattr(self, name))
-        check_choice("Experiment.precision", self.precision, PRECISIONS)
-        self.torch_device()
+        if self.final_num_examples is not None:
+            check_integer("Experiment.final_num_examples", self.final_num_examples, minimum=1)
+
+    def _check(self, name: str, fits: bool, described: str) -> None:
+        if not fits:
+            got = repr(getattr(self, name)).partition("(\n")[0]  # that of a module goes on with its parts
+            raise ArgumentError(f"Experiment.{name} must be {described}, got {got}")
 
     def torch_device(self) -> torch.device:
         """Returns the device that the run uses.
