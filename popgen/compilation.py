@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from popgen.precision import float32_is_full, matrix_products
-from popgen.tensors import launches_cost
+from popgen.tensors import is_launch_bound
 
 # Relative difference that a compiled function's values and gradients may show, at full and at reduced precision.
 COMPILED_TOLERANCE, REDUCED_TOLERANCE = 1e-4, 5e-2
@@ -131,7 +131,7 @@ class _Traced:
             found.append(result_structure)
             return tuple(result.detach() if isinstance(result, Tensor) else result for result in results)
 
-        rules = rules_for_tracing(launches_cost(tensors[0]), float32_is_full())
+        rules = rules_for_tracing(is_launch_bound(tensors[0]), float32_is_full())
         graph = make_fx(of_tensors, rules, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
         for node in reversed(graph.graph.nodes):  # what an optimizer tells a profiler
             if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "profiler":

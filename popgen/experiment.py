@@ -29,7 +29,7 @@ from popgen.training import checks
 from popgen.training.captured_step import CapturedStep
 from popgen.training.diagnosis import with_replay
 from popgen.training.loop import DrawBatch, Hooks, MeanMetrics, Step, StopTogether, mean_metrics, train
-from popgen.training.recorder import Follower, Recorder, fit_files, selected_by
+from popgen.training.recorder import NullRecorder, Recorder, fit_files, selected_by
 from popgen.training.records import Configuration, EvaluationFiles
 from popgen.training.run_directory import Checkpoint, RunDirectory
 from popgen.training.state import TrainState, initial_state, state_from_tensors, state_to_tensors
@@ -92,7 +92,7 @@ def run(
     check_steps(experiment, data, model)
     functions = training_functions(experiment, model, data, processes)
     state = shared_state(experiment, model, data, directory, processes, anew)
-    recorder: Recorder | Follower = Follower(processes)
+    recorder: Recorder | NullRecorder = NullRecorder(processes)
     if processes.first:  # only now that everything is built and loaded: a mistake leaves an earlier run as it was
         if anew:
             directory.clear()
@@ -198,7 +198,7 @@ def finish(
     model: Model,
     data: Data,
     directory: RunDirectory,
-    recorder: Recorder | Follower,
+    recorder: Recorder | NullRecorder,
     stop: Callable[[], bool],
     processes: Processes = ALONE,
 ) -> None:

@@ -57,7 +57,7 @@ def write_whole(
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a value as strict JSON, indented, as `write_whole` does; what `finite` makes of it.
+    """Writes a value as strict JSON, indented, as `write_whole` does; what `json_ready` makes of it.
 
     Raises:
         RunDirectoryError: if it cannot be written; the old file is as it was.
@@ -72,39 +72,39 @@ def write_json(path: pathlib.Path, value: Any) -> None:
           "error": null
         }
     """
-    write_whole(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
+    write_whole(path, (json.dumps(json_ready(value), indent=2, allow_nan=False) + "\n").encode())
 
 
-def finite(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     """Returns a value of JSON with None, its `null`, wherever a number is infinite or NaN.
 
     Tensors, and the numbers and arrays of NumPy, become numbers and lists.
 
     Example:
-        >>> finite({"loss": 1.5, "errors": [0.5, math.inf]})
+        >>> json_ready({"loss": 1.5, "errors": [0.5, math.inf]})
         {'loss': 1.5, 'errors': [0.5, None]}
     """
-    value = plain(value)
+    value = to_python(value)
     if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [json_ready(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def plain(value: Any) -> Any:
+def to_python(value: Any) -> Any:
     """Returns a tensor, or a number or an array of NumPy, as a number or lists of them, and all else as it is.
 
     Example:
         >>> import torch
-        >>> plain(torch.tensor(1.5)), plain("text")
+        >>> to_python(torch.tensor(1.5)), to_python("text")
         (1.5, 'text')
     """
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 @contextlib.contextmanager
-def made(folder: pathlib.Path) -> Iterator[None]:
+def new_folder(folder: pathlib.Path) -> Iterator[None]:
     """Makes a folder for what is put into it; where that fails, what it made and is empty goes again.
 
     Raises:
@@ -113,7 +113,7 @@ def made(folder: pathlib.Path) -> Iterator[None]:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with contextlib.suppress(ConnectionError), made(pathlib.Path(folder) / "data" / "raw"):
+        ...     with contextlib.suppress(ConnectionError), new_folder(pathlib.Path(folder) / "data" / "raw"):
         ...         raise ConnectionError
         ...     os.listdir(folder)
         []
@@ -130,7 +130,7 @@ def made(folder: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held(
+def locked_folder(
     folder: pathlib.Path,
     in_use: str,
     not_writable: Callable[[str], str],
@@ -154,7 +154,7 @@ def held(
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with held(pathlib.Path(folder) / "run", "it is in use", "it is not writable: {}".format):
+        ...     with locked_folder(pathlib.Path(folder) / "run", "it is in use", "it is not writable: {}".format):
         ...         (pathlib.Path(folder) / "run" / LOCK_NAME).is_file()
         True
     """

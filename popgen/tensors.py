@@ -21,11 +21,11 @@ def can_be_read(tensor: Tensor) -> bool:
     return not functorch.is_batchedtensor(tensor)
 
 
-def launches_cost(tensor: Tensor) -> bool:
+def is_launch_bound(tensor: Tensor) -> bool:
     """Returns whether small operations on a tensor cost their launch, as on a GPU, and not what they compute.
 
     Example:
-        >>> launches_cost(torch.zeros(3))
+        >>> is_launch_bound(torch.zeros(3))
         False
     """
     return tensor.is_cuda

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from popgen.errors import RunDirectoryError
-from popgen.files import held, write_json, write_whole
+from popgen.files import locked_folder, write_json, write_whole
 
 
 def refuse(constant: str) -> None:
@@ -67,12 +67,12 @@ def test_a_folder_in_which_nothing_was_written_goes_again(
     folder = tmp_path / "run"
     if existed:
         folder.mkdir()
-    with pytest.raises(ValueError), held(folder, "in use", str, subfolders=("checkpoints", "samples")):
+    with pytest.raises(ValueError), locked_folder(folder, "in use", str, subfolders=("checkpoints", "samples")):
         if written is not None:
             (folder / written).write_text("")
         raise ValueError
     assert folder.exists() == (existed or written is not None)
     assert written is None or (folder / written).is_file()
-    with held(folder, "in use", str):
+    with locked_folder(folder, "in use", str):
         pass
     assert folder.is_dir()

@@ -13,7 +13,7 @@ from torch import Tensor
 from popgen.datasets.data import DOWNLOAD_TIMEOUT_SECONDS, data_folder
 from popgen.datasets.images import PROTOCOLS, ImageData, prepare_images
 from popgen.errors import DataError, check_choice, check_integer, check_path, reason_of
-from popgen.files import made
+from popgen.files import new_folder
 
 IMAGE_SHAPE = (28, 28)
 MNIST_SPLITS = ("train", "t10k")
@@ -132,7 +132,7 @@ def _download(data_dir: pathlib.Path, names: list[str], dataset: str) -> None:
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:
-        with made(raw):
+        with new_folder(raw):
             MNIST(str(data_dir), train=True, download=True)
             if not all((raw / name).is_file() for name in names):
                 raise RuntimeError("torchvision makes do with the older MNIST/processed that it found")

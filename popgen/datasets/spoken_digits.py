@@ -21,7 +21,7 @@ from popgen.datasets.audio import SHORT, read_recordings
 from popgen.datasets.data import DOWNLOAD_TIMEOUT_SECONDS, data_folder
 from popgen.datasets.sequences import SequenceData, Sequences
 from popgen.errors import ArgumentError, DataError, check_choice, check_integer, check_number, check_path, reason_of
-from popgen.files import made
+from popgen.files import new_folder
 
 SAMPLE_RATE = 8_000
 NUM_TEST_TAKES = 5  # the test split that the dataset's authors chose
@@ -229,7 +229,7 @@ def _missing_message(place: pathlib.Path, why: str) -> str:
 def _download(root: pathlib.Path, place: pathlib.Path) -> None:
     """Fetches the archive, checks what it holds and moves it to its place, or leaves nothing behind."""
     with (
-        made(place.parent),
+        new_folder(place.parent),
         tempfile.TemporaryDirectory(dir=root, prefix=".downloading-", ignore_cleanup_errors=True) as temporary,
     ):
         archive, unpacked = pathlib.Path(temporary) / "archive.tar.gz", pathlib.Path(temporary) / "recordings"

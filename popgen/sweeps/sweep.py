@@ -15,7 +15,7 @@ from popgen import config
 from popgen.datasets.data import Data
 from popgen.errors import ArgumentError, CheckpointError, ConfigError, PopgenError, RunDirectoryError
 from popgen.experiment import check_amounts, check_data, load_data
-from popgen.files import held, write_json
+from popgen.files import locked_folder, write_json
 from popgen.sweeps.points import Point, bindings, bound_name, may_be_the_same, point_name, setting_name
 from popgen.sweeps.processes import Job
 from popgen.training import checkpoints
@@ -104,7 +104,7 @@ class SweepDirectory:
         Raises:
             RunDirectoryError: if it cannot be written, or another process holds it.
         """
-        return held(
+        return locked_folder(
             self.path,
             in_use=f"another process runs the sweep in {self.path}; --table_only shows it",
             not_writable=lambda reason: f"the sweep directory {self.path} is not writable ({reason})",

@@ -16,7 +16,7 @@ from popgen.training.checkpoints import check_plain
 from popgen.training.objectives import LossOutput
 from popgen.training.state import TrainState, state_from_tensors, state_to_tensors
 from popgen.training.step import OF_THE_STEP, TrainStep, device_of
-from popgen.training.update import can_be_told
+from popgen.training.update import supports_found_inf
 
 
 def check_can_skip(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -29,7 +29,7 @@ def check_can_skip(optimizer: torch.optim.Optimizer, device: torch.device) -> No
         popgen.errors.ArgumentError: SGD cannot be told on a GPU to skip a step whose gradient is not finite: bind
         fused = True if it has that, or Experiment.max_skipped_steps = 0, which stops at the first
     """
-    if device.type != "cpu" and not can_be_told(optimizer):
+    if device.type != "cpu" and not supports_found_inf(optimizer):
         raise ArgumentError(
             f"{type(optimizer).__name__} cannot be told on a GPU to skip a step whose gradient is not finite: bind "
             "fused = True if it has that, or Experiment.max_skipped_steps = 0, which stops at the first"

@@ -128,14 +128,14 @@ class Recorder:
 
 
 @dataclasses.dataclass(frozen=True)
-class Follower:
+class NullRecorder:
     """What the other processes of a run do where the first one has its `Recorder`: they write nothing.
 
     Attributes:
         processes: of the run.
 
     Example:
-        >>> Follower(Processes(rank=1, size=2)).log(100, {"loss": 90.0})
+        >>> NullRecorder(Processes(rank=1, size=2)).log(100, {"loss": 90.0})
     """
 
     processes: Processes

@@ -11,7 +11,7 @@ from popgen.errors import ArgumentError, check_choice
 from popgen.evaluation.evaluator import Evaluator
 from popgen.evaluation.figures import evaluation_figure
 from popgen.evaluation.image_table import read_table
-from popgen.files import finite, plain, write_json
+from popgen.files import json_ready, to_python, write_json
 from popgen.summaries import Writer
 
 
@@ -111,8 +111,8 @@ class EvaluationFiles:
         Raises:
             ArgumentError: if the headline of the evaluator names what the record lacks; all else is written.
         """
-        results = {name: plain(record[name]) for name in evaluator.headline if name in record}
-        if not self._has_on_file(finite(results)):
+        results = {name: to_python(record[name]) for name in evaluator.headline if name in record}
+        if not self._has_on_file(json_ready(results)):
             if self.images_path.is_file():
                 figure = evaluation_figure(read_table(self.images_path).columns())
                 figure.savefig(self.figure_path)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from popgen.errors import CheckpointError, RunDirectoryError
-from popgen.files import LOCK_NAME, held
+from popgen.files import LOCK_NAME, locked_folder
 from popgen.training import checkpoints
 
 REPLICA = "replica_"  # and its number: the run directory of a replica, see `popgen.replicas`
@@ -236,7 +236,7 @@ class RunDirectory:
             RunDirectoryError: if it cannot be written, or another process holds it.
         """
         where, advice = f"the run directory {self.path}", "name another with --run_dir"
-        with held(
+        with locked_folder(
             self.path,
             in_use=f"{where} is in use by another process; wait for it, or {advice}",
             not_writable=lambda reason: f"{where} is not writable ({reason}); {advice}",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from popgen.compilation import compile_or_fall_back
 from popgen.optim.weight_average import update_weight_average
-from popgen.tensors import launches_cost
+from popgen.tensors import is_launch_bound
 from popgen.training.state import TrainState
 
 Gradients = tuple[Tensor | None, ...]
@@ -101,12 +101,12 @@ class Update:
         """Lets the optimizer take its step along the clipped gradients, unless it is skipped."""
         leaves: list[Tensor] = list(state.parameters.values())
         optimizer: Any = state.optimizer  # fused ones take attributes that the base class does not know
-        divisor, told = self.divisor(norm), can_be_told(optimizer)
+        divisor, told = self.divisor(norm), supports_found_inf(optimizer)
         in_passing = told and norm.dtype != torch.float64  # fused kernels divide by a `grad_scale` of type float32
         for leaf, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None and divisor is not None and not in_passing:
                 gradient = gradient / divisor
-            leaf.grad = None if gradient is None else laid_out_as(leaf, gradient)
+            leaf.grad = None if gradient is None else match_strides(leaf, gradient)
         if told:  # they do nothing at `found_inf`
             optimizer.grad_scale = divisor.float() if in_passing and divisor is not None else None
             optimizer.found_inf = (~taken).float()
@@ -179,7 +179,7 @@ def can_be_traced(optimizer: torch.optim.Optimizer, gradients: Gradients) -> boo
     """
     leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
     return (
-        launches_cost(leaves[0])
+        is_launch_bound(leaves[0])
         and type(optimizer).__module__.startswith("torch.optim.")
         and all("capturable" in group for group in optimizer.param_groups)
         and all(gradient is not None for gradient in gradients)
@@ -239,7 +239,7 @@ def _tensors_of(state: TrainState, gradients: Gradients) -> tuple:
     of_leaf: dict[Tensor, Any] = dict(zip(state.parameters.values(), gradients, strict=True))
     return (
         {names[leaf]: leaf for leaf in leaves},
-        [laid_out_as(leaf, of_leaf[leaf]) for leaf in leaves],
+        [match_strides(leaf, of_leaf[leaf]) for leaf in leaves],
         [dict(state.optimizer.state[leaf]) for leaf in leaves],
         state.weight_average,
         state.skipped,
@@ -268,22 +268,22 @@ def count_skipped(skipped: dict[str, Tensor], taken: Tensor, dtype: torch.dtype)
     return total.to(dtype), in_a_row.to(dtype)
 
 
-def laid_out_as(leaf: Tensor, gradient: Tensor) -> Tensor:
+def match_strides(leaf: Tensor, gradient: Tensor) -> Tensor:
     """Returns a gradient that lies in memory as its parameter does: fused kernels go by memory alone.
 
     Example:
-        >>> laid_out_as(torch.zeros(2, 3), torch.zeros(3, 2).T).stride()
+        >>> match_strides(torch.zeros(2, 3), torch.zeros(3, 2).T).stride()
         (3, 1)
     """
     return gradient if gradient.stride() == leaf.stride() else torch.empty_like(leaf).copy_(gradient)
 
 
-def can_be_told(optimizer: torch.optim.Optimizer) -> bool:
+def supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     """Returns whether an optimizer can be told on the device to leave a step out; fused ones can.
 
     Example:
         >>> parameters = [torch.nn.Parameter(torch.zeros(1))]
-        >>> [can_be_told(torch.optim.Adam(parameters, fused=fused)) for fused in (True, False)]
+        >>> [supports_found_inf(torch.optim.Adam(parameters, fused=fused)) for fused in (True, False)]
         [True, False]
     """
     return getattr(optimizer, "_step_supports_amp_scaling", False)

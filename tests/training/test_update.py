@@ -29,7 +29,7 @@ NUM_STEPS, NOT_FINITE, TOO_LARGE = 8, 5, 6
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small operations cost their launch; and optimizers that count on the device are let to do so on a CPU."""
-    monkeypatch.setattr("popgen.training.update.launches_cost", lambda tensor: True)
+    monkeypatch.setattr("popgen.training.update.is_launch_bound", lambda tensor: True)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
@@ -164,7 +164,7 @@ def test_what_cannot_be_traced_takes_plain_steps(monkeypatch: pytest.MonkeyPatch
         return can_be_traced(state.optimizer, gradients if used else (None, *gradients[1:]))
 
     assert not traced_after(torch.optim.Adam)  # a CPU's own kernel is as good
-    monkeypatch.setattr("popgen.training.update.launches_cost", lambda tensor: True)
+    monkeypatch.setattr("popgen.training.update.is_launch_bound", lambda tensor: True)
     assert traced_after(torch.optim.Adam)
     assert not traced_after(torch.optim.Adam, num_steps=0)  # it has made nothing to keep yet
     assert not traced_after(torch.optim.Adam, used=False)

@@ -14,7 +14,7 @@ from popgen.errors import check_integer
 from popgen.nn.flows.flow import Bijection, PosteriorFlow, check_points, solve_residual_tanh
 from popgen.nn.linear import Linear
 from popgen.precision import at_least_float32, full_precision
-from popgen.tensors import launches_cost
+from popgen.tensors import is_launch_bound
 
 # Both diagonals stay within ±MAX_DIAGONAL, so that r_ii · r̃_ii ≥ -MAX_DIAGONAL² ≥ -1 + 1e-4 even where tanh rounds to
 # ±1, and with tanh' ≤ 1 the determinant cannot vanish (theorem 2 of the paper asks for r_ii · r̃_ii > -1).
@@ -125,7 +125,7 @@ class HouseholderSylvesterBijection(Bijection):
         On a CPU operations cost, and each is two thin products beside that with the triangle. On a GPU launches cost,
         and each is a product with one matrix; those of all transformations are formed together.
         """
-        maps = self._matrices() if launches_cost(self.upper) else self._thin_products()
+        maps = self._matrices() if is_launch_bound(self.upper) else self._thin_products()
         return list(zip(maps, self._parameters(), strict=True))
 
     def _thin_products(self) -> list[tuple[RowMap, RowMap]]:
@@ -155,7 +155,7 @@ class HouseholderSylvesterBijection(Bijection):
 
     def _takes_kernels(self, z: Tensor) -> bool:
         return (
-            launches_cost(z)
+            is_launch_bound(z)
             and at_least_float32(z).dtype == self.parameters.dtype == torch.float32
             and len(z) <= MAX_SAMPLES_OF_KERNELS
             and z.shape[-1] <= MAX_LATENT_OF_KERNELS

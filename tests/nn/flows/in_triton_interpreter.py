@@ -10,7 +10,7 @@ SIZES = [(5, 2, 3, 2, 3), (40, 2, 8, 1, 2), (4, 3, 1, 2, 1), (1, 2, 1, 1, 2)]
 
 def values_and_gradients(flow, context, z, weights, by_kernels: bool, monkeypatch) -> list[torch.Tensor]:
     """Returns moved points, log-determinants, and the gradients of points, context and parameters."""
-    monkeypatch.setattr(hsnf, "launches_cost", lambda tensor: by_kernels)
+    monkeypatch.setattr(hsnf, "is_launch_bound", lambda tensor: by_kernels)
     context, z = context.clone().requires_grad_(), z.clone().requires_grad_()
     moved, log_det = flow(context).forward_and_log_det(z)
     loss = (weights[0] * moved).sum() + (weights[1] * log_det).sum()
@@ -40,8 +40,8 @@ def test_few_samples_of_small_models_take_the_kernels(monkeypatch: pytest.Monkey
     monkeypatch.setattr(hsnf_kernels, "move", lambda *arguments: counted.append(1) or move(*arguments))
     most, widest = hsnf.MAX_SAMPLES_OF_KERNELS, hsnf.MAX_LATENT_OF_KERNELS
 
-    def kernels(samples: int, latent_dim: int, dtype: torch.dtype = torch.float32, launches_cost: bool = True) -> int:
-        monkeypatch.setattr(hsnf, "launches_cost", lambda tensor: launches_cost)
+    def kernels(samples: int, latent_dim: int, dtype: torch.dtype = torch.float32, is_launch_bound: bool = True) -> int:
+        monkeypatch.setattr(hsnf, "is_launch_bound", lambda tensor: is_launch_bound)
         counted.clear()
         flow, z = HouseholderSylvesterFlow(latent_dim, 8, 1, 1).to(dtype), torch.randn(samples, 1, latent_dim).to(dtype)
         moved, log_det = flow(torch.randn(1, 8).to(dtype)).forward_and_log_det(z)
@@ -50,7 +50,7 @@ def test_few_samples_of_small_models_take_the_kernels(monkeypatch: pytest.Monkey
 
     assert [kernels(samples, 2) for samples in (0, 1, most, most + 1)] == [1, 1, 1, 0]
     assert [kernels(1, size) for size in (widest, widest + 1)] == [1, 0]
-    assert kernels(1, 2, torch.float64) == kernels(1, 2, launches_cost=False) == 0
+    assert kernels(1, 2, torch.float64) == kernels(1, 2, is_launch_bound=False) == 0
 
 
 def test_copies_are_moved_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_copies_are_moved_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
     outcomes = []
     for by_kernels in (True, False):
-        monkeypatch.setattr(hsnf, "launches_cost", lambda tensor, answer=by_kernels: answer)
+        monkeypatch.setattr(hsnf, "is_launch_bound", lambda tensor, answer=by_kernels: answer)
         leaves = [tensor.clone().requires_grad_() for tensor in (z, context)]
         outside = torch.autograd.grad(torch.vmap(loss)(*leaves).sum(), leaves)
         inside = torch.vmap(torch.func.grad(loss, argnums=(0, 1)))(z, context)

@@ -75,7 +75,7 @@ def test_flow_equals_the_textbook(
     num_flows: int, num_reflections: int, by_matrices: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Points and log-determinants of equations 9, 10 and 13, for each sample of each example, as on either device."""
-    monkeypatch.setattr("popgen.nn.flows.hsnf.launches_cost", lambda tensor: by_matrices)
+    monkeypatch.setattr("popgen.nn.flows.hsnf.is_launch_bound", lambda tensor: by_matrices)
     flow, context = make_flow(num_flows, num_reflections), make_context(2)
     z = 1.5 * torch.randn(2, 2, LATENT_DIM, dtype=torch.float64)
     moved, log_det = flow(context).forward_and_log_det(z)
@@ -90,7 +90,7 @@ def test_gradients_and_scores_are_the_same_by_matrices(monkeypatch: pytest.Monke
     flow, context, z = make_flow(3, 4), make_context(6), torch.randn(2, 6, LATENT_DIM, dtype=torch.float64)
     outcomes = []
     for by_matrices in (False, True):
-        monkeypatch.setattr("popgen.nn.flows.hsnf.launches_cost", lambda tensor, answer=by_matrices: answer)
+        monkeypatch.setattr("popgen.nn.flows.hsnf.is_launch_bound", lambda tensor, answer=by_matrices: answer)
         moved, log_det = flow(context).forward_and_log_det(z)
         gradients = torch.autograd.grad(moved.sin().sum() + log_det.sum(), list(flow.parameters()))
         outcomes.append([flow(context).push_score(z, z.cos()), *gradients])
@@ -179,7 +179,7 @@ def test_flow_stays_invertible_where_tanh_saturates(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("scale", [0.1, 0.3, 1.0])
 def test_float32_error_at_the_paper_s_size(scale: float, by_matrices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """4 flows of 8 reflections in 40 dimensions: log-determinants within 1e-3 nats of float64, 1e-5 on average."""
-    monkeypatch.setattr("popgen.nn.flows.hsnf.launches_cost", lambda tensor: by_matrices)
+    monkeypatch.setattr("popgen.nn.flows.hsnf.is_launch_bound", lambda tensor: by_matrices)
     flow = HouseholderSylvesterFlow(40, CONTEXT_DIM, 4, 8)
     context, z = scale * torch.randn(100, CONTEXT_DIM), torch.randn(20, 100, 40)
     found = flow(context).forward_and_log_det(z)
