@@ -8,7 +8,7 @@ from typing import Any
 
 from popgen.datasets.data import Data
 from popgen.distributed import ALONE, Processes
-from popgen.errors import TrainingError
+from popgen.errors import ArgumentError, TrainingError
 from popgen.evaluation.evaluator import Evaluator
 from popgen.evaluation.shown import Shown, save_shown, write_shown
 from popgen.models.model import Model
@@ -66,16 +66,20 @@ class Recorder:
     def _evaluate(self, state: TrainState) -> TrainState:
         model = model_with_weights(self.model, state.parameters, state.buffers)
         examples = self.data.split(self.selection_split)
-        results = self.evaluator.validate(model, examples, self.seed)
-        loss = float(results["loss"])  # the state is kept in checkpoints, which hold no numbers of numpy
+        name = type(self.evaluator).__name__
+        results = numbers_of(f"{name}.validate", self.evaluator.validate(model, examples, self.seed))
+        if "loss" not in results:
+            raise ArgumentError(f"{name}.validate must return a loss, which chooses the best checkpoint")
+        loss = results["loss"]
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the {self.selection_split} loss is {loss} at step {state.step}; the last checkpoints are left as "
                 "they are"
             )
-        curves = {**results, **self.evaluator.curves(model, examples)}
-        self.writer.scalars(self.selection_split, curves, state.step)
-        self.writer.scalars("train", self.evaluator.curves(model, self.data.train), state.step)
+        curves = {self.selection_split: dict(results), "train": {}}
+        for split, found in ((self.selection_split, examples), ("train", self.data.train)):
+            curves[split] |= numbers_of(f"{name}.curves", self.evaluator.curves(model, found))
+            self.writer.scalars(split, curves[split], state.step)
         if loss < state.best_loss:
             state = dataclasses.replace(state, best_loss=loss, best_step=state.step)
         self.writer.scalars("best", {"loss": state.best_loss}, state.step)
@@ -164,6 +168,34 @@ class NullRecorder:
 
     def close(self) -> None:
         """Does nothing."""
+
+
+def numbers_of(name: str, results: Any) -> dict[str, float]:
+    """Returns what an evaluator found as numbers of Python: checkpoints hold none of numpy.
+
+    Args:
+        name: of the method, for the error.
+        results: what it returned.
+
+    Raises:
+        ArgumentError: if that is not numbers by name.
+
+    Example:
+        >>> import torch
+        >>> numbers_of("Mine.curves", {"loss": torch.zeros(3)})
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: Mine.curves must return numbers by name, got tensor([0., 0., 0.]) as 'loss'
+    """
+    if not isinstance(results, Mapping):
+        raise ArgumentError(f"{name} must return numbers by name, got {results!r}")
+    numbers = {}
+    for key, value in results.items():
+        try:
+            numbers[key] = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise ArgumentError(f"{name} must return numbers by name, got {value!r} as {key!r}") from None
+    return numbers
 
 
 def selected_by(selection_split: str, evaluator: Evaluator) -> str:

@@ -569,6 +569,35 @@ def test_a_loss_of_numpy_is_a_number_in_the_checkpoint(whole: pathlib.Path, tmp_
     assert_same_checkpoint(whole, tmp_path, "latest")
 
 
+class Answers(VAEEvaluator):
+    """An evaluator that returns whatever it is told."""
+
+    def __init__(self, **returned: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "returned", returned)
+
+    def validate(self, model: Any, examples: Any, seed: int) -> Any:
+        return self.returned.get("validate", {"loss": 1.0})
+
+    def curves(self, model: Any, examples: Any) -> Any:
+        return self.returned["curves"]
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        ({"curves": None}, "Answers.curves must return numbers by name, got None"),
+        ({"curves": {"use": torch.zeros(2)}}, r"Answers.curves must return numbers by name, got tensor\(.*\) as 'use'"),
+        ({"curves": {}, "validate": {"elbo": 1.0}}, "Answers.validate must return a loss, which chooses the best"),
+        ({"curves": {}, "validate": {"loss": "low"}}, "Answers.validate must return numbers by name, got 'low'"),
+    ],
+)
+def test_what_an_evaluator_returns_is_named_where_it_is_no_curve(returned, message, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        run_in(tmp_path, evaluator=Answers(**returned))
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
