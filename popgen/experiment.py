@@ -1,7 +1,4 @@
-"""The functions that check, train and evaluate an experiment; what one is made of stands in `popgen.description`.
-
-Plain Python: Gin builds an `Experiment` once and is not seen again.
-"""
+"""Checks, trains and evaluates an experiment (see `popgen.description`); Gin, which builds one, is not seen here."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -328,9 +325,9 @@ def restored_or_initial_state(experiment: Experiment, model: Model, data: Data, 
 def shared_state(
     experiment: Experiment, model: Model, data: Data, directory: RunDirectory, processes: Processes, anew: bool = False
 ) -> TrainState:
-    """Returns the state that a run goes on from, in every process the one that the first has found or made.
+    """Returns the state that a run goes on from; where it is to start anew, no checkpoint is looked for.
 
-    Where a run is to start anew, no checkpoint is looked for.
+    In every process it is the one that the first has found or made.
 
     Example: `run` calls it.
     """
@@ -338,7 +335,8 @@ def shared_state(
         return state_from_tensors(processes.broadcast({}), initial_state_of(experiment, model))
     found = None if anew else directory.newest_checkpoint()
     selection = selected_by(experiment.selection_split, experiment.evaluator)
-    state = fit_files(directory, found, restored_or_initial_state(experiment, model, data, found), selection)
+    state = restored_or_initial_state(experiment, model, data, found)
+    state = fit_files(directory, found, state, selection, data.train)
     on_cpu = tree_map_only(torch.Tensor, Tensor.cpu, state_to_tensors(state))  # from a GPU all would open the first's
     processes.broadcast(on_cpu)
     return state

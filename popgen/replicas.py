@@ -127,7 +127,7 @@ def run_replicas(
         everything = zip(experiments, models, own, newest, strict=True)
         state = stack_states(
             [
-                fit_files(one, found, restored_or_initial_state(e, m, data, found), selection)
+                fit_files(one, found, restored_or_initial_state(e, m, data, found), selection, data.train)
                 for e, m, one, found in everything
             ]
         )

@@ -1,15 +1,19 @@
 """What a run writes while it trains: curves, pictures, sounds and checkpoints."""
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch.utils._pytree import tree_leaves
+
 from popgen.datasets.data import Data
 from popgen.distributed import ALONE, Processes
 from popgen.errors import ArgumentError, TrainingError
-from popgen.evaluation.evaluator import Evaluator
+from popgen.evaluation.evaluator import Evaluator, checksum
 from popgen.evaluation.shown import Shown, save_shown, write_shown
 from popgen.models.model import Model
 from popgen.streams import make_generator
@@ -122,7 +126,12 @@ class Recorder:
         self.writer.close()
 
     def _tensors(self, state: TrainState) -> dict[str, Any]:
-        return {**state_to_tensors(state), "selected_by": selected_by(self.selection_split, self.evaluator)}
+        of_run = {"selected_by": selected_by(self.selection_split, self.evaluator), "train_sha256": self._train_sha256}
+        return {**state_to_tensors(state), **of_run}
+
+    @functools.cached_property
+    def _train_sha256(self) -> str:
+        return checksum_of_split(self.data.train)
 
     def _write_shown(self, model: Model, step: int) -> None:
         """Writes pictures and sounds; ever more rarely, so that a long run does not fill the disk."""
@@ -181,7 +190,6 @@ def numbers_of(name: str, results: Any) -> dict[str, float]:
         ArgumentError: if that is not numbers by name.
 
     Example:
-        >>> import torch
         >>> numbers_of("Mine.curves", {"loss": torch.zeros(3)})
         Traceback (most recent call last):
             ...
@@ -210,15 +218,44 @@ def selected_by(selection_split: str, evaluator: Evaluator) -> str:
     return f"{selection_split} loss" + (f" of {samples} samples" if samples != 1 else "")
 
 
-def fit_files(directory: RunDirectory, found: Checkpoint | None, state: TrainState, selection: str) -> TrainState:
+def checksum_of_split(split: Any) -> str:
+    """Returns the SHA-256 of all tensors that a split holds.
+
+    Example:
+        >>> from popgen.datasets.sequences import Sequences
+        >>> one, other = (Sequences(torch.zeros(5), torch.tensor(lengths)) for lengths in ([2, 3], [3, 2]))
+        >>> checksum_of_split(one) == checksum_of_split(other)
+        False
+    """
+    held = split if isinstance(split, torch.Tensor) else dict(getattr(split, "__dict__", {}))
+    return checksum(*(leaf for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor)))
+
+
+def fit_files(
+    directory: RunDirectory, found: Checkpoint | None, state: TrainState, selection: str, train: Any
+) -> TrainState:
     """Makes the files of a run fit the checkpoint that its state was found in, and returns the state.
 
-    Where the best checkpoint is lost, or was chosen by another loss than `selection`, the lowest is sought anew.
+    Where the best checkpoint is lost, or was chosen by another loss than `selection`, the lowest is sought anew. Where
+    the training split is another than it was, one line says so.
+
+    Args:
+        directory: of the run.
+        found: the checkpoint, if there is one.
+        state: that it holds, or that before the first step.
+        selection: the loss that chooses the best checkpoint, in words.
+        train: the training split.
 
     Example: `shared_state` calls it.
     """
     if found is None:
         return state
+    if found.tensors.get("train_sha256") not in (None, checksum_of_split(train)):  # earlier checkpoints have none
+        print(
+            f"{directory.path}: the training data is not that of the first {state.step} steps",
+            file=sys.stderr,
+            flush=True,
+        )
     best_is_there, before = directory.continue_from(found), found.tensors.get("selected_by", selection)
     if before != selection:
         print(

@@ -46,9 +46,12 @@ class Columns:
     """Grey levels, binarised at every visit."""
 
     num_test: int = 12
+    num_train: int = 30
 
     def load(self) -> ImageData:
-        return prepare_images(columns(30, 0), columns(self.num_test, 1), (4, 4), "dynamic", 0, validation_size=6)
+        return prepare_images(
+            columns(self.num_train, 0), columns(self.num_test, 1), (4, 4), "dynamic", 0, validation_size=6
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -613,6 +616,14 @@ def test_what_cannot_end_well_does_not_begin(changes: dict, message: str, tmp_pa
     with pytest.raises(ArgumentError, match=message):
         run_in(tmp_path, **changes)
     assert not RunDirectory(tmp_path).has_checkpoint()
+
+
+def test_a_run_that_goes_on_with_other_data_says_so(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    run_in(tmp_path, num_steps=3)
+    run_in(tmp_path, num_steps=6)
+    assert "training data" not in capsys.readouterr().err
+    run_in(tmp_path, num_steps=9, dataset=Columns(num_train=26))
+    assert f"{tmp_path}: the training data is not that of the first 6 steps" in capsys.readouterr().err
 
 
 # --- unusual data ----------------------------------------------------------------------------------------------------
