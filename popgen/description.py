@@ -175,8 +175,10 @@ class Experiment:
         """
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device == "meta":
+            raise ArgumentError("Experiment.device 'meta' cannot be used here: it holds no values")
         try:
-            torch.zeros(1, device=self.device).item()  # which no device has that holds no values
+            torch.empty(0, device=self.device)
             return torch.device(self.device)
         except (RuntimeError, AssertionError, TypeError) as error:
             reason = reason_of(error)

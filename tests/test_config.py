@@ -99,12 +99,13 @@ def test_a_best_config_trains_the_same_model_otherwise(name):
         assert (plain.model.prior.initialisation, best.model.prior.initialisation) == ("uniform", "data")
 
 
-def test_quickstart_is_the_headline_model_with_its_annealing_in_proportion():
+def test_quickstart_is_the_headline_model_annealed_over_the_whole_run():
     short, long = (config.load([f"configs/{name}.gin"]).experiment for name in ("quickstart", "vamp_hsnf"))
     assert isinstance(short.dataset, StrokeDigits)
     shapes = [{name: p.shape for name, p in e.model.named_parameters()} for e in (short, long)]
     assert shapes[0] == shapes[1]
-    assert short.objective.beta(short.num_steps // 20) == pytest.approx(long.objective.beta(long.num_steps // 20))
+    half, end = (short.objective.beta(step) for step in (short.num_steps // 2, short.num_steps))
+    assert half < 0.8 and 0.95 < end < 1.0
 
 
 def test_short_names_and_parts_that_the_file_does_not_mention():
