@@ -23,13 +23,6 @@ from popgen.training.state import initial_state
 from popgen.training.step import make_train_step
 
 CPU = torch.device("cpu")
-INTEGERS = (torch.uint8, torch.int64, torch.bool)
-COARSE = 1.0 + 2.0**-10  # needs ten bits after the point: bfloat16 has seven
-
-
-def product_of_coarse() -> float:
-    factor = torch.full((1, 1), COARSE)
-    return (factor @ factor).item()
 
 
 def make_vae(seed: int = 0) -> VAE:
@@ -37,9 +30,6 @@ def make_vae(seed: int = 0) -> VAE:
     return VAE(
         GaussianEncoder(16, 4, 12), BernoulliDecoder(4, 16, 12), VampPrior(16, 5), HouseholderSylvesterFlow(4, 12, 2, 3)
     )
-
-
-# --- precision -------------------------------------------------------------------------------------------------------
 
 
 COMPILED_RUN = """

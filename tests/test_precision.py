@@ -36,9 +36,6 @@ def make_vae(seed: int = 0) -> VAE:
     )
 
 
-# --- precision -------------------------------------------------------------------------------------------------------
-
-
 def test_products_are_rounded_inside_and_only_inside():
     with matrix_products("bf16", CPU):
         assert product_of_coarse() == 1.0
@@ -171,9 +168,6 @@ def test_a_precision_that_is_not_there_is_named():
     ):
         pass
     assert check_precision("precision", "tf32", torch.device("cuda")) == "tf32"
-
-
-# --- compilation -----------------------------------------------------------------------------------------------------
 
 
 # Run in a process of its own, where nothing checks shapes at runtime and so nothing stands between the compiler and the

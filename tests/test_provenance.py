@@ -4,13 +4,8 @@ import pathlib
 import subprocess
 
 import pytest
-import torch
 
 from popgen.provenance import commit
-
-CPU = torch.device("cpu")
-INTEGERS = (torch.uint8, torch.int64, torch.bool)
-COARSE = 1.0 + 2.0**-10  # needs ten bits after the point: bfloat16 has seven
 
 
 def git(folder: pathlib.Path, *arguments: str) -> str:

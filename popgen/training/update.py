@@ -40,7 +40,8 @@ class Update:
     """An update of the tensors of states in place, `update(states, losses, gradients, averaging_rate, rate)`.
 
     Where the loss or the gradient is not finite, or the gradient too large, parameters, optimizer and average stay as
-    they were; what a fused optimizer first keeps of a parameter in such a step is zero. Nothing waits for the device.
+    they were; what a fused optimizer first keeps of a parameter in such a step is zero. Nothing waits for the device,
+    but a plain step of an optimizer that cannot be told there to skip it.
 
     Attributes:
         max_gradient_norm: gradients with a larger norm are scaled down to it.
