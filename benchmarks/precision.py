@@ -17,10 +17,9 @@ from popgen import config
 from popgen.errors import ArgumentError
 from popgen.evaluation.likelihood import estimate_log_likelihood
 from popgen.evaluation.statistics import standard_error
-from popgen.experiment import prepare
 from popgen.precision import PRECISIONS, check_precision
+from popgen.prepared import prepare
 from popgen.training.run_directory import RunDirectory
-from popgen.training.weights import model_of_checkpoint
 
 
 def available(device: torch.device) -> list[str]:
@@ -44,13 +43,12 @@ def main() -> None:
     directory = RunDirectory(arguments.run_dir)
     experiment = config.load([str(directory.config_path)], []).experiment
     device = experiment.torch_device()
-    data, model = prepare(experiment, device)
-    model = model_of_checkpoint(model, directory.load_checkpoint("best"))
-    images, rows, exact = data.test[: arguments.num_images], [], None
+    trained = prepare(experiment, device).with_checkpoint(directory.load_checkpoint("best"))
+    images, rows, exact = trained.data.test[: arguments.num_images], [], None
     for precision in available(device):
         synchronise(device)
         start = time.perf_counter()
-        log_p_x = estimate_log_likelihood(model, images, arguments.num_samples, precision=precision).double()
+        log_p_x = estimate_log_likelihood(trained.model, images, arguments.num_samples, precision=precision).double()
         synchronise(device)
         seconds = (time.perf_counter() - start) / len(images)
         exact = log_p_x if exact is None else exact

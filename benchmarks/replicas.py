@@ -17,8 +17,7 @@ import torch
 from benchmarks.measure import Work, in_fresh_process, interleaved, markdown_table, peak_memory, ratio
 from benchmarks.speed import CONFIGS, DIGITS, MAX_GRADIENT_NORM, STEPS
 from popgen import config
-from popgen.experiment import initial_state_of, prepare, training_functions
-from popgen.replicas import initial_states_of, replicated_training
+from popgen.replicas import initial_states_of, prepare_replicas, replicated_training
 from popgen.training.loop import Hooks, train
 from popgen.training.replicas import mean_metrics_of_replicas
 
@@ -33,13 +32,12 @@ def training(name: str, device: str, bindings: tuple[str, ...], num_replicas: in
         given.append(f"Experiment.num_replicas = {num_replicas}")
     loaded = config.load_replicas(files, given, config.load(files, given).experiment)
     experiments = [one.experiment for one in loaded]
-    data, model = prepare(experiments[0], torch.device(device))
+    prepared = prepare_replicas(experiments, torch.device(device))
     hooks = Hooks(100, lambda step, means: None, 10**9, lambda state: state, 10**9, lambda state: None)
     if num_replicas is None:
-        state, functions = initial_state_of(experiments[0], model), training_functions(experiments[0], model, data)
+        state, functions = prepared[0].initial_state(), prepared[0].training_functions()
     else:
-        models = [model, *(experiment.model.to(device) for experiment in experiments[1:])]
-        state, functions = initial_states_of(experiments, models), replicated_training(experiments, model, data)
+        state, functions = initial_states_of(prepared), replicated_training(prepared)
         hooks = hooks._replace(mean=mean_metrics_of_replicas)
 
     def work() -> None:

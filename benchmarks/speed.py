@@ -11,7 +11,6 @@ PyTorch forms them, and by the library that the project chose.
 """
 
 import argparse
-import dataclasses
 import functools
 import platform
 import statistics
@@ -20,13 +19,11 @@ import torch
 
 from benchmarks.measure import Work, bare_products, in_fresh_process, interleaved, markdown_table, peak_memory, ratio
 from popgen import config
-from popgen.datasets.images import ImageData, as_values
+from popgen.datasets.images import as_values
 from popgen.evaluation.likelihood import estimate_log_likelihood
-from popgen.experiment import Experiment, prepare, training_functions
-from popgen.models.vae import VAE
 from popgen.precision import PRECISIONS
+from popgen.prepared import PreparedExperiment, prepare
 from popgen.training.loop import Hooks, train
-from popgen.training.state import initial_state
 from tests import textbook
 
 CONFIGS = ("vae", "vamp", "vamp_hsnf")
@@ -37,8 +34,8 @@ LEARNING_RATE = 2e-4
 
 
 @functools.cache
-def loaded(name: str, device: str, compiled: bool, *changes: str) -> tuple[Experiment, ImageData, VAE]:
-    """Returns a config's experiment on the embedded digits, with some changes, its data and its model."""
+def loaded(name: str, device: str, compiled: bool, *changes: str) -> PreparedExperiment:
+    """Returns a config's experiment on the embedded digits, with some changes, prepared."""
     bindings = [
         DIGITS,
         f"Experiment.device = '{device}'",
@@ -47,15 +44,13 @@ def loaded(name: str, device: str, compiled: bool, *changes: str) -> tuple[Exper
         *changes,
     ]
     experiment = config.load([f"configs/{name}.gin"], bindings).experiment
-    data, model = prepare(experiment, torch.device(device))
-    return experiment, data, model
+    return prepare(experiment, torch.device(device))
 
 
 def project_training(name: str, device: str, compiled: bool, *changes: str) -> Work:
     """Returns what takes `STEPS` steps of a config."""
-    experiment, data, model = loaded(name, device, compiled, *changes)
-    state = initial_state(model, experiment.optimizer, experiment.seed)
-    step, draw_batch = training_functions(experiment, model, data)
+    prepared = loaded(name, device, compiled, *changes)
+    state, (step, draw_batch) = prepared.initial_state(), prepared.training_functions()
     hooks = Hooks(100, lambda step, means: None, 10**9, lambda state: state, 10**9, lambda state: None)
 
     def work() -> None:
@@ -67,10 +62,9 @@ def project_training(name: str, device: str, compiled: bool, *changes: str) -> W
 
 def textbook_training(name: str, device: str) -> Work:
     """Returns what takes `STEPS` textbook steps of a config."""
-    _, data, model = loaded(name, device, False)
-    trainer = textbook.TextbookTrainer(
-        textbook.Textbook.like(model), data.train.cpu(), 100, LEARNING_RATE, MAX_GRADIENT_NORM
-    )
+    prepared = loaded(name, device, False)
+    plain, images = textbook.Textbook.like(prepared.model), prepared.data.train.cpu()
+    trainer = textbook.TextbookTrainer(plain, images, 100, LEARNING_RATE, MAX_GRADIENT_NORM)
 
     def work() -> None:
         for _ in range(STEPS):
@@ -81,15 +75,15 @@ def textbook_training(name: str, device: str) -> Work:
 
 def project_evaluation(name: str, device: str, compiled: bool, num_samples: int, num_images: int) -> Work:
     """Returns what evaluates some test images."""
-    _, data, model = loaded(name, device, compiled)
-    images = data.test[:num_images]
-    return lambda: estimate_log_likelihood(model, images, num_samples, compiled=compiled)
+    prepared = loaded(name, device, compiled)
+    images = prepared.data.test[:num_images]
+    return lambda: estimate_log_likelihood(prepared.model, images, num_samples, compiled=compiled)
 
 
 def textbook_evaluation(name: str, device: str, num_samples: int) -> Work:
     """Returns what evaluates one test image in the textbook's way."""
-    _, data, model = loaded(name, device, False)
-    plain, images = textbook.Textbook.like(model), as_values(data.test[:1])
+    prepared = loaded(name, device, False)
+    plain, images = textbook.Textbook.like(prepared.model), as_values(prepared.data.test[:1])
     return lambda: textbook.iwae(plain, images, num_samples)
 
 
@@ -114,10 +108,8 @@ def compare_training(name: str, device: torch.device, rounds: int, with_compile:
 
 def one_step(name: str, device: str) -> Work:
     """Returns what takes one plain step: no graph, no compiler, so that its operations can be seen."""
-    experiment, data, model = loaded(name, device, False)
-    state = initial_state(model, experiment.optimizer, experiment.seed)
-    plain = dataclasses.replace(experiment, cuda_graph=False)
-    step, draw_batch = training_functions(plain, model, data)
+    prepared = loaded(name, device, False, "Experiment.cuda_graph = False")
+    state, (step, draw_batch) = prepared.initial_state(), prepared.training_functions()
     return lambda: step(state, draw_batch(0, state.generators["binarisation"]))
 
 

@@ -15,11 +15,11 @@ from popgen.distributed import Processes
 from popgen.errors import UnfinishedEvaluationError, check_integer
 from popgen.evaluation.annealed import check_by_annealing, check_can_anneal, describe_check
 from popgen.evaluation.image_table import ImageTable, Shard
-from popgen.experiment import evaluate_model, prepare
+from popgen.experiment import evaluate
 from popgen.precision import PRECISIONS
+from popgen.prepared import prepare
 from popgen.summaries import Writer
 from popgen.training.records import EvaluationFiles
-from popgen.training.weights import model_of_checkpoint
 
 FLAGS = flags.FLAGS
 command.define_run_flags()
@@ -54,25 +54,25 @@ def evaluate_together(shard: Shard, processes: Processes) -> None:
     tensors = processes.broadcast(tensors)
     device = processes.device("Experiment.device", experiment.torch_device())
     with processes.first_goes_ahead():
-        data, model = prepare(experiment, device)
-    model = model_of_checkpoint(model, tensors, FLAGS.weights)
+        prepared = prepare(experiment, device)
+    trained = prepared.with_checkpoint(tensors, FLAGS.weights)
+    data = trained.data
     if FLAGS.annealed_images:
-        check_can_anneal(model, FLAGS.num_temperatures, FLAGS.num_chains)
+        check_can_anneal(trained.model, FLAGS.num_temperatures, FLAGS.num_chains)
     num_samples = experiment.evaluator.default_num_samples if FLAGS.num_samples is None else FLAGS.num_samples
     num_examples = len(first_examples(data, FLAGS.num_examples))
     files = EvaluationFiles(directory.path, tensors["step"], FLAGS.weights, num_samples, num_examples, FLAGS.precision)
     tables = [ImageTable(path, shard, processes) for path in (files.images_path, files.annealed_path)]
 
     def evaluated() -> dict[str, Any]:
-        step, precision = tensors["step"], FLAGS.precision
-        return evaluate_model(experiment, model, data, num_samples, num_examples, step, precision, tables[0])
+        return evaluate(trained, num_samples, num_examples, tensors["step"], FLAGS.precision, tables[0])
 
     def checked() -> dict[str, float | int]:
         if not FLAGS.annealed_images:
             return {}
         images = data.test[: min(FLAGS.annealed_images, num_examples)]
         settings = {"num_temperatures": FLAGS.num_temperatures, "num_chains": FLAGS.num_chains}
-        return check_by_annealing(model, images, num_samples, **settings, seed=experiment.seed, table=tables[1])
+        return check_by_annealing(trained.model, images, num_samples, **settings, seed=experiment.seed, table=tables[1])
 
     try:
         record = {}

@@ -15,8 +15,8 @@ from popgen.evaluation.representations import (
     representations,
     unseen_labels,
 )
-from popgen.experiment import prepare
 from popgen.files import write_json
+from popgen.prepared import prepare
 from popgen.provenance import surroundings
 from popgen.summaries import Writer
 from popgen.training.weights import model_of_checkpoint
@@ -36,7 +36,8 @@ def main() -> None:
         raise ArgumentError(f"stacked must be numbers such as 12,24, got {','.join(FLAGS.stacked)!r}")
     stacked = tuple(int(text) for text in FLAGS.stacked)
     directory, experiment, tensors = command.existing_run(FLAGS.run_dir, FLAGS.checkpoint, FLAGS.trust_config)
-    untrained, data = check_can_be_probed(*reversed(prepare(experiment, experiment.torch_device())))
+    prepared = prepare(experiment, experiment.torch_device())
+    untrained, data = check_can_be_probed(prepared.model, prepared.data)
     model = model_of_checkpoint(untrained, tensors, FLAGS.weights)
     chosen = representations(model, untrained.eval(), data, stacked)
 

@@ -7,9 +7,8 @@ from absl import flags
 from launch import command
 from popgen.errors import RunDirectoryError, check_integer
 from popgen.evaluation.shown import picture_names, save_shown
-from popgen.experiment import prepare
+from popgen.prepared import prepare
 from popgen.streams import make_generator
-from popgen.training.weights import model_of_checkpoint
 
 FLAGS = flags.FLAGS
 command.define_run_flags()
@@ -31,15 +30,13 @@ def main() -> None:
     if not out.parent.is_dir():
         raise RunDirectoryError(f"there is no folder {str(out.parent)!r} to write {out.name} in")
     _, experiment, tensors = command.existing_run(FLAGS.run_dir, FLAGS.checkpoint, FLAGS.trust_config)
-    device = experiment.torch_device()
-    data, model = prepare(experiment, device)
-    model = model_of_checkpoint(model, tensors, FLAGS.weights)
-    generator = make_generator(device, FLAGS.seed, "samples")
+    trained = prepare(experiment, experiment.torch_device()).with_checkpoint(tensors, FLAGS.weights)
+    generator = make_generator(trained.device, FLAGS.seed, "samples")
     evaluator = experiment.evaluator
     num_samples = evaluator.num_shown if FLAGS.num_samples is None else FLAGS.num_samples
-    shown = evaluator.show(model, data, num_samples, generator)
+    shown = evaluator.show(trained.model, trained.data, num_samples, generator)
     if not shown:
-        raise RunDirectoryError(f"a {type(model).__name__} has nothing to draw samples from")
+        raise RunDirectoryError(f"a {type(trained.model).__name__} has nothing to draw samples from")
     for path in save_shown(out, shown):
         names = ", ".join(name.replace("_", " ") for name in picture_names(shown))
         print(f"wrote {path}{f': {names}, from the top' if path == out else ''}")

@@ -4,7 +4,8 @@ import dataclasses
 
 from tqdm import tqdm
 
-from popgen.experiment import Experiment, plain_step, prepare, restored_or_initial_state, training_functions
+from popgen.description import Experiment
+from popgen.prepared import prepare
 from popgen.training.diagnosis import Diagnosis, diagnose
 from popgen.training.run_directory import RunDirectory
 
@@ -19,11 +20,11 @@ def replay(experiment: Experiment, directory: RunDirectory, step: int) -> Diagno
 
     Example: `main` of `launch.replay` prints it.
     """
-    data, model = prepare(experiment, experiment.torch_device())
-    state = restored_or_initial_state(experiment, model, data, directory.newest_checkpoint(step - 1))
-    train_step, draw_batch = training_functions(experiment, model, data)
+    prepared = prepare(experiment, experiment.torch_device())
+    state = prepared.state_to_start_from(directory.newest_checkpoint(step - 1))
+    train_step, draw_batch = prepared.training_functions()
     for _ in tqdm(range(state.step, step - 1), unit="step", disable=None, dynamic_ncols=True):
         state, _ = train_step(state, draw_batch(state.step, state.generators["binarisation"]))
-    last_step = plain_step(dataclasses.replace(experiment, compile=False), model)
-    batches = data.batches(experiment.batch_size, experiment.seed)
-    return diagnose(last_step, state, batches.draw(state.step, state.generators["binarisation"]))
+    plain = dataclasses.replace(prepared, experiment=dataclasses.replace(experiment, compile=False))
+    batch = plain.batches().draw(state.step, state.generators["binarisation"])
+    return diagnose(plain.plain_step(), state, batch)

@@ -11,28 +11,17 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from popgen.datasets.data import Data
+import torch
+
 from popgen.distributed import Processes
 from popgen.errors import ArgumentError, CheckpointError, TrainingError
-from popgen.experiment import (
-    Configuration,
-    Experiment,
-    begin,
-    check_amounts,
-    check_steps,
-    finish,
-    initial_state_of,
-    plain_step,
-    prepare,
-    recorded_on_a_gpu,
-    restored_or_initial_state,
-    train_to_the_end,
-)
-from popgen.models.model import Model
+from popgen.experiment import Configuration, Experiment, begin, finish, train_to_the_end
 from popgen.precision import check_precision
+from popgen.prepared import PreparedExperiment, prepare
 from popgen.summaries import Writer
+from popgen.training.captured_step import functions_of_loop
 from popgen.training.loop import DrawBatch, Step
-from popgen.training.recorder import Recorder, fit_files, selected_by
+from popgen.training.recorder import Recorder, fit_files
 from popgen.training.replicas import (
     ReplicaMeans,
     ReplicatedBatches,
@@ -87,7 +76,6 @@ def run_replicas(
 
     Example:
         >>> import tempfile
-        >>> import torch
         >>> from popgen.datasets.images import ImageData
         >>> from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
         >>> from popgen.nn.priors import StandardNormalPrior
@@ -111,41 +99,36 @@ def run_replicas(
     check_precision("Experiment.precision", first.precision, device)
     if not anew:
         directory.check_num_replicas(len(replicas))
-    data, model = prepare(first, device)
-    models = [model, *(experiment.model.to(device) for experiment in experiments[1:])]
-    check_amounts(first, data)
-    check_steps(first, data, model)
-    step = make_replicated_step(plain_step(first, model))
-    alone = [plain_step(*one) for one in zip(experiments, models, strict=True)]
-    check_can_map(step, initial_states_of(experiments, models), first.batch_size, alone)
+    prepared = prepare_replicas(experiments, device)
+    prepared[0].check_amounts()
+    prepared[0].check_steps()
+    functions, facts = replicated_training(prepared), prepared[0].facts()
+    step = make_replicated_step(prepared[0].plain_step())
+    check_can_map(step, initial_states_of(prepared), first.batch_size, [one.plain_step() for one in prepared])
     own = [directory.replica(index) for index in range(len(replicas))]
     with contextlib.ExitStack() as stack:
-        for one in own:
-            stack.enter_context(one.locked())
-        selection = selected_by(first.selection_split, first.evaluator)
+        for where in own:
+            stack.enter_context(where.locked())
         newest = [None] * len(own) if anew else newest_common(directory.path, own)
-        everything = zip(experiments, models, own, newest, strict=True)
         state = stack_states(
             [
-                fit_files(one, found, restored_or_initial_state(e, m, data, found), selection, data.train)
-                for e, m, one, found in everything
+                fit_files(where, found, one.state_to_start_from(found), facts)
+                for one, where, found in zip(prepared, own, newest, strict=True)
             ]
         )
         if anew:
             directory.clear()
-        whole = begin(first, directory, configuration, data, model, state.step).writer
+        whole = begin(prepared[0], directory, configuration, facts, state.step).writer
         stack.callback(whole.close)
         recorders = []
-        for replica, one, own_model in zip(replicas, own, models, strict=True):
-            recorder = begin(
-                replica.experiment, one, replica.configuration, data, own_model, state.step, make_writer=KeepingWriter
-            )
+        for one, replica, where in zip(prepared, replicas, own, strict=True):
+            recorder = begin(one, where, replica.configuration, facts, state.step, make_writer=KeepingWriter)
             stack.callback(recorder.writer.close)
             recorders.append(recorder)
-        together, functions = Recorders(recorders, whole), replicated_training(experiments, model, data)
+        together = Recorders(recorders, whole)
         last = train_to_the_end(first, state, functions, together, own, stop, mean=mean_metrics_of_replicas)
-        for experiment, recorder in zip(experiments, recorders, strict=True):
-            finish(experiment, recorder.model, data, recorder.directory, recorder, stop)
+        for one, recorder in zip(prepared, recorders, strict=True):
+            finish(one, recorder.directory, recorder, stop)
         together.write_spread(last.step)
     return split_states(cast(ReplicatedState, last))
 
@@ -200,23 +183,33 @@ def newest_common(path: pathlib.Path, directories: Sequence[RunDirectory]) -> li
     return [None] * len(directories)
 
 
-def initial_states_of(experiments: Sequence[Experiment], models: Sequence[Model]) -> ReplicatedState:
+def prepare_replicas(experiments: Sequence[Experiment], device: torch.device) -> list[PreparedExperiment]:
+    """Returns replicas as `prepare` returns an experiment, all with the same data.
+
+    Example: `run_replicas` calls it.
+    """
+    first = prepare(experiments[0], device)
+    others = [dataclasses.replace(first, experiment=one, model=one.model.to(device)) for one in experiments[1:]]
+    return [first, *others]
+
+
+def initial_states_of(prepared: Sequence[PreparedExperiment]) -> ReplicatedState:
     """Returns the states before the first step, stacked.
 
     Example: `run_replicas` calls it.
     """
-    return stack_states([initial_state_of(*one) for one in zip(experiments, models, strict=True)])
+    return stack_states([one.initial_state() for one in prepared])
 
 
-def replicated_training(experiments: Sequence[Experiment], model: Model, data: Data) -> tuple[Step, DrawBatch]:
+def replicated_training(prepared: Sequence[PreparedExperiment]) -> tuple[Step, DrawBatch]:
     """Returns the training step of replicas and what draws their batches, for `popgen.training.loop.train`.
 
     Example: `run_replicas` calls it.
     """
-    first = experiments[0]
-    step = make_replicated_step(plain_step(first, model), first.compile)
-    batches = ReplicatedBatches([data.batches(one.batch_size, one.seed) for one in experiments])
-    return recorded_on_a_gpu(first, step, batches)
+    first = prepared[0]
+    step = make_replicated_step(first.plain_step(), first.experiment.compile)
+    batches = ReplicatedBatches([one.batches() for one in prepared])
+    return functions_of_loop(step, batches, first.experiment.cuda_graph)
 
 
 class KeepingWriter(Writer):

@@ -18,17 +18,17 @@ from popgen.datasets.images import ImageData, prepare_images
 from popgen.distributed import Processes
 from popgen.errors import ArgumentError, CheckpointError, DataError, TrainingError
 from popgen.evaluation.likelihood import evaluate_elbo
-from popgen.experiment import Configuration, Experiment, evaluate_model, prepare, recorded_on_a_gpu, run
+from popgen.experiment import Configuration, Experiment, evaluate, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import HouseholderSylvesterFlow
 from popgen.nn.vamp_prior import VampPrior
 from popgen.optim.schedules import SigmoidAnnealing
-from popgen.training.captured_step import CapturedStep
+from popgen.prepared import prepare
+from popgen.training.captured_step import CapturedStep, functions_of_loop
 from popgen.training.objectives import NegativeELBO
 from popgen.training.run_directory import RunDirectory
 from popgen.training.sequence_objectives import ContrastiveLoss
 from popgen.training.step import make_train_step
-from popgen.training.weights import initialise, model_of_checkpoint
 
 CONFIGURATION = Configuration("given", "operative", {"Adam.lr": 1e-3})
 TERMS = ("loss", "elbo", "reconstruction", "kl", "log_q_z_given_x", "log_p_z", "log_det", "beta", "active_units")
@@ -116,9 +116,8 @@ def test_the_best_checkpoint_has_the_lowest_loss_at_beta_one(finished):
     best = finished.load_checkpoint("best")
     assert best["step"] == best["best_step"] == min(losses, key=losses.get)
     assert best["best_loss"] == pytest.approx(min(losses.values()), rel=1e-6)
-    plan = experiment()
-    data, model = prepare(plan, torch.device("cpu"))
-    bound = evaluate_elbo(model_of_checkpoint(model, best), data.test, plan.seed)["elbo"]
+    trained = prepare(experiment(), torch.device("cpu")).with_checkpoint(best)
+    bound = evaluate_elbo(trained.model, trained.data.test, trained.experiment.seed)["elbo"]
     assert -bound.mean().item() == pytest.approx(best["best_loss"], rel=1e-6)
     assert set(curve(events_of(finished), "test/beta").values()) == {1.0}
 
@@ -160,11 +159,10 @@ def test_selection_on_held_out_images_leaves_the_test_images_alone(tmp_path):
 
 
 def test_pseudo_inputs_start_at_training_images():
-    plan = experiment()
-    data, model = prepare(plan, torch.device("cpu"))
-    initialise(model, {}, data.train, plan.seed)
-    grey = (data.train.float() / 255).clamp(0.02, 0.98)
-    for image in model.prior.pseudo_inputs():
+    prepared = prepare(experiment(), torch.device("cpu"))
+    prepared.state_to_start_from(None)
+    grey = (prepared.data.train.float() / 255).clamp(0.02, 0.98)
+    for image in prepared.model.prior.pseudo_inputs():
         assert (grey - image).abs().amax(1).min() < 1e-6
 
 
@@ -198,15 +196,14 @@ def test_a_test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
 
 def test_evaluation_arguments_and_averaged_weights(finished):
-    plan = experiment()
-    data, model = prepare(plan, torch.device("cpu"))
+    prepared = prepare(experiment(), torch.device("cpu"))
     best = finished.load_checkpoint("best")
     with pytest.raises(ArgumentError, match="num_examples must be at most the 40 test examples, got 41"):
-        evaluate_model(plan, model, data, 5, 41, step=0)
-    raw, averaged = (model_of_checkpoint(model, best, weights) for weights in ("raw", "averaged"))
+        evaluate(prepared, 5, 41, step=0)
+    raw, averaged = (prepared.with_checkpoint(best, weights).model for weights in ("raw", "averaged"))
     assert any(not torch.equal(a, b) for a, b in zip(raw.parameters(), averaged.parameters(), strict=True))
     with pytest.raises(CheckpointError, match="kept no averaged weights"):
-        model_of_checkpoint(model, {**best, "weight_average": None}, "averaged")
+        prepared.with_checkpoint({**best, "weight_average": None}, "averaged")
 
 
 @pytest.mark.usefixtures("as_a_user")
@@ -397,8 +394,8 @@ def test_a_step_on_a_gpu_is_recorded(objective, exchanges, size, capsys):
     exchanges = exchanges and size > 1
     for rank in range(size):
         step = make_train_step(OnAGPU(), objective, processes=Processes(rank, size))
-        assert recorded_on_a_gpu(experiment(cuda_graph=False), step, batches)[0] is step
-        taken, _ = recorded_on_a_gpu(experiment(), step, batches)
+        assert functions_of_loop(step, batches, cuda_graph=False)[0] is step
+        taken, _ = functions_of_loop(step, batches, cuda_graph=True)
         assert taken is step if exchanges else isinstance(taken, CapturedStep)
     line = "Experiment.cuda_graph is not used: processes exchange something in a ContrastiveLoss\n"
     assert capsys.readouterr().out == (line if exchanges else "")

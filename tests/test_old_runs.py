@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from popgen import config
-from popgen.experiment import Configuration, Experiment, evaluate_model, prepare, run
+from popgen.experiment import Configuration, Experiment, evaluate, run
+from popgen.prepared import prepare
 from popgen.training.run_directory import RunDirectory
 from popgen.training.state import state_to_tensors
-from popgen.training.weights import model_of_checkpoint
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 OLD_RUN = FIXTURES / "version1"
@@ -44,9 +44,10 @@ def test_checkpoints_are_read(name: str) -> None:
 def test_it_is_evaluated_as_it_was(experiment: Experiment) -> None:
     (path,) = OLD_RUN.glob("evaluation_*.json")
     recorded = json.loads(path.read_text())
-    data, untrained = prepare(experiment, torch.device("cpu"))
-    model = model_of_checkpoint(untrained, RunDirectory(OLD_RUN).load_checkpoint("best"))
-    found = evaluate_model(experiment, model, data, num_samples=50, num_examples=None, step=400)
+    best = RunDirectory(OLD_RUN).load_checkpoint("best")
+    found = evaluate(
+        prepare(experiment, torch.device("cpu")).with_checkpoint(best), num_samples=50, num_examples=None, step=400
+    )
     for name in ("model_sha256", "images_sha256", "num_examples", "active_units"):
         assert found[name] == recorded[name], name
     for name in ("elbo", "reconstruction", "kl", "log_p_z"):

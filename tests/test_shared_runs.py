@@ -22,7 +22,8 @@ from popgen.distributed import ALONE, Processes
 from popgen.errors import ConfigError, UnfinishedEvaluationError
 from popgen.evaluation.annealed import check_by_annealing
 from popgen.evaluation.image_table import ImageTable, Shard, read_table
-from popgen.experiment import Configuration, Experiment, evaluate_model, prepare, run
+from popgen.experiment import Configuration, Experiment, evaluate, run
+from popgen.prepared import prepare
 from popgen.training import loop
 from popgen.training.objectives import NegativeELBO
 from popgen.training.run_directory import RunDirectory
@@ -197,8 +198,9 @@ def test_processes_must_have_one_configuration() -> None:
 def evaluated(path: pathlib.Path | None, processes: Processes) -> dict[str, Any]:
     """Returns the record of an evaluation in float32 of 330 images, four chunks."""
     experiment = make_experiment("vae", dataset=Values())
-    data, model = prepare(experiment, torch.device("cpu"))
-    return evaluate_model(experiment, model.eval(), data, 30, None, 1, table=ImageTable(path, processes=processes))
+    prepared = prepare(experiment, torch.device("cpu"))
+    prepared.model.eval()
+    return evaluate(prepared, 30, None, 1, table=ImageTable(path, processes=processes))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -245,12 +247,12 @@ def test_processes_that_evaluate_different_things_make_no_table(
 def test_a_check_by_annealing_is_shared_out_too(tmp_path: pathlib.Path) -> None:
     """Each process has a chunk of its own, and all have the numbers of one alone."""
     experiment = make_experiment("vae", dataset=Values())
-    data, model = prepare(experiment, torch.device("cpu"))
+    prepared = prepare(experiment, torch.device("cpu"))
 
     def checked(processes: Processes) -> dict[str, Any]:
         path = None if processes is ALONE else tmp_path / "annealed.csv"
         table = ImageTable(path, processes=processes)
-        return check_by_annealing(model, data.test[:12], 20, 3, 2, num_leapfrog_steps=2, table=table)
+        return check_by_annealing(prepared.model, prepared.data.test[:12], 20, 3, 2, num_leapfrog_steps=2, table=table)
 
     alone = checked(ALONE)
     assert results_of(checked, 2) == [alone, alone]

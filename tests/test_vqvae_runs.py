@@ -19,16 +19,16 @@ from popgen.datasets.images import ImageData, prepare_images
 from popgen.errors import ArgumentError
 from popgen.evaluation.evaluator import VAEEvaluator
 from popgen.evaluation.vqvae import VQVAEEvaluator, VQVAEWithPriorEvaluator
-from popgen.experiment import Configuration, Experiment, prepare, run
+from popgen.experiment import Configuration, Experiment, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.models.vqvae import VQVAE, ConvolutionalDecoder, ConvolutionalEncoder, VQVAEWithPrior
 from popgen.nn.pixelcnn import GatedPixelCNN
 from popgen.nn.priors import StandardNormalPrior
 from popgen.nn.vqvae import GradientQuantiser, MovingAverageQuantiser, Quantiser, ResidualQuantiser
 from popgen.optim.geco import GECO
+from popgen.prepared import prepare
 from popgen.training.objectives import ConstrainedELBO, NegativeELBO, VQVAELoss
 from popgen.training.run_directory import RunDirectory
-from popgen.training.weights import model_of_checkpoint
 from tests.test_commands import Workspace
 
 NUM_CODES = 8
@@ -126,8 +126,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory
 
 
 def loaded_model(kind: str, directory: RunDirectory, checkpoint: str) -> tuple[ImageData, Any]:
-    data, model = prepare(make_experiment(kind), torch.device("cpu"))
-    return data, model_of_checkpoint(model, directory.load_checkpoint(checkpoint))
+    trained = prepare(make_experiment(kind), torch.device("cpu")).with_checkpoint(directory.load_checkpoint(checkpoint))
+    return trained.data, trained.model
 
 
 # --- what runs leave -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def show_mean(bar: tqdm, text: str, stop: Callable[[], bool]) -> Progress:
     Raises:
         StoppedError: by that function, if it is to stop.
 
-    Example: `evaluate_model` calls it.
+    Example: `evaluate` calls it.
     """
     total = 0.0
 

@@ -14,8 +14,8 @@ import torch
 from popgen import config
 from popgen.datasets.data import Data
 from popgen.errors import ArgumentError, CheckpointError, ConfigError, PopgenError, RunDirectoryError
-from popgen.experiment import check_amounts, check_data, load_data
 from popgen.files import locked_folder, write_json
+from popgen.prepared import PreparedExperiment, load_data
 from popgen.sweeps.points import Point, bindings, bound_name, may_be_the_same, point_name, setting_name
 from popgen.sweeps.processes import Job
 from popgen.training import checkpoints
@@ -166,8 +166,9 @@ def check_points(
         if (dataset := repr(experiment.dataset)) not in known_data:
             known_data[dataset] = load_data(experiment, torch.device("cpu"))
         try:
-            check_data(experiment, known_data[dataset])
-            check_amounts(experiment, known_data[dataset])
+            prepared = PreparedExperiment(experiment, known_data[dataset], experiment.model)
+            prepared.check_data()
+            prepared.check_amounts()
         except PopgenError as error:
             raise type(error)(f"{error} (at the point {name}; nothing was started)") from error
         command = [sys.executable, "-m", "launch.train", f"--run_dir={directory.path}"]

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from popgen.cuda_graphs import Recorded, record_cuda_graph
 from popgen.datasets.data import Batches
 from popgen.errors import TrainingError, reason_of
+from popgen.training.loop import DrawBatch, Step
 from popgen.training.objectives import Metrics
 from popgen.training.replicas import replicas_of
 from popgen.training.state import TrainState
@@ -63,7 +64,7 @@ class CapturedStep:
         batches: the examples, on the device.
         record: how work is recorded; `record_step`, or a stand-in where there is no GPU.
 
-    Example: `recorded_on_a_gpu` makes one.
+    Example: `functions_of_loop` makes one.
     """
 
     def __init__(self, train_step: TrainStep, batches: Batches, record: Recording = record_step) -> None:
@@ -162,3 +163,22 @@ def _check_optimizer(state: TrainState) -> None:
                     f"{type(state.optimizer).__name__} keeps {name!r} away from the device, beyond a CUDA graph: "
                     "set Experiment.cuda_graph = False"
                 )
+
+
+def functions_of_loop(step: TrainStep, batches: Batches, cuda_graph: bool) -> tuple[Step, DrawBatch]:
+    """Returns a training step and what draws its batches, for `popgen.training.loop.train`.
+
+    On a GPU both are recorded as a CUDA graph if `cuda_graph` says so; a recorded step is given the indices of its
+    examples. What several processes exchange is no part of a recording, so a loss in whose midst they exchange
+    something is not recorded.
+
+    Example: `replicated_training` calls it.
+    """
+    if not (next(step.model.parameters()).is_cuda and cuda_graph):
+        return step, batches.draw
+    if step.exchanges_in_loss:
+        if step.processes.first:
+            name = type(step.objective).__name__
+            print(f"Experiment.cuda_graph is not used: processes exchange something in a {name}", flush=True)
+        return step, batches.draw
+    return CapturedStep(step, batches), lambda number, generator: batches.indices(number)

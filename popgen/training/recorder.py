@@ -1,7 +1,6 @@
 """What a run writes while it trains: curves, pictures, sounds and checkpoints."""
 
 import dataclasses
-import functools
 import math
 import sys
 from collections.abc import Mapping
@@ -37,6 +36,7 @@ class Recorder:
         writer: of TensorBoard's files.
         data: that is trained and evaluated on.
         model: the architecture; its own weights are not used.
+        facts: what checkpoints hold of the run beside its state, see `facts_of_run`.
         processes: of the run, whose others are told what an evaluation finds.
 
     Example: `begin` makes one.
@@ -51,6 +51,7 @@ class Recorder:
     writer: Writer
     data: Data
     model: Model
+    facts: Mapping[str, str]
     processes: Processes = ALONE
 
     def log(self, step: int, means: Mapping[str, float]) -> None:
@@ -126,12 +127,7 @@ class Recorder:
         self.writer.close()
 
     def _tensors(self, state: TrainState) -> dict[str, Any]:
-        of_run = {"selected_by": selected_by(self.selection_split, self.evaluator), "train_sha256": self._train_sha256}
-        return {**state_to_tensors(state), **of_run}
-
-    @functools.cached_property
-    def _train_sha256(self) -> str:
-        return checksum_of_split(self.data.train)
+        return {**state_to_tensors(state), **self.facts}
 
     def _write_shown(self, model: Model, step: int) -> None:
         """Writes pictures and sounds; ever more rarely, so that a long run does not fill the disk."""
@@ -206,16 +202,19 @@ def numbers_of(name: str, results: Any) -> dict[str, float]:
     return numbers
 
 
-def selected_by(selection_split: str, evaluator: Evaluator) -> str:
-    """Returns which loss chooses the best checkpoint, in words.
+def facts_of_run(selection_split: str, evaluator: Evaluator, train: Any) -> dict[str, str]:
+    """Returns what checkpoints hold of a run beside its state: `selected_by` and `train_sha256`.
+
+    The one says in words which loss chooses the best checkpoint, the other is the checksum of the training split.
 
     Example:
         >>> from popgen.evaluation.evaluator import VAEEvaluator
-        >>> selected_by("validation", VAEEvaluator(selection_samples=5))
+        >>> facts_of_run("validation", VAEEvaluator(selection_samples=5), torch.zeros(3))["selected_by"]
         'validation loss of 5 samples'
     """
     samples = evaluator.selection_samples
-    return f"{selection_split} loss" + (f" of {samples} samples" if samples != 1 else "")
+    selected_by = f"{selection_split} loss" + (f" of {samples} samples" if samples != 1 else "")
+    return {"selected_by": selected_by, "train_sha256": checksum_of_split(train)}
 
 
 def checksum_of_split(split: Any) -> str:
@@ -232,25 +231,25 @@ def checksum_of_split(split: Any) -> str:
 
 
 def fit_files(
-    directory: RunDirectory, found: Checkpoint | None, state: TrainState, selection: str, train: Any
+    directory: RunDirectory, found: Checkpoint | None, state: TrainState, facts: Mapping[str, str]
 ) -> TrainState:
     """Makes the files of a run fit the checkpoint that its state was found in, and returns the state.
 
-    Where the best checkpoint is lost, or was chosen by another loss than `selection`, the lowest is sought anew. Where
-    the training split is another than it was, one line says so.
+    Where the best checkpoint is lost, or was chosen by another loss, the lowest is sought anew. Where the training
+    split is another than it was, one line says so.
 
     Args:
         directory: of the run.
         found: the checkpoint, if there is one.
         state: that it holds, or that before the first step.
-        selection: the loss that chooses the best checkpoint, in words.
-        train: the training split.
+        facts: of the run, see `facts_of_run`.
 
     Example: `shared_state` calls it.
     """
     if found is None:
         return state
-    if found.tensors.get("train_sha256") not in (None, checksum_of_split(train)):  # earlier checkpoints have none
+    selection = facts["selected_by"]
+    if found.tensors.get("train_sha256") not in (None, facts["train_sha256"]):  # earlier checkpoints have none
         print(
             f"{directory.path}: the training data is not that of the first {state.step} steps",
             file=sys.stderr,

@@ -28,7 +28,7 @@ def initialise(model: nn.Module, pretrained: Mapping[str, str], examples: Any, s
         ArgumentError: if the model has no such part, or the data is too small for it.
         CheckpointError: if there is no such run, or it is of another model.
 
-    Example: `restored_or_initial_state` calls it.
+    Example: `state_to_start_from` calls it.
     """
     given: set[nn.Module] = set()
     parts: dict[str, nn.Module] = {"": model, **dict(model.named_children())}
@@ -61,7 +61,7 @@ def model_of_checkpoint(model: AnyModule, tensors: Mapping[str, Any], weights: s
     Raises:
         CheckpointError: if it is of another model, or has no averaged weights.
 
-    Example: `finish` calls it.
+    Example: `with_checkpoint` calls it.
     """
     check_choice("weights", weights, WEIGHTS)
     parameters = tensors["parameters"] if weights == "raw" else tensors["weight_average"]

@@ -13,12 +13,13 @@ from popgen.evaluation.cpc import CPCEvaluator, contrastive_terms
 from popgen.evaluation.evaluator import EvaluationSettings
 from popgen.evaluation.image_table import ImageTable, Shard
 from popgen.evaluation.statistics import standard_error_of_ratio
-from popgen.experiment import Experiment, evaluate_model
+from popgen.experiment import Experiment, evaluate
 from popgen.models.cpc import CPC
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.models.wavenet import WaveNet
 from popgen.nn.cpc import GRUContext, LinearPredictors, StridedConvEncoder
 from popgen.nn.priors import StandardNormalPrior
+from popgen.prepared import PreparedExperiment
 from popgen.streams import make_generator
 from popgen.training.sequence_objectives import ContrastiveLoss
 
@@ -201,7 +202,7 @@ def test_what_does_not_fit_is_one_line() -> None:
         (ImageTable(processes=Processes(rank=0, size=2)), "run it in one process"),
     ):
         with pytest.raises(ArgumentError, match=f"CPCEvaluator evaluates in one piece; {advice}"):
-            evaluate_model(cpc, cpc.model, make_data(), 1, None, step=0, table=table)
+            evaluate(PreparedExperiment(cpc, make_data(), cpc.model), 1, None, step=0, table=table)
     with pytest.raises(ArgumentError, match="CPCEvaluator.batch_size must be an integer of at least 1, got 0"):
         CPCEvaluator(batch_size=0)
     with pytest.raises(ArgumentError, match="final_num_samples must be an integer of at least 1"):

@@ -15,9 +15,10 @@ from popgen.datasets.images import ImageData
 from popgen.errors import ArgumentError
 from popgen.evaluation.evaluator import VAEEvaluator
 from popgen.evaluation.likelihood import estimate_log_likelihood, evaluate_elbo, importance_estimate
-from popgen.experiment import Experiment, evaluate_model
+from popgen.experiment import Experiment, evaluate
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.priors import GaussianMixturePrior
+from popgen.prepared import PreparedExperiment
 from popgen.provenance import commit
 from popgen.summaries import Writer
 from popgen.training.records import EvaluationFiles
@@ -67,6 +68,10 @@ def experiment() -> Experiment:
     return Experiment(model=vae, dataset=Noise(), seed=5)
 
 
+def prepared(experiment: Experiment) -> PreparedExperiment:
+    return PreparedExperiment(experiment, Noise().load(), experiment.model)
+
+
 def refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
@@ -75,7 +80,7 @@ def written(
     experiment: Experiment, path: pathlib.Path, num_examples: int | None
 ) -> tuple[dict[str, Any], pathlib.Path]:
     """Returns the record of an evaluation with 7 samples as it was formed, and the file that holds it."""
-    record = evaluate_model(experiment, experiment.model, Noise().load(), 7, num_examples, step=40)
+    record = evaluate(prepared(experiment), 7, num_examples, step=40)
     record.update(checkpoint="best", weights="raw")
     writer, files = Writer(path), EvaluationFiles(path, 40, "raw", 7, record["num_examples"])
     files.write(writer, record, experiment.evaluator)
@@ -85,7 +90,7 @@ def written(
 
 def test_values(experiment: Experiment) -> None:
     data = Noise().load()
-    record = evaluate_model(experiment, experiment.model, data, 7, 6, step=40)
+    record = evaluate(prepared(experiment), 7, 6, step=40)
     assert set(record) == KEYS
     log_p_x = estimate_log_likelihood(experiment.model, data.test[:6], 7, seed=5).numpy().astype(np.float64)
     elbo = evaluate_elbo(experiment.model, data.test[:6], seed=5)["elbo"].numpy().astype(np.float64)
@@ -111,7 +116,7 @@ def test_values(experiment: Experiment) -> None:
 def test_evidence_of_many_samples(experiment: Experiment) -> None:
     """Means over images of what `importance_estimate` says of each, the worst images first, and a warning of them."""
     data = Noise().load()
-    record = evaluate_model(experiment, experiment.model, data, 200, None, step=40)
+    record = evaluate(prepared(experiment), 200, None, step=40)
     estimate = importance_estimate(experiment.model, data.test, 200, seed=5)
     for size, bound in estimate.bounds.items():
         assert record[f"log_p_x_of_{size}_samples"] == pytest.approx(bound.double().mean().item())
@@ -129,7 +134,7 @@ def test_evidence_of_many_samples(experiment: Experiment) -> None:
     assert "warning" not in VAEEvaluator().describe({**record, "images_of_reliable_pareto_shape": 10})
     worse = VAEEvaluator().describe({**record, "images_of_reliable_pareto_shape": 8})
     assert f"unreliable for 2 images, such as {record['worst_images'][0]}, " in worse
-    assert "k̂" not in VAEEvaluator().describe(evaluate_model(experiment, experiment.model, data, 7, None, step=1))
+    assert "k̂" not in VAEEvaluator().describe(evaluate(prepared(experiment), 7, None, step=1))
 
 
 @pytest.mark.parametrize("shapes", [[math.nan, 0.2, 0.4, 0.9], [math.nan] * 4])
@@ -145,9 +150,9 @@ def test_an_image_whose_weights_have_no_known_shape_is_not_called_reliable(shape
 def test_a_record_can_be_repeated(experiment: Experiment) -> None:
     """The same but for the time it took; the whole test set is the default."""
     torch.manual_seed(1)
-    first = evaluate_model(experiment, experiment.model, Noise().load(), 7, None, step=1)
+    first = evaluate(prepared(experiment), 7, None, step=1)
     torch.manual_seed(2)
-    second = evaluate_model(experiment, experiment.model, Noise().load(), 7, 10, step=1)
+    second = evaluate(prepared(experiment), 7, 10, step=1)
     times = {"seconds": 0, "seconds_of_images": 0}
     assert first | times == second | times
 
@@ -213,4 +218,4 @@ def test_a_headline_that_is_not_returned_loses_no_record(experiment: Experiment,
 )
 def test_arguments(experiment: Experiment, num_samples: int, num_examples: int | None, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        evaluate_model(experiment, experiment.model, Noise().load(), num_samples, num_examples, step=0)
+        evaluate(prepared(experiment), num_samples, num_examples, step=0)

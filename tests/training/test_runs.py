@@ -19,10 +19,11 @@ from popgen.datasets.images import ImageData, binarise_once, prepare_images
 from popgen.errors import ArgumentError, CheckpointError, DivergedError, StoppedError, TrainingError
 from popgen.evaluation.evaluator import VAEEvaluator
 from popgen.evaluation.likelihood import evaluate_elbo
-from popgen.experiment import Configuration, Experiment, initial_state_of, plain_step, prepare, run
+from popgen.experiment import Configuration, Experiment, run
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import PlanarFlow
 from popgen.nn.vamp_prior import VampPrior
+from popgen.prepared import prepare
 from popgen.replay import replay
 from popgen.training import checkpoints
 from popgen.training.diagnosis import diagnose
@@ -460,9 +461,10 @@ def test_a_replay_names_the_module(tmp_path: pathlib.Path) -> None:
 
     encoder = experiment.model.encoder
     encoder.mean_and_log_var = torch.nn.Sequential(encoder.mean_and_log_var, Overflows())
-    data, model = prepare(experiment, torch.device("cpu"))
-    state = initial_state_of(experiment, model)
-    found = diagnose(plain_step(experiment, model), state, data.batches(8, 0).draw(0, state.generators["binarisation"]))
+    prepared = prepare(experiment, torch.device("cpu"))
+    state = prepared.initial_state()
+    batch = prepared.batches().draw(0, state.generators["binarisation"])
+    found = diagnose(prepared.plain_step(), state, batch)
     assert found.not_finite[:2] == (
         ("output", "encoder.mean_and_log_var.1"),
         ("output", "encoder.mean_and_log_var"),

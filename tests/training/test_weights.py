@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from popgen.datasets.images import ImageData
 from popgen.errors import ArgumentError, CheckpointError, PopgenError
 from popgen.evaluation.vqvae import VQVAEEvaluator, VQVAEWithPriorEvaluator
-from popgen.experiment import Configuration, Experiment, evaluate_model, prepare, run
+from popgen.experiment import Configuration, Experiment, evaluate, run
 from popgen.models.vqvae import VQVAE, ConvolutionalDecoder, ConvolutionalEncoder, VQVAEWithPrior
 from popgen.nn.pixelcnn import GatedPixelCNN
 from popgen.nn.vqvae import GradientQuantiser, MovingAverageQuantiser, Quantiser
+from popgen.prepared import prepare
 from popgen.training.objectives import VQVAELoss
 from popgen.training.run_directory import RunDirectory
 from popgen.training.state import initial_state, state_to_tensors, tensors_of
-from popgen.training.weights import initialise, model_of_checkpoint
+from popgen.training.weights import initialise
 
 NUM_CODES = 4
 
@@ -154,10 +155,9 @@ def test_a_continued_run_and_its_evaluation_do_not_need_the_other_run_any_more(t
     for group in ("parameters", "buffers", "weight_average"):
         assert all(torch.equal(latest[group][name], tensor) for name, tensor in whole[group].items())
     plan = make_experiment(pretrained=pretrained)
-    data, model = prepare(plan, torch.device("cpu"))
-    loaded = model_of_checkpoint(model, latest, "averaged")
-    assert all(torch.equal(tensors_of(loaded.autoencoder)[name], tensor) for name, tensor in expected.items())
-    assert evaluate_model(plan, loaded, data, 1, None, step=4)["elbo"] < 0.0
+    loaded = prepare(plan, torch.device("cpu")).with_checkpoint(latest, "averaged")
+    assert all(torch.equal(tensors_of(loaded.model.autoencoder)[name], tensor) for name, tensor in expected.items())
+    assert evaluate(loaded, 1, None, step=4)["elbo"] < 0.0
 
 
 def test_a_run_that_began_without_the_other_one_is_not_given_its_weights_later(tmp_path: pathlib.Path) -> None:
