@@ -1,12 +1,12 @@
-"""Collects evaluated runs in results/, and writes the README's table of log-likelihoods from them.
+"""Collects evaluated runs in results/, and writes the README's tables from them: log-likelihoods, and other models.
 
     python -m benchmarks.results collect experiments/vae --name vae
     python -m benchmarks.results table
 
 A run is collected with its configuration, the record of each evaluation and its figure, its curves, and the time that
-training took and where, in a folder of its name and seed; a run of replicas as all of them. The table takes every
-number from there; a number is not claimed for more steps than it had. Where there are several seeds, their mean comes
-last.
+training took and where, in a folder of its name and seed; a run of replicas as all of them. The tables take every
+number from there; a number is not claimed for more steps than it had. Where there are several seeds, the mean of their
+log-likelihoods comes last.
 """
 
 import argparse
@@ -31,12 +31,14 @@ from popgen.training.run_directory import RunDirectory
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "results"
 README = REPOSITORY / "README.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+TABLES = ("results", "other results")  # as the marks in README.md name them
 PUBLISHED = {"vae": -84.04, "vamp": -81.96, "vamp_hsnf": -80.69}  # at a million steps, nats
 SAME = ("config", "steps", "chosen", "weights", "num_samples", "num_examples", "precision", "trained_at")
 SAME += ("dtype", "device", "binarisation_protocol", "images_sha256")
 COLUMNS = ["config", "seed", "steps", "checkpoint", "chosen by", "weights", "published", "log p(x)"]
 COLUMNS += ["samples × images", "last rise", "k̂ < 0.7", "hours", "trained on"]
+OTHER_COLUMNS = ["config", "seed", "steps", "checkpoint", "chosen by", "weights", "results", "test examples"]
+OTHER_COLUMNS += ["hours", "trained on"]
 CURVES = ("train/loss", "test/loss", "validation/loss", "validation/elbo", "validation/iwae", "best/loss")
 
 
@@ -106,7 +108,8 @@ def collect(run_dir: pathlib.Path, name: str, trained_on: str | None = None) -> 
     if not records:
         raise RunDirectoryError(f"{str(run_dir)!r} has no evaluation; python -m launch.evaluate --run_dir makes one")
     told = training_of(run_dir)
-    found = [_record_of(path) for path in records]  # before anything of an earlier time is removed
+    needed = {"log_p_x", "log_p_x_standard_error"} if published_name(name) in PUBLISHED else {"headline"}
+    found = [_record_of(path, needed) for path in records]  # before anything of an earlier time is removed
     configuration = {}
     for path in (directory.config_path, directory.operative_config_path):
         if not path.is_file():
@@ -136,8 +139,8 @@ def collect(run_dir: pathlib.Path, name: str, trained_on: str | None = None) -> 
     return folder
 
 
-def _record_of(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the record of a VAE's evaluation.
+def _record_of(path: pathlib.Path, needed: set[str]) -> dict[str, Any]:
+    """Returns the record of an evaluation, which holds what is needed.
 
     Raises:
         RunDirectoryError: if the file is none.
@@ -146,9 +149,10 @@ def _record_of(path: pathlib.Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except ValueError as error:
         raise RunDirectoryError(f"{path} is damaged: {reason_of(error)}") from error
-    lacking = {"log_p_x", "log_p_x_standard_error", "seed", "step"} - set(record if isinstance(record, dict) else ())
+    needed = {"seed", "step", *needed}
+    lacking = needed - set(record if isinstance(record, dict) else ())
     if lacking:
-        raise RunDirectoryError(f"{path} is no evaluation of images: it lacks {', '.join(sorted(lacking))}")
+        raise RunDirectoryError(f"{path} lacks {', '.join(sorted(lacking))}: evaluate the run again")
     return record
 
 
@@ -191,27 +195,36 @@ def groups_of(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [sorted(group, key=lambda row: row["seed"]) for group in groups.values()]
 
 
-def table(results: pathlib.Path = RESULTS) -> str:
-    """Returns the table of all results, those with a published number first.
+def published_name(name: str) -> str:
+    """Returns the configuration that one varies, as its `_best` and `_tuned` do, or itself."""
+    return name.removesuffix("_best").removesuffix("_tuned")
 
-    What is published stands beside a configuration, and beside its `_best` and `_tuned` variants too. Behind the number
-    of a seed stands its standard error over images, behind a mean the standard deviation over seeds. Rows that differ
-    in anything but the seed have no mean in common.
-    """
-    folders = [path.parent for path in results.glob("*/seed_*/training.json")]
+
+def all_rows(results: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the rows of all results, those with a published number first."""
     order = list(PUBLISHED)
 
     def place(folder: pathlib.Path) -> tuple[int, str, int]:
         name = folder.parent.name
         return order.index(name) if name in order else len(order), name, int(folder.name.removeprefix("seed_"))
 
+    folders = [path.parent for path in results.glob("*/seed_*/training.json")]
+    return [row for folder in sorted(folders, key=place) for row in rows_of(folder)]
+
+
+def table(results: pathlib.Path = RESULTS) -> str:
+    """Returns the table of the log-likelihoods with which a published number can be compared.
+
+    What is published stands beside a configuration, and beside its `_best` and `_tuned` variants too. Behind the number
+    of a seed stands its standard error over images, behind a mean the standard deviation over seeds. Rows that differ
+    in anything but the seed have no mean in common.
+    """
     rows: list[list[str]] = []
-    for group in groups_of([row for folder in sorted(folders, key=place) for row in rows_of(folder)]):
-        published = PUBLISHED.get(group[0]["config"].removesuffix("_best").removesuffix("_tuned"))
-        shown = "" if published is None else _signed(f"{published:.2f}")
+    for group in groups_of([row for row in all_rows(results) if published_name(row["config"]) in PUBLISHED]):
+        shown = _signed(f"{PUBLISHED[published_name(group[0]['config'])]:.2f}")
         for row in group:
-            link = f"[`{row['config']}`](results/{row['config']}/seed_{row['seed']})"
-            made = [f"{row['steps']:,}", f"{row['step']:,}", row["chosen"], row["weights"], shown]
+            link, *made = _identity(row)
+            made.append(shown)
             log_p_x = _signed(f"{row['log_p_x']:.2f} ± {row['log_p_x_standard_error']:.2f}")
             found = [log_p_x, *_evidence(row), f"{row['seconds_of_steps'] / 3600.0:.1f}"]
             rows.append([link, str(row["seed"]), *made, *found, _trained_on(row)])
@@ -226,6 +239,34 @@ def table(results: pathlib.Path = RESULTS) -> str:
     return markdown_table(COLUMNS, rows)
 
 
+def other_table(results: pathlib.Path = RESULTS) -> str:
+    """Returns the table of all other results, each with what the headline of its evaluator names."""
+    rows = []
+    for row in all_rows(results):
+        if published_name(row["config"]) not in PUBLISHED:
+            link, *made = _identity(row)
+            told = [f"{row['num_examples']:,}", f"{row['seconds_of_steps'] / 3600.0:.1f}", _trained_on(row)]
+            rows.append([link, str(row["seed"]), *made, _headline(row), *told])
+    return markdown_table(OTHER_COLUMNS, rows)
+
+
+def _identity(row: dict[str, Any]) -> list[str]:
+    """Returns the link of a row, its steps, its checkpoint, how that was chosen, and its weights."""
+    link = f"[`{row['config']}`](results/{row['config']}/seed_{row['seed']})"
+    return [link, f"{row['steps']:,}", f"{row['step']:,}", row["chosen"], row["weights"]]
+
+
+def _headline(row: dict[str, Any]) -> str:
+    """Returns what the headline of an evaluator names, with standard errors where the record has them."""
+    found = []
+    for name in row["headline"]:
+        error = row.get(f"{name}_standard_error")
+        if not name.endswith("_standard_error"):
+            value = str(row[name]) if isinstance(row[name], int) else f"{row[name]:.2f}"
+            found.append(_signed(f"`{name}` {value}" + ("" if error is None else f" ± {error:.2f}")))
+    return ", ".join(found)
+
+
 def _trained_on(row: dict[str, Any]) -> str:
     """Returns where a run was trained, a dash if that is not recorded, and the precision of its products."""
     return f"{row.get('trained_on', '—')}, {row['trained_at']}"
@@ -235,17 +276,25 @@ def _signed(number: str) -> str:
     return number.replace("-", "−")
 
 
-def in_readme(readme: str, text: str) -> str:
-    """Returns the README with the table between its two marks."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def in_readme(readme: str, text: str, name: str) -> str:
+    """Returns the README with a table between the two marks of its name."""
+    first, last = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, begin, rest = readme.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise PopgenError(f"README.md has no table to replace; it lies between {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+        raise PopgenError(f"README.md has no table to replace; it lies between {first} and {last}")
+    return f"{before}{first}\n\n{text}\n\n{last}{after}"
+
+
+def readme_with_tables(readme: str, results: pathlib.Path = RESULTS) -> str:
+    """Returns the README with both tables."""
+    for name, text in zip(TABLES, (table(results), other_table(results)), strict=True):
+        readme = in_readme(readme, text, name)
+    return readme
 
 
 def main() -> None:
-    """Collects a run, or writes the table."""
+    """Collects a run, or writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     collecting = commands.add_parser("collect")
@@ -260,8 +309,8 @@ def main() -> None:
             for path in replicas or [arguments.run_dir]:
                 print(f"collected in {collect(path, arguments.name, arguments.trained_on)}")
         else:
-            README.write_text(in_readme(README.read_text(), table()))
-            print(table())
+            README.write_text(readme_with_tables(README.read_text()))
+            print(f"{table()}\n\n{other_table()}")
     except PopgenError as error:
         sys.exit(f"error: {error}")
 

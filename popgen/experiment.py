@@ -264,6 +264,7 @@ def evaluate(
         results = evaluator.evaluate(model, data, examples, settings)
     return {
         **results,
+        "headline": list(evaluator.headline),
         "num_samples": num_samples,
         "num_examples": len(examples),
         "step": step,

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import pytest
@@ -97,16 +98,15 @@ def test_the_table_says_at_which_precision_a_run_was_trained(trained: RunDirecto
 
 
 def test_the_table_has_a_row_for_each_evaluation(trained: RunDirectory) -> None:
-    for name in ("zebra", "vamp", "vae", "vae_best"):
+    for name in ("vamp", "vae", "vae_best", "zebra"):
         results.collect(trained.path, name)
     lines = results.table(results.RESULTS).splitlines()
-    assert [line.split("`")[1] for line in lines[2:]] == ["vae", "vamp", "vae_best", "zebra"]
+    assert [line.split("`")[1] for line in lines[2:]] == ["vae", "vamp", "vae_best"], "the other is in another table"
     (record,) = (
         json.loads(path.read_text()) for path in (results.RESULTS / "vae" / "seed_0").glob("evaluation_*.json")
     )
     assert f"| 0 | 8 | {record['step']} | test loss | raw | −84.04 | −{-record['log_p_x']:.2f} ± " in lines[2]
     assert "| raw | −84.04 | −" in lines[4], "that of the configuration that it varies"
-    assert "| raw |  | −" in lines[5], "nothing was published of it"
 
 
 def test_seeds_of_one_configuration_have_a_mean(trained: RunDirectory) -> None:
@@ -155,14 +155,35 @@ def test_what_was_best_once_has_no_row(trained: RunDirectory) -> None:
     assert row["step"] == record["step"]
 
 
-def test_other_models_have_rows_too(trained: RunDirectory) -> None:
-    """A VQ-VAE has one bound, and no importance weights."""
-    folder = results.collect(trained.path, "vqvae")
+def test_other_models_have_a_table_of_their_own(trained: RunDirectory) -> None:
+    """It shows what the headline of their evaluator names."""
+    folder = results.collect(trained.path, "zebra")
     (path,) = folder.glob("evaluation_*.json")
     record = json.loads(path.read_text())
-    weights = ("monte_carlo_error", "log_p_x_of", "pareto", "images_of_reliable")
-    path.write_text(json.dumps({k: v for k, v in record.items() if not k.startswith(weights)}))
-    assert "| 30 × 20 |  |  |" in results.table(results.RESULTS)
+    headline = ["bits_per_sample", "bits_per_sample_standard_error", "accuracy", "codes_used"]
+    found = {"bits_per_sample": -3.456, "bits_per_sample_standard_error": 0.0312, "accuracy": 0.5, "codes_used": 128}
+    path.write_text(json.dumps(record | found | {"headline": headline}))
+    results.collect(trained.path, "vae")
+    (line,) = results.other_table(results.RESULTS).splitlines()[2:]
+    assert line.startswith("| [`zebra`](results/zebra/seed_0) | 0 | 8 | ")
+    assert "| raw | `bits_per_sample` −3.46 ± 0.03, `accuracy` 0.50, `codes_used` 128 | 20 | 0.0 |" in line
+    assert "zebra" not in results.table(results.RESULTS)
+
+
+def decimals(text: str) -> list[str]:
+    """Returns the numbers with decimal places in a text."""
+    return re.findall(r"(?<![\d,.])-?\d+\.\d+", text)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in results.RESULTS.iterdir()))
+def test_what_a_config_expects_is_on_record(name: str) -> None:
+    """Every number with decimal places in its `# Expected:` is found, to these places, in a record of its results."""
+    (line,) = re.findall(r"^# Expected: (.+)$", (results.REPOSITORY / f"configs/{name}.gin").read_text(), re.MULTILINE)
+    records = [json.loads(path.read_text()) for path in (results.RESULTS / name).glob("seed_*/evaluation_*.json")]
+    values = [value for record in records for value in record.values() if isinstance(value, int | float)]
+    for number in decimals(line):
+        places = len(number.partition(".")[2])
+        assert number in {f"{value:.{places}f}" for value in values}, f"{number} is in no record of results/{name}"
 
 
 def test_a_run_of_any_name_is_collected_as_it_is(trained: RunDirectory, tmp_path: pathlib.Path, monkeypatch) -> None:
@@ -179,22 +200,19 @@ def test_what_cannot_be_collected_is_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(RunDirectoryError, match="no curves"):
         results.collect(tmp_path, "vae")
     with pytest.raises(PopgenError, match="has no table"):
-        results.in_readme("text", "table")
+        results.in_readme("text", "table", "results")
 
 
 def test_the_table_goes_between_its_marks() -> None:
-    readme = f"before\n{results.BEGIN}\nold\n{results.END}\nafter"
-    once = results.in_readme(readme, "| new |")
-    assert once == f"before\n{results.BEGIN}\n\n| new |\n\n{results.END}\nafter"
-    assert results.in_readme(once, "| new |") == once
+    begin, end = "<!-- mine: begin -->", "<!-- mine: end -->"
+    once = results.in_readme(f"before\n{begin}\nold\n{end}\nafter", "| new |", "mine")
+    assert once == f"before\n{begin}\n\n| new |\n\n{end}\nafter"
+    assert results.in_readme(once, "| new |", "mine") == once
 
 
 def test_the_readme_says_what_the_results_say() -> None:
     readme = results.README.read_text()
-    if not list(results.RESULTS.glob("*/seed_*/training.json")):
-        assert results.BEGIN not in readme
-    else:
-        assert results.in_readme(readme, results.table()) == readme
+    assert results.readme_with_tables(readme) == readme
 
 
 def test_a_mistake_leaves_what_was_collected(trained: RunDirectory) -> None:

@@ -88,6 +88,7 @@ class VQVAEEvaluator(ImageEvaluator):
     """
 
     model_type: ClassVar[type] = VQVAE
+    headline: ClassVar[tuple[str, ...]] = (*ImageEvaluator.headline, "codes_used", "perplexity")
     bound_name: ClassVar[str] = "ELBO, the posterior is a point"
     statistic_names: ClassVar[tuple[str, ...]] = (
         "codes_used",
