@@ -17,6 +17,7 @@ from popgen.distributed import Processes
 from popgen.errors import ConfigError, RunDirectoryError
 from popgen.experiment import Experiment, run
 from popgen.replicas import Replica, check_one_process, run_replicas
+from popgen.training.recorder import selected_by
 from popgen.training.records import evaluation_records, read_record
 from popgen.training.run_directory import RunDirectory, default_root
 from popgen.training.state import TrainState, tensors_of
@@ -95,7 +96,9 @@ def configured_replicas(experiment: Experiment) -> list[Replica]:
 
 def report(directory: RunDirectory, experiment: Experiment, state: TrainState) -> None:
     """Prints what a run came to, the table of its evaluation if there was one, and what can be done with it."""
-    print(f"finished at step {state.step}; the lowest loss was {state.best_loss:.3f} nats, at step {state.best_step}")
+    selected = selected_by(experiment.selection_split, experiment.evaluator, experiment.objective)
+    lowest = f"{state.best_loss:.3f} nats, at step {state.best_step}"
+    print(f"finished at step {state.step}; the lowest {selected} was {lowest}")
     records = evaluation_records(directory.path, state.best_step, "raw", experiment.final_num_samples)
     for path in sorted(records, key=lambda path: path.stat().st_mtime)[-1:]:  # earlier ones are of other examples
         print(f"{experiment.evaluator.describe(read_record(path))}\nevaluation: {path}")

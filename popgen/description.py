@@ -49,7 +49,7 @@ class Experiment:
         log_every: steps between points of the training curves.
         checkpoint_every: steps between checkpoints that are kept for good.
         selection_split: "test" or "validation": the split whose loss chooses the `best` checkpoint; for a model with
-            latent variables it is -ELBO at β = 1, unless its evaluator says otherwise.
+            latent variables it is -ELBO at β = 1, unless its evaluator or the objective says otherwise.
         weight_average_decay: of the exponential moving average of the weights; None for no average.
         max_gradient_norm: gradients with a larger norm are scaled down to it; None for no limit.
         skip_gradient_norm: steps whose gradient has a larger norm are skipped, as are those whose loss or gradient is

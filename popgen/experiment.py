@@ -191,6 +191,7 @@ def begin(
     writer.hyper_parameters(configuration.settings, metrics, configuration.compared)
     return Recorder(
         experiment.evaluator,
+        experiment.objective,
         experiment.selection_split,
         experiment.seed,
         experiment.eval_every,

@@ -1,6 +1,7 @@
 """An experiment with its data loaded and its model on a device: what training, evaluation and sampling start from."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,7 +81,8 @@ class PreparedExperiment:
 
     def facts(self) -> dict[str, str]:
         """Returns what checkpoints hold of a run beside its state; that takes a pass through the training data."""
-        return facts_of_run(self.experiment.selection_split, self.experiment.evaluator, self.data.train)
+        experiment = self.experiment
+        return facts_of_run(experiment.selection_split, experiment.evaluator, experiment.objective, self.data.train)
 
     def batches(self) -> Batches:
         """Returns the training batches.
@@ -110,11 +112,19 @@ class PreparedExperiment:
     def state_to_start_from(self, found: Checkpoint | None) -> TrainState:
         """Returns the state that a checkpoint holds; for None that before the first step, its weights initialised.
 
+        Where the objective's own state is of something else than in the checkpoint, that starts anew, as a line says.
+
         Raises:
             CheckpointError: if the checkpoint is of another model, optimizer or kind of device.
         """
         if found is not None:
-            return state_from_tensors(found.tensors, self.initial_state())
+            tensors, state = found.tensors, self.initial_state()
+            state_of = self.experiment.objective.state_of
+            if (before := tensors.get("state_of", state_of)) != state_of:  # earlier checkpoints do not say
+                name = type(self.experiment.objective).__name__
+                print(f"the state of {name} starts anew: it was of {before!r}, and is of {state_of!r}", file=sys.stderr)
+                tensors = {**tensors, "auxiliary": {key: value.clone() for key, value in state.auxiliary.items()}}
+            return state_from_tensors(tensors, state)
         initialise(self.model, self.experiment.pretrained, self.data.train, self.experiment.seed)
         return self.initial_state()
 

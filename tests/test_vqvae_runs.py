@@ -202,6 +202,46 @@ def test_curves_of_geco(finished: dict[str, RunDirectory]) -> None:
     assert saved["multiplier"].item() == pytest.approx(multiplier, rel=1e-5) and saved["num_updates"] == NUM_STEPS
 
 
+@pytest.mark.parametrize("target, num_steps", [(-38.0, 21), (-20.0, 60)])
+def test_the_best_checkpoint_of_geco_is_the_one_of_least_kl_that_meets_the_target(
+    target: float, num_steps: int, tmp_path: pathlib.Path
+) -> None:
+    """Not the one of the highest ELBO; where none meets it, the nearest one. The final evaluation is of that one."""
+    objective = ConstrainedELBO(GECO(rate=0.03, decay=0.8, warm_up_steps=2), "reconstruction", target)
+    experiment = make_experiment("geco", objective=objective, num_steps=num_steps)
+    directory = run_in(tmp_path, experiment)
+    found, best = curves(directory), directory.load_checkpoint("best")
+    reconstruction, kl = found["test/reconstruction"], found["test/kl"]
+    meeting = [step for step in reconstruction if reconstruction[step] >= target]
+    if target == -20.0:
+        assert not meeting
+        expected = max(reconstruction, key=reconstruction.__getitem__)
+    else:
+        assert 1 < len(meeting) < len(reconstruction)
+        expected = min(meeting, key=kl.__getitem__)
+        assert best["best_loss"] == pytest.approx(kl[expected], rel=1e-5)
+    assert best["step"] == best["best_step"] == expected != max(reconstruction, key=found["test/elbo"].__getitem__)
+    assert record_of(directory)["step"] == expected
+    assert best["selected_by"] == f"test KL, raised where the reconstruction is below {target:g},"
+
+
+def test_a_multiplier_is_not_taken_from_one_constraint_to_the_other(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    """It weighs the other term, and the average is of another quantity; another target keeps both."""
+    reconstruction = make_experiment("geco", num_steps=9).objective
+    run_in(tmp_path, make_experiment("geco", num_steps=9))
+    nearer = dataclasses.replace(reconstruction, target=-30.0)
+    run_in(tmp_path, make_experiment("geco", objective=nearer, num_steps=12))
+    assert "starts anew" not in capsys.readouterr().err
+    kl = ConstrainedELBO(reconstruction.geco, "kl", 1.0)
+    run_in(tmp_path, make_experiment("geco", objective=kl, num_steps=15))
+    assert "starts anew: it was of 'reconstruction', and is of 'kl'\n" in capsys.readouterr().err
+    found = curves(RunDirectory(tmp_path))
+    assert found["train/multiplier"][10] != 1.0 and found["train/multiplier"][13] == 1.0
+    assert found["train/constraint_average"][13] == found["train/constraint"][13]
+
+
 def test_the_mean_of_several_steps_is_logged(tmp_path: pathlib.Path, finished: dict[str, RunDirectory]) -> None:
     """Each step's metrics are its own, though the state that some are read from is overwritten."""
     coarse = curves(run_in(tmp_path, make_experiment("geco", log_every=3, final_num_samples=0)))

@@ -11,8 +11,8 @@ def commitment_loss(
 ) -> Float[Tensor, " batch"]:
     """Returns |z - sg[e]|² of each example, summed over its positions; its gradient moves the encoder alone.
 
-    The third term of eq. 3 of van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937), without its weight. Its unit
-    is that of squared vectors.
+    The third term of eq. 3 of van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937), without its weight; the
+    paper takes the mean over positions. Its unit is that of squared vectors.
 
     Args:
         vectors: z, from the encoder.
@@ -34,7 +34,8 @@ def codebook_loss(
 ) -> Float[Tensor, " batch"]:
     """Returns |sg[z] - e|² of each example, summed over its positions; its gradient moves the codebook alone.
 
-    The second term of eq. 3 of van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937).
+    The second term of eq. 3 of van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937); the paper takes the mean
+    over positions.
 
     Args:
         vectors: z, from the encoder.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from popgen.distributions import Bernoulli
@@ -249,11 +249,12 @@ class VQVAE(ImageModel):
         )
 
     @torch.no_grad()
-    def initialise_from_data(self, images: Float[Tensor, "count input"], generator: torch.Generator) -> None:
+    def initialise_from_data(self, images: Shaped[Tensor, "count input"], generator: torch.Generator) -> None:
         """Starts the codebook at the k-means centres of the vectors of some random images, in place.
 
         Args:
-            images: grey levels in [0, 1], which are binarised first, shape `(count, input_dim)`.
+            images: shape `(count, input_dim)`; uint8 grey levels, which are binarised first as in training, or floating
+                point, which is used as it is.
             generator: on the device of `images`.
 
         Raises:
@@ -263,7 +264,9 @@ class VQVAE(ImageModel):
             return
         chosen = torch.randperm(len(images), generator=generator, device=images.device)[:INITIAL_IMAGES]
         x = images[chosen]
-        x = (torch.rand(x.shape, generator=generator, device=x.device) < x).to(x.dtype)
+        if x.dtype == torch.uint8:
+            x = torch.rand(x.shape, generator=generator, device=x.device) < x / 255.0
+        x = x.to(self.dtype)
         batches = x.split(INITIAL_IMAGES // INITIAL_BATCHES)
         vectors = torch.cat([self.encoder(batch) for batch in batches]).flatten(0, -2)
         num_codes = self.quantiser.num_codes

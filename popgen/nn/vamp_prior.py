@@ -1,7 +1,7 @@
 """The variational mixture of posteriors prior (Tomczak and Welling 2018, https://arxiv.org/abs/1705.07120)."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from popgen.distributions import DiagonalNormal, GaussianMixture
@@ -64,11 +64,11 @@ class VampPrior(Prior):
         return GaussianMixture(encoded.mean, encoded.log_var)
 
     @torch.no_grad()
-    def initialise_from_data(self, images: Float[Tensor, "count input"], generator: torch.Generator) -> None:
+    def initialise_from_data(self, images: Shaped[Tensor, "count input"], generator: torch.Generator) -> None:
         """Sets the pseudo-inputs to distinct random images if `initialisation` is "data"; else does nothing.
 
         Args:
-            images: grey levels in [0, 1], shape `(count, input_dim)`.
+            images: grey levels, shape `(count, input_dim)`; uint8, or floating point in [0, 1].
             generator: chooses the images; on the device of `images`.
 
         Raises:
@@ -82,11 +82,13 @@ class VampPrior(Prior):
                 f"images must be at least {num_components} of {input_dim} values to initialise as many "
                 f"pseudo-inputs, got shape {tuple(images.shape)}"
             )
+        if images.dtype == torch.uint8 and images.max() > 1:
+            images = images.to(self.logits.dtype) / 255.0
         lowest, highest = images.min().item(), images.max().item()
         if not (images.is_floating_point() and lowest >= 0.0 and highest <= 1.0):
             raise ArgumentError(
-                f"images must be floating-point grey levels in [0, 1], got {images.dtype} from {lowest:.4g} to "
-                f"{highest:.4g}"
+                f"images must be uint8 grey levels up to 255, or floating point in [0, 1], got {images.dtype} from "
+                f"{lowest:.4g} to {highest:.4g}"
             )
         chosen = torch.randperm(len(images), generator=generator, device=images.device)[:num_components]
         grey = images[chosen].clamp(DATA_MARGIN, 1.0 - DATA_MARGIN)

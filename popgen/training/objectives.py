@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from popgen.distributed import Processes
+from popgen.distributions import Bernoulli
 from popgen.errors import ArgumentError, check_choice, check_integer, check_number
 from popgen.losses import elbo
 from popgen.models.image_model import LogDensities
-from popgen.models.vqvae import VQVAE, VQVAETerms
+from popgen.models.vqvae import VQVAE, VQVAETerms, VQVAEWithPrior
 from popgen.nn.vqvae import within
 from popgen.optim.geco import GECO, GECOState
 from popgen.optim.schedules import Constant, Schedule, check_schedule
@@ -59,12 +60,29 @@ class Objective(abc.ABC):
 
     Attributes:
         model_type: what it trains.
+        state_of: what its own state is of, where that depends on its arguments: a run that goes on with another one
+            starts that state anew.
+        selected_by: in words, the loss that `selection_loss` returns, if it is not that of the evaluator.
         exchanges_in_loss: whether `part_of_batch` gives each of several processes more than its examples, so that they
             exchange something in the midst of the loss.
     """
 
     model_type: ClassVar[type] = nn.Module
     exchanges_in_loss: ClassVar[bool] = False
+
+    @property
+    def state_of(self) -> str:
+        """What its own state is of."""
+        return ""
+
+    @property
+    def selected_by(self) -> str:
+        """Which loss chooses the best checkpoint, in words; "" for that of the evaluator."""
+        return ""
+
+    def selection_loss(self, results: Mapping[str, float]) -> float:
+        """Returns the loss that chooses the best checkpoint, of what the evaluator found on the selection split."""
+        return results["loss"]
 
     def check_model(self, model: Any) -> None:
         """Raises ArgumentError if it cannot train a model: one of another type, unless a subclass says more."""
@@ -258,7 +276,8 @@ class ConstrainedELBO(ELBOObjective):
 
     Both are means over samples and batch, nats per example, and so is the target, in the sign of what it constrains.
     The first equals a β-VAE with β = 1/λ at the λ that it ends with, the second one with β = λ; see
-    `popgen.optim.geco`.
+    `popgen.optim.geco`. The best checkpoint is chosen by `selection_loss`, not by the ELBO: it meets the constraint on
+    the selection split, if one of them does.
 
     Metrics: those of `NegativeELBO` without `beta` (`loss` is the Lagrangian), and `constraint`, `constraint_average`
     and `multiplier`.
@@ -266,7 +285,7 @@ class ConstrainedELBO(ELBOObjective):
     Args:
         geco: the multiplier's dynamics.
         constraint: "reconstruction" or "kl".
-        target: what it must reach, nats per example: the least log p(x|z), or the largest KL.
+        target: what it must reach, nats per example: the least log p(x|z), or the largest KL, which is at least 0.
         num_samples: posterior samples for each image.
 
     Raises:
@@ -290,7 +309,60 @@ class ConstrainedELBO(ELBOObjective):
             )
         check_choice("ConstrainedELBO.constraint", self.constraint, CONSTRAINTS)
         check_number("ConstrainedELBO.target", self.target)
+        if self.constraint == "kl":
+            check_number("ConstrainedELBO.target (the largest KL)", self.target, minimum=0.0)
         check_integer("ConstrainedELBO.num_samples", self.num_samples, minimum=1)
+
+    def check_model(self, model: Any) -> None:
+        """Any model that `ELBOObjective` takes whose two terms can both be trained.
+
+        Raises:
+            ArgumentError: if it is another, or its likelihood cannot reach the target.
+        """
+        super().check_model(model)
+        if isinstance(model, VQVAEWithPrior):
+            raise ArgumentError(
+                "ConstrainedELBO weighs a reconstruction against a KL, and that of a VQVAEWithPrior is fixed: use "
+                "NegativeELBO"
+            )
+        likelihood = getattr(getattr(model, "decoder", None), "likelihood", None)
+        if self.constraint == "reconstruction" and self.target > 0.0 and likelihood is Bernoulli:
+            raise ArgumentError(
+                f"ConstrainedELBO.target must be at most 0 for a Bernoulli likelihood, whose log p(x|z) is, got "
+                f"{self.target}"
+            )
+
+    @property
+    def state_of(self) -> str:
+        """The constraint, which the multiplier and the average belong to."""
+        return self.constraint
+
+    @property
+    def selected_by(self) -> str:
+        """The loss of `selection_loss`."""
+        if self.constraint == "reconstruction":
+            return f"KL, raised where the reconstruction is below {self.target:g},"
+        return f"-reconstruction, raised where the KL is above {self.target:g},"
+
+    def selection_loss(self, results: Mapping[str, float]) -> float:
+        """Returns what is minimised and, where the constraint is missed, `GECO.max_multiplier` times by how much.
+
+        Such a penalty is exact (Nocedal and Wright 2006, section 17.2): its least value is at the solution if the
+        multiplier there is no larger.
+
+        Raises:
+            ArgumentError: if the evaluator found no `reconstruction` or no `kl`.
+        """
+        missing = [name for name in ("reconstruction", "kl") if name not in results]
+        if missing:
+            raise ArgumentError(f"validate of an evaluator must return {' and '.join(missing)} for a ConstrainedELBO")
+        minimised, constraint = self._minimised_and_constraint(results["reconstruction"], results["kl"])
+        return minimised + self.geco.max_multiplier * max(0.0, constraint)
+
+    def _minimised_and_constraint(self, reconstruction: Any, kl: Any) -> tuple[Any, Any]:
+        if self.constraint == "reconstruction":
+            return kl, self.target - reconstruction
+        return -reconstruction, kl - self.target
 
     def initial_state(self, reference: Tensor) -> dict[str, Tensor]:
         """Returns GECO's state before the first step."""
@@ -303,10 +375,7 @@ class ConstrainedELBO(ELBOObjective):
         terms = forward(batch, noise)
         reconstruction = terms.log_p_x_given_z.mean()
         kl = (terms.log_q_z_given_x - terms.log_p_z).mean()
-        if self.constraint == "reconstruction":
-            minimised, constraint = kl, self.target - reconstruction
-        else:
-            minimised, constraint = -reconstruction, kl - self.target
+        minimised, constraint = self._minimised_and_constraint(reconstruction, kl)
         loss = self.geco.lagrangian(minimised, constraint, GECOState(**state))
         metrics = {"loss": loss.detach(), **bound_metrics(terms), "constraint": constraint.detach()}
         return LossOutput(loss, metrics)
@@ -328,8 +397,9 @@ class ConstrainedELBO(ELBOObjective):
 class VQVAELoss(Objective):
     """Minimises -log p(x|z) + |sg[z_e] - e|² + w · |z_e - sg[e]|², a mean over the batch, nats per example.
 
-    Eq. 3 of van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937). The second term is zero where the codebook
-    is a moving average, which moves after the vectors have been quantised.
+    Eq. 3 of van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937), with sums over the N vectors of an image where
+    the paper takes means in the second and third term: its weight w is w / N here. The second term is zero where the
+    codebook is a moving average, which moves after the vectors have been quantised.
 
     Metrics: `loss`, those of the bound under the model's own prior (`elbo`, `reconstruction`, `kl`, ...),
     `commitment_loss`, `codebook_loss` and `codes_revived`, the dead codes revived in a step.

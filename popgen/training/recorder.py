@@ -17,6 +17,7 @@ from popgen.evaluation.shown import Shown, save_shown, write_shown
 from popgen.models.model import Model
 from popgen.streams import make_generator
 from popgen.summaries import Writer
+from popgen.training.objectives import Objective
 from popgen.training.records import EvaluationFiles
 from popgen.training.run_directory import Checkpoint, RunDirectory
 from popgen.training.state import TrainState, model_with_weights, state_to_tensors
@@ -28,7 +29,8 @@ class Recorder:
 
     Attributes:
         evaluator: forms the curves, pictures and sounds.
-        selection_split: whose loss chooses the `best` checkpoint.
+        objective: says which loss chooses the `best` checkpoint.
+        selection_split: on which that is formed.
         seed: of the evaluations' noise.
         eval_every: steps between evaluations.
         num_steps: of the run.
@@ -43,6 +45,7 @@ class Recorder:
     """
 
     evaluator: Evaluator
+    objective: Objective
     selection_split: str
     seed: int
     eval_every: int
@@ -75,7 +78,7 @@ class Recorder:
         results = numbers_of(f"{name}.validate", self.evaluator.validate(model, examples, self.seed))
         if "loss" not in results:
             raise ArgumentError(f"{name}.validate must return a loss, which chooses the best checkpoint")
-        loss = results["loss"]
+        loss = self.objective.selection_loss(results)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the {self.selection_split} loss is {loss} at step {state.step}; the last checkpoints are left as "
@@ -202,19 +205,33 @@ def numbers_of(name: str, results: Any) -> dict[str, float]:
     return numbers
 
 
-def facts_of_run(selection_split: str, evaluator: Evaluator, train: Any) -> dict[str, str]:
-    """Returns what checkpoints hold of a run beside its state: `selected_by` and `train_sha256`.
-
-    The one says in words which loss chooses the best checkpoint, the other is the checksum of the training split.
+def selected_by(selection_split: str, evaluator: Evaluator, objective: Objective) -> str:
+    """Returns which loss chooses the best checkpoint, in words.
 
     Example:
         >>> from popgen.evaluation.evaluator import VAEEvaluator
-        >>> facts_of_run("validation", VAEEvaluator(selection_samples=5), torch.zeros(3))["selected_by"]
+        >>> from popgen.training.objectives import NegativeELBO
+        >>> selected_by("validation", VAEEvaluator(selection_samples=5), NegativeELBO())
         'validation loss of 5 samples'
     """
     samples = evaluator.selection_samples
-    selected_by = f"{selection_split} loss" + (f" of {samples} samples" if samples != 1 else "")
-    return {"selected_by": selected_by, "train_sha256": checksum_of_split(train)}
+    loss = objective.selected_by or "loss" + (f" of {samples} samples" if samples != 1 else "")
+    return f"{selection_split} {loss}"
+
+
+def facts_of_run(selection_split: str, evaluator: Evaluator, objective: Objective, train: Any) -> dict[str, str]:
+    """Returns what checkpoints hold of a run beside its state.
+
+    `selected_by` says in words which loss chooses the best checkpoint, `state_of` what the objective's own state is of,
+    and `train_sha256` is the checksum of the training split.
+
+    Example: `PreparedExperiment.facts` calls it.
+    """
+    return {
+        "selected_by": selected_by(selection_split, evaluator, objective),
+        "state_of": objective.state_of,
+        "train_sha256": checksum_of_split(train),
+    }
 
 
 def checksum_of_split(split: Any) -> str:
@@ -255,7 +272,8 @@ def fit_files(
             file=sys.stderr,
             flush=True,
         )
-    best_is_there, before = directory.continue_from(found), found.tensors.get("selected_by", selection)
+    best_is_there = directory.continue_from(found)
+    before = found.tensors.get("selected_by", f"{selection.partition(' ')[0]} loss")  # earlier checkpoints do not say
     if before != selection:
         print(
             f"the best checkpoint was chosen by the {before}: the lowest {selection} is sought from step {state.step} "

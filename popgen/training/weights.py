@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from popgen.datasets.images import as_values
 from popgen.errors import ArgumentError, CheckpointError, check_choice
 from popgen.streams import make_generator
 from popgen.training.run_directory import find_run
@@ -18,10 +17,11 @@ def initialise(model: nn.Module, pretrained: Mapping[str, str], examples: Any, s
     """Gives a model its pretrained parts, and the others that ask for it their first values from the data, in place.
 
     Args:
-        model: parts of it that have a method `initialise_from_data(values, generator)` are given the training images.
+        model: parts of it that have a method `initialise_from_data(images, generator)` are given the training images.
         pretrained: name of a part, or "" for the whole model, to the run whose best checkpoint holds its weights; see
             `find_run`.
-        examples: the training split; images, shape `(count, size)`, where a part is initialised from the data.
+        examples: the training split; where a part is initialised from the data, images of shape `(count, size)`: uint8
+            levels, or floating point as the model is given it.
         seed: of the generators that the parts draw with.
 
     Raises:
@@ -39,6 +39,7 @@ def initialise(model: nn.Module, pretrained: Mapping[str, str], examples: Any, s
                 f"{', '.join(filter(None, parts))}, and '' is the whole of it"
             )
         tensors = find_run(f"Experiment.pretrained[{name!r}]", run_name).load_checkpoint("best")
+        print(f"pretrained: {name or 'the model'} is that of {run_name!r} at step {tensors['step']}", flush=True)
         weights = {**tensors["parameters"], **tensors["buffers"]}
         where = f" than Experiment.model{name and '.'}{name}, in the run {run_name!r}"
         check_same_tensors(weights, tensors_of(parts[name]), "model", where)
@@ -52,7 +53,7 @@ def initialise(model: nn.Module, pretrained: Mapping[str, str], examples: Any, s
                     f"{type(module).__name__} has a method initialise_from_data, which takes images: the data is a "
                     f"{type(examples).__name__}"
                 )
-            initialise_from_data(as_values(examples), make_generator(examples.device, seed, "initialisation from data"))
+            initialise_from_data(examples, make_generator(examples.device, seed, "initialisation from data"))
 
 
 def model_of_checkpoint(model: AnyModule, tensors: Mapping[str, Any], weights: str = "raw") -> AnyModule:

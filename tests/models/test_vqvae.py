@@ -463,15 +463,19 @@ def test_the_start_brings_the_codes_near_the_vectors(quantiser: str) -> None:
     assert all(torch.equal(first[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_grey_images_are_binarised_before_the_first_codes_are_formed() -> None:
-    """The encoder is trained on zeros and ones, so it starts from them; half of all pixels of this grey are ones."""
+def test_the_first_codes_are_of_what_the_encoder_is_trained_on() -> None:
+    """Levels are binarised, and a fifth of all pixels of this grey are ones; values are used as they are."""
     model = make_vqvae()
     seen: list[Tensor] = []
     model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    model.initialise_from_data(torch.full((200, 96), 0.25, dtype=torch.float64), torch.Generator())
+    model.initialise_from_data(torch.full((200, 96), 51, dtype=torch.uint8), torch.Generator())
     pixels = torch.cat(seen)
-    assert set(pixels.unique().tolist()) == {0.0, 1.0}
-    assert pixels.mean().item() == pytest.approx(0.25, abs=5 * (0.1875 / pixels.numel()) ** 0.5)
+    assert pixels.dtype == torch.float64 and set(pixels.unique().tolist()) == {0.0, 1.0}
+    assert pixels.mean().item() == pytest.approx(0.2, abs=5 * (0.16 / pixels.numel()) ** 0.5)
+    seen.clear()
+    values = 2.0 * torch.rand(200, 96, dtype=torch.float64) - 1.0
+    model.initialise_from_data(values, torch.Generator())
+    torch.testing.assert_close(torch.cat(seen).sort(0).values, values.sort(0).values, rtol=0.0, atol=0.0)
 
 
 def test_more_codes_than_vectors_are_refused() -> None:

@@ -160,12 +160,20 @@ def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
 @pytest.mark.parametrize("images", [torch.full((9, INPUT_DIM), value) for value in (255.0, -0.1, float("nan"))])
 def test_images_that_are_no_grey_levels_are_refused(images: Tensor) -> None:
     prior = VampPrior(INPUT_DIM, num_components=5, initialisation="data")
-    with pytest.raises(ArgumentError, match=r"images must be .* grey levels in \[0, 1\], got torch.float32 from"):
+    with pytest.raises(ArgumentError, match=r"images must be .* floating point in \[0, 1\], got torch.float32 from"):
         prior.initialise_from_data(images, torch.Generator())
 
 
+def test_levels_are_what_their_values_are() -> None:
+    levels = torch.randint(0, 256, (20, INPUT_DIM), dtype=torch.uint8)
+    priors = [make_prior(initialisation="data") for _ in "ab"]
+    for prior, images in zip(priors, (levels, levels.double() / 255.0), strict=True):
+        prior.initialise_from_data(images, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(priors[0].logits, priors[1].logits, rtol=1e-12, atol=0.0)
+
+
 @pytest.mark.usefixtures("as_a_user")
-def test_integer_images_are_refused() -> None:
+def test_integers_that_are_no_grey_levels_are_refused() -> None:
     prior = VampPrior(INPUT_DIM, num_components=5, initialisation="data")
     with pytest.raises(ArgumentError, match="got torch.uint8 from 1 to 1"):
         prior.initialise_from_data(torch.ones(9, INPUT_DIM, dtype=torch.uint8), torch.Generator())

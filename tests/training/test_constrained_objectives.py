@@ -153,8 +153,10 @@ def test_the_multiplier_rises_while_the_constraint_is_violated_and_falls_while_i
     constraint: str, violated: bool
 ) -> None:
     """What is logged of each step is what the update rule makes of the constraints, in plain numbers."""
-    target = {"reconstruction": -1.0 if violated else -90.0, "kl": -1.0 if violated else 90.0}[constraint]
+    target = {"reconstruction": -1.0 if violated else -90.0, "kl": 0.5 if violated else 90.0}[constraint]
     vae, geco = make_vae(), GECO(rate=0.02, decay=0.8)
+    with torch.no_grad():
+        list(vae.encoder.parameters())[-1].add_(2.0)  # a posterior that is not the prior
     objective = ConstrainedELBO(geco, constraint, target)
     state, history = advance(start(vae, objective), vae, objective, 6, bars())
     multiplier, average = 1.0, None
@@ -426,6 +428,7 @@ def test_the_headline_model_under_a_constraint_by_config_alone(tmp_path: pathlib
         ),
         ({"target": "low"}, "ConstrainedELBO.target must be a finite number, got 'low'"),
         ({"target": math.nan}, "ConstrainedELBO.target must be a finite number, got nan"),
+        ({"target": -72.0}, "ConstrainedELBO.target (the largest KL) must be at least 0, got -72.0"),
         ({"num_samples": 0}, "ConstrainedELBO.num_samples must be an integer of at least 1, got 0"),
     ],
 )

@@ -8,8 +8,11 @@ from popgen.distributions.codes import CategoricalOutput
 from popgen.errors import ArgumentError
 from popgen.evaluation.evaluator import Evaluator
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder, LogDensities
+from popgen.models.vqvae import VQVAE, ConvolutionalDecoder, ConvolutionalEncoder, VQVAEWithPrior
 from popgen.models.wavenet import WaveNet
+from popgen.nn.pixelcnn import GatedPixelCNN
 from popgen.nn.priors import StandardNormalPrior
+from popgen.nn.vqvae import MovingAverageQuantiser
 from popgen.optim.geco import GECO
 from popgen.optim.schedules import Constant, LinearAnnealing
 from popgen.training.objectives import ConstrainedELBO, ELBOObjective, NegativeELBO, Objective
@@ -73,6 +76,35 @@ def test_models_without_an_elbo_are_refused_in_one_line(objective: ELBOObjective
     model = WaveNet(CategoricalOutput(), 4, 4, num_layers=2, dilation_cycle=2)
     with pytest.raises(ArgumentError, match="trains models with a noise_dim and an ELBO, such as a VAE, .* a WaveNet"):
         objective.check_model(model)
+
+
+def test_what_cannot_be_constrained_is_refused() -> None:
+    """A likelihood that cannot reach the target, and a model of whose two terms one is fixed."""
+    geco = GECO(rate=0.1)
+    vae = VAE(GaussianEncoder(8, 3, 5), BernoulliDecoder(3, 8, 5), StandardNormalPrior())
+    with pytest.raises(ArgumentError, match=r"target must be at most 0 for a Bernoulli likelihood, .* got 72.0"):
+        ConstrainedELBO(geco, "reconstruction", 72.0).check_model(vae)
+    ConstrainedELBO(geco, "kl", 72.0).check_model(vae)
+    parts = (part(3, (8, 8), 4, 0) for part in (ConvolutionalEncoder, ConvolutionalDecoder))
+    encoder, decoder = parts
+    vqvae = VQVAE(encoder, MovingAverageQuantiser(4, 3), decoder)
+    with pytest.raises(ArgumentError, match="that of a VQVAEWithPrior is fixed: use NegativeELBO"):
+        ConstrainedELBO(geco, "kl", 1.0).check_model(VQVAEWithPrior(vqvae, GatedPixelCNN(4, (2, 2), 8, 1)))
+
+
+def test_the_loss_that_chooses_a_checkpoint_by_hand() -> None:
+    """What is minimised, and 50 times what is missing; an evaluator that does not find the terms is named."""
+    geco, results = GECO(rate=0.1, max_multiplier=50.0), {"loss": 99.0, "reconstruction": -80.0, "kl": 20.0}
+    assert NegativeELBO().selection_loss(results) == 99.0
+    for constraint, target, loss in (
+        ("reconstruction", -80.5, 20.0),
+        ("reconstruction", -79.5, 45.0),
+        ("kl", 20.5, 80.0),
+        ("kl", 19.0, 130.0),
+    ):
+        assert ConstrainedELBO(geco, constraint, target).selection_loss(results) == pytest.approx(loss)
+    with pytest.raises(ArgumentError, match="validate of an evaluator must return kl for a ConstrainedELBO"):
+        ConstrainedELBO(geco, "kl", 19.0).selection_loss({"loss": 1.0, "reconstruction": 1.0})
 
 
 def test_a_model_of_no_images_needs_a_blank_batch_of_its_own() -> None:
