@@ -89,13 +89,35 @@ def parsed(arguments: list[str]) -> list[str]:
 def guarded(main: Callable[[], None], again: str = STARTS_ANEW) -> None:
     """Calls `main`; a user's mistake or a bad disk becomes one line on standard error.
 
-    Of several processes that end for the same reason one prints it. The exit status is then 1; it is 75 for a run that
-    was asked to stop, and 130 for what was interrupted at once.
+    Of several processes that end for the same reason one prints it. The exit status is then 1; it is 75 for what was
+    asked to stop, by SIGTERM, and 130 for what was interrupted at once.
 
     Args:
         main: does the work of a command.
         again: what the same command does after it was interrupted.
     """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        _guarded(lambda: _broken_off_by_sigterm(main, again), again)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _broken_off_by_sigterm(main: Callable[[], None], again: str) -> None:
+    """Calls `main`; where SIGTERM comes, StoppedError is raised at once, and what follows is not broken off again."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise StoppedError(f"stopped; the same command {again}")
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        main()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _guarded(main: Callable[[], None], again: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may not know ± or k̂

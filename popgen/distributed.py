@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from popgen.errors import ArgumentError, PopgenError, ProcessesError, reason_of
+from popgen.errors import ArgumentError, PopgenError, ProcessesError, StoppedError, reason_of
 
 T = TypeVar("T")
 POLLING_SECONDS = 0.02
@@ -427,10 +427,11 @@ def _first_to_say(store: Any, error: PopgenError) -> bool:
             store.add("popgen/said", 1)
             return store.add(f"popgen/said/{digest}", 1) == 1
         deadline = time.monotonic() + CLOSING_SECONDS
-        while time.monotonic() < deadline:  # whoever has ended first may be about to say why
-            if store.add("popgen/said", 0):
-                return False
-            time.sleep(POLLING_SECONDS)
+        with contextlib.suppress(StoppedError):  # asked to end too, say by torchrun, it waits no longer
+            while time.monotonic() < deadline:  # whoever has ended first may be about to say why
+                if store.add("popgen/said", 0):
+                    return False
+                time.sleep(POLLING_SECONDS)
         return store.add("popgen/said", 1) == 1
     except RuntimeError:  # whoever kept the store is gone too
         return True

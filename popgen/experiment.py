@@ -276,6 +276,8 @@ def evaluate(
         "seed": experiment.seed,
         "precision": precision,
         "training_precision": experiment.precision,
+        "compiled": experiment.compile,
+        "num_threads": torch.get_num_threads(),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "processes": processes.size,
         "seconds": round(time.perf_counter() - started, 1),

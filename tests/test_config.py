@@ -1,6 +1,7 @@
 """Configuration: short names, overrides, orphans, saving and restoring, and one clear line for every mistake."""
 
 import dataclasses
+import math
 import pathlib
 import textwrap
 
@@ -399,7 +400,7 @@ def test_every_config_takes_two_steps(name, tmp_path):
     directory = RunDirectory(tmp_path / "run")
     with directory.locked():
         state = run(experiment, directory, loaded.configuration)
-    assert state.step == 2 and state.best_loss < 1_000
+    assert state.step == 2 and math.isfinite(state.best_loss)
     assert len(list(directory.path.glob("evaluation_*.json"))) == 1
 
 

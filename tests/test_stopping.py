@@ -1,5 +1,6 @@
 """A real training process: stopped by signals, evaluated and tried a second time while it runs, killed, replayed."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -24,17 +25,22 @@ def workspace(tmp_path: pathlib.Path) -> Workspace:
     return Workspace(tmp_path)
 
 
-def started(workspace: Workspace, *arguments: str) -> subprocess.Popen[str]:
-    """Returns a command that runs, once it has saved a checkpoint."""
+@contextlib.contextmanager
+def started(workspace: Workspace, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Returns a command that runs, once it has saved a checkpoint; it does not outlive a test that fails."""
     path = os.pathsep.join((str(REPOSITORY), str(workspace.path)))
     command = [sys.executable, "-m", f"launch.{arguments[0]}", *arguments[1:]]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=workspace.path, env=environment, stderr=subprocess.PIPE, text=True)
-    waiting = time.monotonic()
-    while not (workspace.path / "run/checkpoints/best.ckpt").is_file():
-        assert process.poll() is None and time.monotonic() - waiting < 60
-        time.sleep(0.05)
-    return process
+    try:
+        waiting = time.monotonic()
+        while not (workspace.path / "run/checkpoints/best.ckpt").is_file():
+            assert process.poll() is None and time.monotonic() - waiting < 60
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_run_is_evaluated_while_it_trains_stopped_and_replayed(workspace: Workspace) -> None:
@@ -71,19 +77,30 @@ def test_a_second_interrupt_is_not_waited_for() -> None:
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
-def test_an_interrupted_command_says_what_it_does_the_next_time(workspace: Workspace) -> None:
+@pytest.mark.parametrize(
+    "breaking_off, said, status, training",
+    [
+        ("raise KeyboardInterrupt", "interrupted", 130, "continues the run from its latest checkpoint"),
+        ("__import__('os').kill(__import__('os').getpid(), 15)", "stopped", 75, None),  # it saves, see above
+    ],
+)
+def test_an_interrupted_command_says_what_it_does_the_next_time(
+    breaking_off: str, said: str, status: int, training: str | None, workspace: Workspace
+) -> None:
+    """By Ctrl-C, or by SIGTERM."""
     workspace.succeed("train", "--gin_file=vae_squares.gin", "--run_dir=run")
     parts = workspace.path / "own_parts.py"
     parts.write_text(
-        parts.read_text().replace("    def load(self):\n", "    def load(self):\n        raise KeyboardInterrupt\n")
+        parts.read_text().replace("    def load(self):\n", f"    def load(self):\n        {breaking_off}\n")
     )
     for arguments, again in (
-        (("train", "--gin_file=vae_squares.gin", "--run_dir=run"), "continues the run from its latest checkpoint"),
+        (("train", "--gin_file=vae_squares.gin", "--run_dir=run"), training),
         (("evaluate", "--run_dir=run"), "goes on with an evaluation of images where it was"),
         (("sample", "--run_dir=run", "--out=grid.png"), "starts anew"),
     ):
         done = workspace.run(*arguments)
-        assert (done.returncode, done.stderr) == (130, f"interrupted; the same command {again}\n")
+        if again is not None:
+            assert (done.returncode, done.stderr) == (status, f"{said}; the same command {again}\n")
 
 
 def raising(error: BaseException) -> Callable[[], None]:

@@ -94,6 +94,16 @@ def test_a_worker_that_dies_is_started_again(rendezvous: str, together: Together
     assert latest_step(together.path / "run") == 8
 
 
+@pytest.mark.parametrize("attempt", range(2))
+def test_the_one_that_is_left_says_that_another_has_ended(attempt: int, together: Together) -> None:
+    """Though torchrun asks it to end at once."""
+    (together.path / "own_objective.py").write_text(DYING)
+    (together.path / "dying.gin").write_text(DYING_CONFIG)
+    process = together.start("train", "--gin_file=dying.gin", "--run_dir=run")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0 and err.count("error: another process of this run has ended") == 1, err
+
+
 def test_torchrun_passes_a_request_to_stop_on(together: Together) -> None:
     many = "--gin_bindings=Experiment.num_steps = 1_000_000"
     process = together.start("train", "--gin_file=vae_squares.gin", "--run_dir=run", many)

@@ -35,6 +35,7 @@ SIGMOID_RANGE = 4.0
 # Images whose chains go together: on a CPU they fill a core, on a GPU they make each launch worth its while. They are
 # always as many, each at the same place, if need be beside copies: chains amplify rounding, which depends on that.
 IMAGES_AT_ONCE = {"cpu": 10, "cuda": 100}
+SIGNIFICANT = 2.0  # standard errors from which a difference is spoken of
 ESTIMATOR_VERSION = 2  # raised with every change to what a row is made of: rows on file are used no more
 
 LogDensity = Callable[[Tensor], Tensor]
@@ -352,7 +353,8 @@ def check_by_annealing(
 
     On the images both are lower bounds on log p(x) in expectation, by different ways; a difference shows that the lower
     one is not near it. On as many images that the model draws, the truth lies between `simulated_lower` and
-    `simulated_upper`, up to the error of their difference, `simulated_gap`.
+    `simulated_upper`, up to the error of their difference, `simulated_gap`; the importance-weighted bound is at most
+    `simulated_importance_gap` below it, up to the error of that.
 
     Args:
         model: the VAE, on the device of the images.
@@ -406,6 +408,7 @@ def check_by_annealing(
     means = {name: column.mean().item() for name, column in columns.items()}
     difference = columns["annealed"] - columns["importance"]
     gap = columns["simulated_upper"] - columns["simulated_lower"]
+    importance_gap = columns["simulated_upper"] - columns["simulated_importance"]
     return {
         "annealed_num_images": len(images),
         **{f"annealed_{name}": value for name, value in settings.items()},
@@ -416,15 +419,17 @@ def check_by_annealing(
         **{name: mean for name, mean in means.items() if name.startswith("simulated_")},
         "simulated_gap": gap.mean().item(),
         "simulated_gap_standard_error": standard_error(gap),
+        "simulated_importance_gap": importance_gap.mean().item(),
+        "simulated_importance_gap_standard_error": standard_error(importance_gap),
     }
 
 
 def describe_check(record: Mapping[str, Any]) -> str:
-    """Returns the lines of a check.
+    """Returns the lines of a check, and a warning where annealing shows that the importance-weighted bound is too low.
 
     Example: `main` of launch.evaluate prints them.
     """
-    return (
+    lines = (
         f"annealing, first {record['annealed_num_images']} images: log p(x) {record['annealed_log_p_x']:.3f}, "
         f"which is {record['annealed_minus_importance']:+.3f} ± "
         f"{record['annealed_minus_importance_standard_error']:.3f} to the importance-weighted bound on them\n"
@@ -432,3 +437,9 @@ def describe_check(record: Mapping[str, Any]) -> str:
         f"({record['simulated_gap']:+.3f} ± {record['simulated_gap_standard_error']:.3f}), "
         f"importance-weighted bound {record['simulated_importance']:.3f}"
     )
+    if "simulated_importance_gap" in record:  # earlier records have none
+        error = record["simulated_importance_gap_standard_error"]
+        lines += f", which is at most {record['simulated_importance_gap']:.3f} ± {error:.3f} below log p(x)"
+    if record["annealed_minus_importance"] > SIGNIFICANT * record["annealed_minus_importance_standard_error"]:
+        lines += "\nwarning: annealing finds more than the importance-weighted bound, which is not near log p(x)"
+    return lines

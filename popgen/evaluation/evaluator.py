@@ -16,6 +16,7 @@ from popgen.evaluation.image_table import ImageTable
 from popgen.evaluation.importance import MIN_PARETO_SAMPLES, reliable_pareto_shape
 from popgen.evaluation.likelihood import (
     bounds_by_size,
+    check_samples,
     count_active_units,
     estimate_log_likelihood,
     evaluate_elbo,
@@ -231,8 +232,8 @@ class VAEEvaluator(ImageEvaluator):
         check_integer("VAEEvaluator.selection_samples", self.selection_samples, minimum=1)
 
     def check_num_samples(self, name: str, num_samples: int) -> None:
-        """Any positive number will do."""
-        check_integer(name, num_samples, minimum=1)
+        """Any positive number will do for which there is noise; see `check_samples`."""
+        check_samples(name, num_samples)
 
     def validate(self, model: Any, examples: Tensor, seed: int) -> Results:
         """Returns the mean ELBO at β = 1 and its parts, and the bound of `selection_samples` if it is another, nats.

@@ -18,7 +18,7 @@ from torch import Tensor
 from popgen.compilation import compile_or_fall_back
 from popgen.datasets.images import as_values
 from popgen.distributions import StandardNormal
-from popgen.errors import check_integer
+from popgen.errors import ArgumentError, check_integer
 from popgen.evaluation.importance import (
     MIN_PARETO_SAMPLES,
     effective_sample_size,
@@ -37,6 +37,7 @@ from popgen.streams import make_generator, stream_seed
 ACTIVE_UNIT_VARIANCE = 0.01
 BLOCKS_OF_IMAGE = 4_096  # seeds that are set apart for each image, one for each block
 NOISE_BLOCK = 1_000  # samples of one image, or single samples of so many images, whose noise is drawn together
+MAX_SAMPLES = BLOCKS_OF_IMAGE * NOISE_BLOCK  # of an image: more would be those of the next one
 # (image, sample) pairs that pass through the decoder together: on a CPU they fill the cores and fit the cache, on a GPU
 # they make each launch worth its while.
 ROWS_IN_FLIGHT = {"cpu": 4_000, "cuda": 128_000}
@@ -67,6 +68,23 @@ def image_noise(
         generator.manual_seed((first + BLOCKS_OF_IMAGE * index + block) % 2**32)
         noise[row].normal_(generator=generator)
     return noise.transpose(0, 1).contiguous()
+
+
+def check_samples(name: str, num_samples: int) -> int:
+    """Returns a number of samples of each image if there is noise for so many.
+
+    Raises:
+        ArgumentError: if there is not.
+
+    Example:
+        >>> check_samples("num_samples", 5_000_000)
+        Traceback (most recent call last):
+            ...
+        popgen.errors.ArgumentError: num_samples must be at most 4,096,000, got 5000000
+    """
+    if check_integer(name, num_samples, minimum=1) > MAX_SAMPLES:
+        raise ArgumentError(f"{name} must be at most {MAX_SAMPLES:,}, got {num_samples}")
+    return num_samples
 
 
 @torch.no_grad()
@@ -272,7 +290,7 @@ def importance_estimate(
         >>> list(importance_estimate(vae, torch.zeros(5, 16), num_samples=200).bounds)
         [1, 10, 100, 200]
     """
-    check_integer("num_samples", num_samples, minimum=1)
+    check_samples("num_samples", num_samples)
     check_integer("the number of images", len(images), minimum=1)
     log_weights = log_weight_function(model) if log_weights is None else log_weights
     samples_at_once = min(num_samples, NOISE_BLOCK)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -122,8 +123,15 @@ class Recorder:
         save_shown(self.directory.samples_path / "best.png", self.shown(best))
 
     def write_evaluation(self, files: EvaluationFiles, record: Mapping[str, Any]) -> None:
-        """Writes the record of its evaluation."""
-        files.write(self.writer, {**record, "checkpoint": "best", "weights": "raw"}, self.evaluator)
+        """Writes the record of its evaluation, with a command that repeats it."""
+        settings = (
+            ("run_dir", self.directory.path),
+            ("num_samples", files.num_samples),
+            ("num_examples", files.num_examples),
+        )
+        command = shlex.join(["python", "-m", "launch.evaluate", *(f"--{name}={value}" for name, value in settings)])
+        found = {**record, "checkpoint": "best", "weights": "raw", "command": command}
+        files.write(self.writer, found, self.evaluator)
 
     def close(self) -> None:
         """Closes the files."""

@@ -306,9 +306,26 @@ def test_the_check_compares_means_of_the_same_images() -> None:
     gap = sandwich.upper - sandwich.lower
     assert found["simulated_gap"] == pytest.approx(gap.mean().item())
     assert found["simulated_gap_standard_error"] == pytest.approx(gap.std().item() / math.sqrt(6))
+    above = sandwich.upper - estimate_log_likelihood(vae, sandwich.images, 500, seed=2)
+    assert found["simulated_importance_gap"] == pytest.approx(above.mean().item())
+    assert found["simulated_importance_gap_standard_error"] == pytest.approx(above.std().item() / math.sqrt(6))
     assert f"{found['annealed_log_p_x']:.3f}" in describe_check(found)
+    assert f"at most {found['simulated_importance_gap']:.3f} ± " in describe_check(found)
     with pytest.raises(ArgumentError, match="annealing takes a VAE, and the model is a Linear"):
         check_by_annealing(torch.nn.Linear(2, 2), images, 5, 5, 5)  # type: ignore[arg-type]
+
+
+def test_a_posterior_that_is_far_off_is_warned_of() -> None:
+    """Annealing does not use it, and so finds more; the gap on simulated images is as large. A good one has neither."""
+    vae, images = make_vae("standard"), torch.rand(6, 16, generator=generator(1), dtype=torch.float64).round()
+    warned = []
+    for shift in (0.0, 6.0):
+        with torch.no_grad():
+            list(vae.encoder.parameters())[-1][: vae.latent_dim].add_(shift)
+        found = check_by_annealing(vae, images, num_samples=50, num_temperatures=60, num_chains=8, seed=2)
+        warned.append("warning: annealing finds more" in describe_check(found))
+        assert (found["simulated_importance_gap"] > 3.0) == (shift > 0.0)
+    assert warned == [False, True]
 
 
 @pytest.mark.usefixtures("as_a_user")
