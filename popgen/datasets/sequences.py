@@ -29,16 +29,19 @@ class SequenceBatch(NamedTuple):
             [0, 1]; zero beyond each length.
         lengths: how many of the steps are real, int64, shape `(batch,)`.
         labels: int64, each of shape `(batch,)`.
+        starts: which step of its sequence is the first one here, int64, shape `(batch,)`; 0 for whole sequences.
 
     Example:
-        >>> batch = SequenceBatch(torch.zeros(3, 100), torch.tensor([100, 40, 7]), {"digit": torch.tensor([3, 1, 4])})
-        >>> batch.device.type
-        'cpu'
+        >>> batch = SequenceBatch(torch.zeros(2, 4), torch.tensor([4, 3]), {}, starts=torch.tensor([0, 7]))
+        >>> batch.predictable
+        tensor([[ True,  True,  True,  True],
+                [False,  True,  True, False]])
     """
 
     values: Tensor
     lengths: Tensor
     labels: dict[str, Tensor]
+    starts: Tensor
 
     @property
     def device(self) -> torch.device:
@@ -49,6 +52,12 @@ class SequenceBatch(NamedTuple):
     def real(self) -> Bool[Tensor, "batch time"]:
         """Which steps are no padding."""
         return torch.arange(self.values.shape[1], device=self.device) < self.lengths[:, None]
+
+    @property
+    def predictable(self) -> Bool[Tensor, "batch time"]:
+        """Which real steps follow what is here, or begin their sequence; other first steps follow what is not here."""
+        first = torch.arange(self.values.shape[1], device=self.device) == 0
+        return self.real & ~(first & (self.starts > 0)[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +209,7 @@ class Sequences:
         values = self.as_values(self.values.index_select(0, positions.flatten()).unflatten(0, positions.shape))
         values = values.masked_fill(~real.view(*real.shape, *[1] * (values.ndim - 2)), 0.0)
         labels = {name: label.index_select(0, indices) for name, label in self.labels.items()}
-        return SequenceBatch(values, lengths, labels)
+        return SequenceBatch(values, lengths, labels, starts)
 
     def _check_indices(self, indices: Tensor) -> Tensor:
         """Returns the indices on the device of the values."""
@@ -316,8 +325,9 @@ class SequenceData:
 class WindowBatches(ShuffledBatches):
     """The training batches of a run, a window of each of some sequences, in random order.
 
-    A window begins at a uniformly random step of those at which it fits into its sequence; a shorter sequence is taken
-    whole, and padded.
+    A window of W steps is laid over a sequence of L at one of its L + W - 1 places at random, and moved inside where it
+    sticks out: all steps are seen about equally often, the first and last ones too, and a share of W / (L + W - 1) of
+    the windows are the beginning. A shorter sequence is taken whole, and padded.
 
     With a `max_speed` s above 1 each window is played at a speed of its own, its logarithm uniform between -log s and
     log s, by linear interpolation (speed perturbation, Ko et al. 2015): a voice sounds higher or lower, and no longer
@@ -352,14 +362,20 @@ class WindowBatches(ShuffledBatches):
         """Returns a window of each of some sequences; `generator` draws where they begin, and their speeds."""
         noise = torch.empty(indices.shape, dtype=torch.int64, device=indices.device).random_(generator=generator)
         lengths = self.sequences.lengths.index_select(0, indices)
-        # The remainder of 63 random bits is uniform to within 2^-63 times the number of starts.
         if self.max_speed == 1.0:
-            return self.sequences.windows(indices, noise % ((lengths - self.window).clamp_min(0) + 1), self._steps)
+            return self.sequences.windows(indices, _starts(noise, lengths, self.window), self._steps)
         uniform = torch.rand(indices.shape, generator=generator, device=indices.device, dtype=torch.float64)
         speeds = self.max_speed ** (2.0 * uniform - 1.0)
         spans = ((self.window - 1) * speeds).ceil().long() + 1
-        starts = noise % ((lengths - spans).clamp_min(0) + 1)
+        starts = _starts(noise, lengths, spans)
         return play(self.sequences.windows(indices, starts, self._steps), speeds, self._steps[: self.window])
+
+
+def _starts(noise: Tensor, lengths: Tensor, spans: Tensor | int) -> Tensor:
+    """Returns where windows begin that cover so many steps."""
+    # The remainder of 63 random bits is uniform to within 2^-63 times the number of places.
+    places = noise % (lengths + spans - 1) - (spans - 1)
+    return torch.minimum(places.clamp_min(0), (lengths - spans).clamp_min(0))
 
 
 def play(batch: SequenceBatch, speeds: Float64[Tensor, " batch"], steps: Int64[Tensor, " window"]) -> SequenceBatch:
@@ -371,9 +387,9 @@ def play(batch: SequenceBatch, speeds: Float64[Tensor, " batch"], steps: Int64[T
         steps: 0, 1, ... up to the size of the new window.
 
     Example:
-        >>> batch = SequenceBatch(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.tensor([4]), {})
-        >>> play(batch, torch.tensor([1.5], dtype=torch.float64), torch.arange(3))
-        SequenceBatch(values=tensor([[0.0000, 1.5000, 3.0000]]), lengths=tensor([3]), labels={})
+        >>> batch = SequenceBatch(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.tensor([4]), {}, torch.tensor([0]))
+        >>> play(batch, torch.tensor([1.5], dtype=torch.float64), torch.arange(3)).values
+        tensor([[0.0000, 1.5000, 3.0000]])
     """
     lengths = ((batch.lengths - 1) / speeds).long().clamp_max(len(steps) - 1) + 1
     real = steps < lengths[:, None]
@@ -384,4 +400,4 @@ def play(batch: SequenceBatch, speeds: Float64[Tensor, " batch"], steps: Int64[T
     each = (*real.shape, *[1] * (batch.values.ndim - 2))  # for every feature of a step
     fractions = (positions - below).to(batch.values.dtype).view(each)
     values = torch.lerp(batch.values[rows, below], batch.values[rows, above], fractions)
-    return SequenceBatch(values.masked_fill(~real.view(each), 0.0), lengths, batch.labels)
+    return SequenceBatch(values.masked_fill(~real.view(each), 0.0), lengths, batch.labels, batch.starts)

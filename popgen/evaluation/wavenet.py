@@ -20,13 +20,13 @@ from popgen.evaluation.statistics import standard_error_of_ratio
 from popgen.models.wavenet import WaveNet
 from popgen.precision import matrix_products
 
-SAMPLES_AT_ONCE = 32_768  # of all recordings that pass through the network together
+SAMPLES_AT_ONCE = 32_768  # of all recordings that pass through the network together, or of one that is longer
 CONTEXT_ORDERS = {"unigram_bits": 0, "context_model_bits": 2}
 
 
 @torch.no_grad()
 def log_densities(model: WaveNet, sequences: Sequences, progress: Progress | None = None) -> Tensor:
-    """Returns log p of each recording, whole, nats, shape `(count,)`, float64.
+    """Returns log p of each recording, whole, nats, shape `(count,)`, float64, in memory that no length exceeds.
 
     Args:
         model: on the device of the recordings.
@@ -47,12 +47,23 @@ def log_densities(model: WaveNet, sequences: Sequences, progress: Progress | Non
         chosen = order[first : first + count]
         batch = sequences.padded(chosen)
         codes = mu_law_encode(batch.values)
-        log_p = model(codes, batch.labels).log_density(codes).double()
+        log_p = _in_pieces(model, codes, batch.labels).double()
         found[chosen] = torch.where(batch.real, log_p, 0.0).sum(1)
         if progress is not None:
             progress(-found[chosen] / batch.lengths / math.log(2.0))
         first += count
     return found
+
+
+def _in_pieces(model: WaveNet, codes: Tensor, labels: dict[str, Tensor]) -> Tensor:
+    """Returns log p of each code; pieces of a long recording are preceded by all that they depend on."""
+    size = max(1, SAMPLES_AT_ONCE // len(codes))
+    pieces = []
+    for first in range(0, codes.shape[1], size):
+        before = min(first, model.receptive_field)
+        piece = codes[:, first - before : first + size]
+        pieces.append(model(piece, labels).log_density(piece)[:, before:])
+    return torch.cat(pieces, dim=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,8 @@ from torch import Tensor
 from popgen.errors import ArgumentError, check_integer
 from popgen.precision import at_least_float32
 
+ROUNDING = 64.0  # units in the last place of the largest score by which the same score may differ
+
 
 def info_nce(
     scores: Float[Tensor, "*shape candidates"], mask: Bool[Tensor, "*shape candidates-1"] | None = None
@@ -42,7 +44,9 @@ def contrastive_accuracy(
 ) -> Float[Tensor, "*shape"]:
     """Returns the probability of choosing the positive if ties for the highest score are broken at random.
 
-    So m candidates with one score give 1/m, not 1. It is one where the mask leaves the positive alone.
+    So m candidates with one score give 1/m, not 1. Scores that differ by no more than rounding are one score: equal
+    frames have such, where those of positives and negatives are different products. It is one where the mask leaves
+    the positive alone.
 
     Args:
         scores: of the positive, which comes first, and of the negatives.
@@ -56,8 +60,11 @@ def contrastive_accuracy(
         tensor([1.0000, 0.5000, 0.0000])
     """
     scores = _masked(scores.detach(), mask)
-    positive, highest = scores[..., :1], scores.amax(-1)
-    return (positive[..., 0] == highest).to(scores.dtype) / (scores == positive).sum(-1)
+    positive, highest = scores[..., :1], scores.amax(-1, keepdim=True)
+    largest = scores.abs().masked_fill(scores.isinf(), 0.0).amax(-1, keepdim=True)
+    rounding = ROUNDING * torch.finfo(scores.dtype).eps * largest
+    chosen = (highest - positive <= rounding)[..., 0]
+    return chosen.to(scores.dtype) / ((scores - positive).abs() <= rounding).sum(-1)
 
 
 def mutual_information_bound(loss: Float[Tensor, "*shape"], num_candidates: int) -> Float[Tensor, "*shape"]:

@@ -20,12 +20,15 @@ from popgen.training.objectives import LossOutput, Objective, Settings, Tensors
 class NegativeLogLikelihood(Objective):
     """Minimises -log p of the mu-law codes of waveforms, a mean over all samples of a batch, nats per sample.
 
-    Padding is left out. Metrics: `loss`, and `bits_per_sample`, which is the same in bits.
+    Padding is left out, and the first sample of a window that begins inside its recording: what it follows is not
+    there, and the code that stands before a recording would stand for it.
+
+    Metrics: `loss`, and `bits_per_sample`, which is the same in bits.
 
     Example:
         >>> from popgen.distributions.codes import CategoricalOutput
         >>> model = WaveNet(CategoricalOutput(), 8, 8, num_layers=3, dilation_cycle=3)
-        >>> batch = SequenceBatch(torch.zeros(2, 50), torch.tensor([50, 20]), {})
+        >>> batch = SequenceBatch(torch.zeros(2, 50), torch.tensor([50, 20]), {}, torch.zeros(2, dtype=torch.int64))
         >>> loss, metrics, _ = NegativeLogLikelihood()(model, batch, None, {}, {})
         >>> sorted(metrics)
         ['bits_per_sample', 'loss']
@@ -37,7 +40,8 @@ class NegativeLogLikelihood(Objective):
         """Returns silence of the length of the receptive field."""
         lengths = torch.full((batch_size,), model.receptive_field)
         labels = {name: torch.zeros(batch_size, dtype=torch.int64) for name in model.classes}
-        return SequenceBatch(torch.zeros(batch_size, model.receptive_field), lengths, labels)
+        starts = torch.zeros(batch_size, dtype=torch.int64)
+        return SequenceBatch(torch.zeros(batch_size, model.receptive_field), lengths, labels, starts)
 
     def draw_noise(self, model: Any, batch: SequenceBatch, generator: torch.Generator) -> None:
         """Returns nothing: the likelihood is exact."""
@@ -46,8 +50,8 @@ class NegativeLogLikelihood(Objective):
         """Returns nothing."""
 
     def weight(self, batch: SequenceBatch) -> Tensor:
-        """Returns the number of samples that are no padding, over which the mean is taken."""
-        return batch.lengths.sum()
+        """Returns the number of samples over which the mean is taken."""
+        return batch.predictable.sum()
 
     def __call__(
         self, forward: Callable[..., Any], batch: SequenceBatch, noise: None, settings: Settings, state: Tensors
@@ -55,7 +59,7 @@ class NegativeLogLikelihood(Objective):
         """Returns the loss and the metrics of a batch; nothing else changes."""
         codes = mu_law_encode(batch.values)
         log_p = forward(codes, batch.labels).log_density(codes)
-        loss = -torch.where(batch.real, log_p, 0.0).sum() / batch.lengths.sum()
+        loss = -torch.where(batch.predictable, log_p, 0.0).sum() / self.weight(batch).clamp_min(1)
         return LossOutput(loss, {"loss": loss.detach(), "bits_per_sample": loss.detach() / math.log(2.0)})
 
 
@@ -73,7 +77,7 @@ class ContrastiveLoss(Objective):
     Example:
         >>> from popgen.nn.cpc import GRUContext, LinearPredictors, RowEncoder
         >>> model = CPC(RowEncoder(28, 16), GRUContext(16, 8), LinearPredictors(8, 16, num_steps=2))
-        >>> batch = SequenceBatch(torch.rand(3, 28, 28), torch.full((3,), 28), {})
+        >>> batch = SequenceBatch(torch.rand(3, 28, 28), torch.full((3,), 28), {}, torch.zeros(3, dtype=torch.int64))
         >>> objective = ContrastiveLoss()
         >>> loss, metrics, _ = objective(model, batch, objective.draw_noise(model, batch, torch.Generator()), {}, {})
         >>> sorted(metrics)
@@ -89,7 +93,8 @@ class ContrastiveLoss(Objective):
         window = encoder.receptive_field + encoder.hop * model.num_steps
         labels = {} if model.label is None else {model.label: torch.zeros(batch_size, dtype=torch.int64)}
         values = torch.zeros(batch_size, window, *encoder.value_shape)
-        return SequenceBatch(values, torch.full((batch_size,), window), labels)
+        starts = torch.zeros(batch_size, dtype=torch.int64)
+        return SequenceBatch(values, torch.full((batch_size,), window), labels, starts)
 
     def draw_noise(self, model: CPC, batch: SequenceBatch, generator: torch.Generator) -> Tensor:
         """Returns uniform noise that chooses the negatives, shape `(batch, negatives)`."""

@@ -121,17 +121,19 @@ def test_a_window_is_a_stretch_of_its_sequence(window: int, features: int | None
             assert not values[length:].any()
 
 
-def test_every_start_that_fits_is_equally_likely() -> None:
+def test_every_place_that_touches_is_equally_likely_and_is_moved_inside() -> None:
+    """Of 12 places over nine steps four are at the beginning and four at the end."""
     sequences, window, draws = numbered([9, 3, 5]), 4, 6_000
     batches, noise = WindowBatches(sequences, window, batch_size=3, seed=0), generator(3)
     indices = torch.tensor([0, 1, 2]).repeat(draws)
     batch = batches.gather(indices, noise)
     starts = (batch.values[:, 0] - 100 * (indices + 1)).long()
-    for index, choices in ((0, 6), (1, 1), (2, 2)):
+    assert torch.equal(batch.starts, starts)
+    for index, places in ((0, [4, 1, 1, 1, 1, 4]), (1, [6]), (2, [4, 4])):
         counts = starts[indices == index].bincount()
-        assert len(counts) == choices
-        deviation = (counts - draws / choices) / (draws / choices) ** 0.5
-        assert deviation.abs().max() < 4.5
+        assert len(counts) == len(places)
+        expected = draws * torch.tensor(places) / sum(places)
+        assert ((counts - expected) / expected.sqrt()).abs().max() < 4.5
 
 
 # --- speeds ----------------------------------------------------------------------------------------------------------
@@ -141,7 +143,7 @@ def test_a_played_sequence_is_that_of_numpy() -> None:
     speeds, steps = torch.tensor([0.8, 1.0, 1.25, 1.7], dtype=torch.float64), torch.arange(12)
     lengths = torch.tensor([21, 9, 21, 16])
     values = torch.randn(4, 21, dtype=torch.float64, generator=generator()) * (torch.arange(21) < lengths[:, None])
-    played = play(SequenceBatch(values, lengths, {}), speeds, steps)
+    played = play(SequenceBatch(values, lengths, {}, torch.arange(4)), speeds, steps)
     for row, (speed, length) in enumerate(zip(speeds.tolist(), lengths.tolist(), strict=True)):
         positions = np.array([t * speed for t in range(12) if t * speed <= length - 1])
         expected = np.interp(positions, np.arange(length), values[row, :length].numpy())

@@ -14,6 +14,7 @@ from popgen.errors import ArgumentError, DataError
 from popgen.evaluation import wavenet as evaluation
 from popgen.evaluation.evaluator import EvaluationSettings
 from popgen.evaluation.shown import Sound
+from popgen.evaluation.spectrogram import spectrogram
 from popgen.evaluation.wavenet import WaveNetEvaluator, log_densities
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.models.wavenet import WaveNet
@@ -60,8 +61,26 @@ def test_no_batch_is_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> N
     model, batches = make_model(), []
     model.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[0].shape))
     log_densities(model, Sequences(torch.rand(int(lengths.sum())) - 0.5, lengths))
-    assert sum(count for count, _ in batches) == len(lengths)
-    assert all(count * length <= 1_000 or count == 1 for count, length in batches)
+    assert sum(count for count, _ in batches) == len(lengths) + 1, "the longest passes in two pieces"
+    assert all(count * length <= 1_000 + model.receptive_field for count, length in batches)
+
+
+def test_a_long_recording_passes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with all that it depends on before it, so that the sum is that of the whole."""
+    model, longest = make_model().double(), []
+    recording = Sequences(torch.rand(1_000, dtype=torch.float64) - 0.5, torch.tensor([1_000]))
+    whole = log_densities(model, recording)
+    monkeypatch.setattr(evaluation, "SAMPLES_AT_ONCE", 90)
+    model.register_forward_pre_hook(lambda module, inputs: longest.append(inputs[0].shape[1]))
+    torch.testing.assert_close(log_densities(model, recording), whole, rtol=1e-12, atol=0.0)
+    assert max(longest) == 90 + model.receptive_field and len(longest) == 12
+
+
+def test_silence_is_black_and_what_is_soft_is_dark() -> None:
+    tone = torch.sin(0.5 * torch.arange(4_000))
+    assert spectrogram(torch.zeros(4_000)).max() == 0
+    loud, soft = (spectrogram(scale * tone).double().mean() for scale in (0.5, 1e-4))
+    assert spectrogram(0.5 * tone).max() == spectrogram(0.05 * tone).max() == 255 and soft < 0.5 * loud
 
 
 def test_results_are_means_over_samples() -> None:
@@ -138,8 +157,14 @@ def test_loss_leaves_padding_out() -> None:
     every = torch.cat([log_density_alone(model, data.test, index) for index in range(4)])
     torch.testing.assert_close(loss, -every.mean())
     assert metrics["bits_per_sample"].item() == pytest.approx(loss.item() / math.log(2)) and not changes
-    noisy = SequenceBatch(batch.values.masked_fill(batch.values == 0.0, 0.7), batch.lengths, batch.labels)
+    noisy = SequenceBatch(batch.values.masked_fill(batch.values == 0.0, 0.7), batch.lengths, batch.labels, batch.starts)
     torch.testing.assert_close(NegativeLogLikelihood()(model, noisy, None, {}, {})[0], loss)
+    inside = batch._replace(starts=torch.tensor([0, 5, 0, 1]))
+    firsts = torch.cat([torch.arange(len(log_density_alone(model, data.test, i))) == 0 for i in range(4)])
+    owners = torch.cat([torch.full_like(log_density_alone(model, data.test, i), i) for i in range(4)])
+    kept = ~(firsts & ((owners == 1) | (owners == 3)))
+    torch.testing.assert_close(NegativeLogLikelihood()(model, inside, None, {}, {})[0], -every[kept].mean())
+    assert NegativeLogLikelihood().weight(inside) == len(every) - 2
     infinite = types.SimpleNamespace(log_density=lambda codes: torch.where(batch.real, -1.0, -math.inf))
     assert NegativeLogLikelihood()(lambda codes, labels: infinite, batch, None, {}, {})[0] == 1.0
 

@@ -80,6 +80,12 @@ def test_ties_are_fractions() -> None:
     assert contrastive_accuracy(scores, torch.zeros(3, 3, dtype=torch.bool)).tolist() == [1.0, 1.0, 1.0]
 
 
+def test_what_differs_by_rounding_alone_is_a_tie() -> None:
+    scores = torch.tensor([[1.0, 1.0 + 1e-6, 1.0 - 1e-6, 0.0], [1.0, 1.0 + 1e-4, 1.0 - 1e-4, 0.0], [0.0] * 4])
+    torch.testing.assert_close(contrastive_accuracy(scores), torch.tensor([1.0 / 3.0, 0.0, 0.25]))
+    assert contrastive_accuracy(scores[:1].double()).item() == 0.0, "which is finer"
+
+
 def test_the_bound_never_exceeds_log_n() -> None:
     """Not even for a critic that is certain, and right."""
     scores = make_scores((1_000, 6)) * 30.0
