@@ -243,6 +243,21 @@ def test_sample_writes_one_picture(trained):
     assert "name of a PNG, such as samples.png" in trained.fail("sample", "--run_dir=run", "--out=grid.jpg")
 
 
+def test_a_dry_run_imports_no_more_than_it_needs():
+    """Of what a run needs later, or never: every one of these costs a start-up a good part of a second."""
+    program = (
+        "import runpy, sys\n"
+        "sys.argv = ['train', '--gin_file=configs/vamp_hsnf.gin', '--dry_run']\n"
+        "try:\n    runpy.run_module('launch.train', run_name='__main__')\n"
+        "except SystemExit:\n    pass\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    loaded = set(re.findall(r"'(\w+)'", done.stderr.splitlines()[-1]))
+    assert {"torch", "gin"} <= loaded
+    assert not loaded & {"torchvision", "matplotlib", "tensorboard", "PIL", "scipy", "sklearn", "soundfile", "soxr"}
+
+
 def test_dry_run_prints_and_writes_nothing(workspace):
     printed = workspace.succeed(
         "train", "--gin_file=configs/vamp_hsnf.gin", "--dry_run", "--gin_bindings=BinaryMNIST.data_dir = '/nowhere'"

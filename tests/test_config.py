@@ -51,7 +51,7 @@ def gin_file(tmp_path):
 def test_every_config_builds_and_leaves_nothing_unused_but_what_it_replaces(name):
     loaded = config.load([name])
     assert loaded.orphans == REPLACED.get(name, [])
-    sizes = {"cpc_mnist": 64, "cpc_speech": 24, "wavenet_quickstart": 8, "wavenet_speech": 8}
+    sizes = {"cpc_mnist": 64, "cpc_speech": 24, "wavenet_quickstart": 4, "wavenet_speech": 8}
     assert loaded.experiment.batch_size == sizes.get(pathlib.Path(name).stem, 100)
 
 
