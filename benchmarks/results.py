@@ -174,7 +174,7 @@ def rows_of(folder: pathlib.Path) -> list[dict[str, Any]]:
 def _chosen(row: dict[str, Any]) -> str:
     """Returns how the evaluated checkpoint was chosen."""
     if row["checkpoint"] == "best":
-        return f"{row['selection_split']} loss"
+        return row.get("selected_by", f"{row['selection_split']} loss")  # earlier records do not say
     return "last" if row["step"] == row["steps"] else f"step {row['step']:,}"
 
 

@@ -23,7 +23,7 @@ from popgen.provenance import surroundings
 from popgen.summaries import Writer
 from popgen.training.diagnosis import with_replay
 from popgen.training.loop import DrawBatch, Hooks, MeanMetrics, Step, StopTogether, mean_metrics, train
-from popgen.training.recorder import NullRecorder, Recorder, fit_files
+from popgen.training.recorder import NullRecorder, Recorder, fit_files, selected_by
 from popgen.training.records import Configuration, EvaluationFiles
 from popgen.training.run_directory import RunDirectory
 from popgen.training.state import TrainState, state_from_tensors, state_to_tensors
@@ -271,6 +271,7 @@ def evaluate(
         "step": step,
         "split": "test",
         "selection_split": experiment.selection_split,
+        "selected_by": selected_by(experiment.selection_split, evaluator, experiment.objective),
         **data.facts(),
         "dataset": repr(experiment.dataset),
         "seed": experiment.seed,

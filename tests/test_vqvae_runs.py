@@ -222,7 +222,7 @@ def test_the_best_checkpoint_of_geco_is_the_one_of_least_kl_that_meets_the_targe
         assert best["best_loss"] == pytest.approx(kl[expected], rel=1e-5)
     assert best["step"] == best["best_step"] == expected != max(reconstruction, key=found["test/elbo"].__getitem__)
     assert record_of(directory)["step"] == expected
-    assert best["selected_by"] == f"test KL, raised where the reconstruction is below {target:g},"
+    assert best["selected_by"] == f"test KL (penalised where the reconstruction is below {target:g})"
 
 
 def test_a_multiplier_is_not_taken_from_one_constraint_to_the_other(

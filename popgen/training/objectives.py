@@ -341,8 +341,8 @@ class ConstrainedELBO(ELBOObjective):
     def selected_by(self) -> str:
         """The loss of `selection_loss`."""
         if self.constraint == "reconstruction":
-            return f"KL, raised where the reconstruction is below {self.target:g},"
-        return f"-reconstruction, raised where the KL is above {self.target:g},"
+            return f"KL (penalised where the reconstruction is below {self.target:g})"
+        return f"-reconstruction (penalised where the KL is above {self.target:g})"
 
     def selection_loss(self, results: Mapping[str, float]) -> float:
         """Returns what is minimised and, where the constraint is missed, `GECO.max_multiplier` times by how much.

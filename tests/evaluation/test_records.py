@@ -37,6 +37,7 @@ KEYS = {
         "compiled",
         "num_threads",
         "headline",
+        "selected_by",
         "dtype",
         "device",
         "seconds",
