@@ -40,6 +40,7 @@ COLUMNS += ["samples × images", "last rise", "k̂ < 0.7", "hours", "trained on"
 OTHER_COLUMNS = ["config", "seed", "steps", "checkpoint", "chosen by", "weights", "results", "test examples"]
 OTHER_COLUMNS += ["hours", "trained on"]
 CURVES = ("train/loss", "test/loss", "validation/loss", "validation/elbo", "validation/iwae", "best/loss")
+CURVES += ("test/reconstruction", "test/kl", "test/perplexity", "test/accuracy", "test/bits_per_sample")
 
 
 class Training(NamedTuple):

@@ -58,7 +58,7 @@ def test_a_run_is_collected(trained: RunDirectory) -> None:
     with (folder / "curve.csv").open() as file:
         curve = list(csv.DictReader(file))
     assert [row["step"] for row in curve] == ["4", "8"]
-    assert list(curve[0]) == ["step", "train/loss", "test/loss", "best/loss"]
+    assert list(curve[0]) == ["step", "train/loss", "test/loss", "best/loss", "test/reconstruction", "test/kl"]
     assert min(float(row["test/loss"]) for row in curve) == pytest.approx(-json.loads(record.read_text())["elbo"])
     training = json.loads((folder / "training.json").read_text())
     assert training["steps"] == 8 and training["seconds_of_steps"] >= 0.0
