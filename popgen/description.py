@@ -18,7 +18,8 @@ from popgen.evaluation.evaluator import Evaluator, VAEEvaluator
 from popgen.models.model import Model
 from popgen.optim.schedules import Schedule
 from popgen.precision import PRECISIONS
-from popgen.training.objectives import NegativeELBO, Objective
+from popgen.training.objective import Objective
+from popgen.training.objectives import NegativeELBO
 from popgen.training.state import (
     OptimizerFactory,
 )

@@ -84,7 +84,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(trained: SequenceW
         assert torch.equal(trained.weights(f"{name}_cut_off")[parameter], weight), parameter
     assert trained.curve(f"{name}_cut_off", "train/loss") == trained.curve(name, "train/loss")
     rates = trained.curve(name, "train/learning_rate")
-    assert len(set(rates.values())) == (6 if name == "cpc" else 1)
+    assert len(set(rates.values())) == 6, "a rate for each step"
 
 
 def test_a_wavenet_is_scored_and_heard(trained: SequenceWorkspace) -> None:

@@ -30,7 +30,7 @@ from popgen.errors import ConfigError, RunDirectoryError
 from popgen.evaluation.evaluator import Evaluator
 from popgen.experiment import Experiment
 from popgen.optim.geco import GECO
-from popgen.training.objectives import Objective
+from popgen.training.objective import Objective
 
 MODULES = ("popgen", "torch.nn", "torch.optim")
 # Where a class must be defined, and what it must be.

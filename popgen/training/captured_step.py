@@ -18,7 +18,7 @@ from popgen.cuda_graphs import Recorded, record_cuda_graph
 from popgen.datasets.data import Batches
 from popgen.errors import TrainingError, reason_of
 from popgen.training.loop import DrawBatch, Step
-from popgen.training.objectives import Metrics
+from popgen.training.objective import Metrics
 from popgen.training.replicas import replicas_of
 from popgen.training.state import TrainState
 from popgen.training.step import TrainStep, settings_tensor

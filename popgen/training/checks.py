@@ -13,7 +13,7 @@ from popgen.errors import ArgumentError, reason_of
 from popgen.precision import matrix_products
 from popgen.streams import make_generator
 from popgen.training.checkpoints import check_plain
-from popgen.training.objectives import LossOutput
+from popgen.training.objective import LossOutput
 from popgen.training.state import TrainState, state_from_tensors, state_to_tensors
 from popgen.training.step import OF_THE_STEP, TrainStep, device_of
 from popgen.training.update import supports_found_inf

@@ -20,7 +20,8 @@ from torch import Tensor
 from popgen.losses import doubly_reparameterised_weights, iwae
 from popgen.models.image_model import LogDensities
 from popgen.models.vae import VAE
-from popgen.training.objectives import AnnealedObjective, LossOutput, NegativeELBO, Settings, Tensors, bound_metrics
+from popgen.training.objective import LossOutput, Settings, Tensors
+from popgen.training.objectives import AnnealedObjective, NegativeELBO, bound_metrics
 
 
 @dataclasses.dataclass(frozen=True)

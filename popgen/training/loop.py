@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from popgen.distributed import ALONE, Processes
 from popgen.errors import DivergedError
-from popgen.training.objectives import Metrics
+from popgen.training.objective import Metrics
 from popgen.training.state import TrainState
 
 ASKING_SECONDS = 0.5  # between two times at which processes ask each other whether to stop

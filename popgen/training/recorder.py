@@ -18,7 +18,7 @@ from popgen.evaluation.shown import Shown, save_shown, write_shown
 from popgen.models.model import Model
 from popgen.streams import make_generator
 from popgen.summaries import Writer
-from popgen.training.objectives import Objective
+from popgen.training.objective import Objective
 from popgen.training.records import EvaluationFiles
 from popgen.training.run_directory import Checkpoint, RunDirectory
 from popgen.training.state import TrainState, model_with_weights, state_to_tensors
@@ -233,7 +233,7 @@ def facts_of_run(selection_split: str, evaluator: Evaluator, objective: Objectiv
     `selected_by` says in words which loss chooses the best checkpoint, `state_of` what the objective's own state is of,
     and `train_sha256` is the checksum of the training split.
 
-    Example: `PreparedExperiment.facts` calls it.
+    Example: `facts` calls it.
     """
     return {
         "selected_by": selected_by(selection_split, evaluator, objective),

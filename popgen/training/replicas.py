@@ -20,7 +20,7 @@ from popgen.errors import ArgumentError, DivergedError, reason_of
 from popgen.precision import matrix_products
 from popgen.streams import make_generator
 from popgen.training.loop import mean_metrics
-from popgen.training.objectives import LossOutput, Metrics, Settings
+from popgen.training.objective import LossOutput, Metrics, Settings
 from popgen.training.state import TrainState
 from popgen.training.step import LossFunction, TrainStep, gradient_function
 

@@ -13,7 +13,7 @@ from popgen.distributed import Processes
 from popgen.distributions.mu_law import mu_law_encode
 from popgen.models.cpc import CPC, Part
 from popgen.models.wavenet import WaveNet
-from popgen.training.objectives import LossOutput, Objective, Settings, Tensors
+from popgen.training.objective import LossOutput, Objective, Settings, Tensors
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from popgen.messages import packed, unpacked
 from popgen.optim.schedules import Schedule
 from popgen.optim.weight_average import effective_decay
 from popgen.precision import matrix_products
-from popgen.training.objectives import LossOutput, Metrics, Objective, Settings, Tensors
+from popgen.training.objective import LossOutput, Metrics, Objective, Settings, Tensors
 from popgen.training.state import TrainState
 from popgen.training.update import Gradients, Update, traced_update
 
