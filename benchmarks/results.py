@@ -224,11 +224,8 @@ def table(results: pathlib.Path = RESULTS) -> str:
     for group in groups_of([row for row in all_rows(results) if published_name(row["config"]) in PUBLISHED]):
         shown = _signed(f"{PUBLISHED[published_name(group[0]['config'])]:.2f}")
         for row in group:
-            link, *made = _identity(row)
-            made.append(shown)
             log_p_x = _signed(f"{row['log_p_x']:.2f} ± {row['log_p_x_standard_error']:.2f}")
-            found = [log_p_x, *_evidence(row), f"{row['seconds_of_steps'] / 3600.0:.1f}"]
-            rows.append([link, str(row["seed"]), *made, *found, _trained_on(row)])
+            rows.append([*_identity(row), shown, log_p_x, *_evidence(row), _hours(row), _trained_on(row)])
         if len(group) > 1:
             first, values = group[0], [row["log_p_x"] for row in group]
             made = [f"{first['steps']:,}", "", first["chosen"], first["weights"], shown]
@@ -245,16 +242,19 @@ def other_table(results: pathlib.Path = RESULTS) -> str:
     rows = []
     for row in all_rows(results):
         if published_name(row["config"]) not in PUBLISHED:
-            link, *made = _identity(row)
-            told = [f"{row['num_examples']:,}", f"{row['seconds_of_steps'] / 3600.0:.1f}", _trained_on(row)]
-            rows.append([link, str(row["seed"]), *made, _headline(row), *told])
+            rows.append([*_identity(row), _headline(row), f"{row['num_examples']:,}", _hours(row), _trained_on(row)])
     return markdown_table(OTHER_COLUMNS, rows)
 
 
 def _identity(row: dict[str, Any]) -> list[str]:
-    """Returns the link of a row, its steps, its checkpoint, how that was chosen, and its weights."""
+    """Returns the link of a row, its seed, its steps, its checkpoint, how that was chosen, and its weights."""
     link = f"[`{row['config']}`](results/{row['config']}/seed_{row['seed']})"
-    return [link, f"{row['steps']:,}", f"{row['step']:,}", row["chosen"], row["weights"]]
+    return [link, str(row["seed"]), f"{row['steps']:,}", f"{row['step']:,}", row["chosen"], row["weights"]]
+
+
+def _hours(row: dict[str, Any]) -> str:
+    """Returns how long the steps took."""
+    return f"{row['seconds_of_steps'] / 3600.0:.1f}"
 
 
 def _headline(row: dict[str, Any]) -> str:

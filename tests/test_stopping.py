@@ -99,6 +99,7 @@ def test_an_interrupted_command_says_what_it_does_the_next_time(
         (("sample", "--run_dir=run", "--out=grid.png"), "starts anew"),
     ):
         done = workspace.run(*arguments)
+        assert done.returncode == status, done.stderr
         if again is not None:
             assert (done.returncode, done.stderr) == (status, f"{said}; the same command {again}\n")
 

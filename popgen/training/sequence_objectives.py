@@ -59,7 +59,8 @@ class NegativeLogLikelihood(Objective):
         """Returns the loss and the metrics of a batch; nothing else changes."""
         codes = mu_law_encode(batch.values)
         log_p = forward(codes, batch.labels).log_density(codes)
-        loss = -torch.where(batch.predictable, log_p, 0.0).sum() / self.weight(batch).clamp_min(1)
+        predictable = batch.predictable
+        loss = -torch.where(predictable, log_p, 0.0).sum() / predictable.sum().clamp_min(1)
         return LossOutput(loss, {"loss": loss.detach(), "bits_per_sample": loss.detach() / math.log(2.0)})
 
 
