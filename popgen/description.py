@@ -154,9 +154,7 @@ class Experiment:
 
     def _check_evaluation(self) -> None:
         check_choice("Experiment.selection_split", self.selection_split, SELECTION_SPLITS)
-        if not isinstance(self.model, self.evaluator.model_type):
-            evaluated = f"{type(self.evaluator).__name__} evaluates a {self.evaluator.model_type.__name__}"
-            raise ArgumentError(f"Experiment.evaluator: {evaluated}, and the model is a {type(self.model).__name__}")
+        self.evaluator.check_model(self.model)
         check_integer("Experiment.final_num_samples", self.final_num_samples, minimum=0)
         if self.final_num_samples:  # an error now rather than after the last step
             self.evaluator.check_num_samples("Experiment.final_num_samples", self.final_num_samples)

@@ -12,6 +12,7 @@ import torch
 from popgen import config
 from popgen.datasets.images import ImageData, prepare_images
 from popgen.experiment import run
+from popgen.training.records import evaluation_records, read_record
 from popgen.training.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("as_a_user")  # the reader's own classes need no annotations
@@ -58,22 +59,23 @@ def test_library_examples():
     assert namespace["geco_state"].multiplier > 1.0, "the target of the example is missed"
 
 
-@pytest.mark.parametrize("name", ["my_model", "my_data", "my_loss"])
-def test_ones_own(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "lines"), [("my_model", 15), ("my_data", 15), ("my_loss", 15), ("my_hierarchy", 25)])
+def test_ones_own(name, lines, tmp_path, monkeypatch):
     code = [line for line in FILES[f"{name}.py"].splitlines()[1:] if line.strip()]
-    assert len(code) < 15, "a reader's own part takes under fifteen lines"
+    assert len(code) < lines, "what is of a reader's own is short"
     for suffix in (".py", ".gin"):
         (tmp_path / f"{name}{suffix}").write_text(FILES[f"{name}{suffix}"])
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (1200, 28, 28), dtype=np.uint8))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     loaded = config.load([f"{name}.gin"])
-    experiment = dataclasses.replace(loaded.experiment, num_steps=2)
+    experiment = dataclasses.replace(loaded.experiment, num_steps=2, final_num_samples=20)
     if name != "my_data":
         experiment = dataclasses.replace(experiment, dataset=Noise())
     directory = RunDirectory(tmp_path / "run")
     with directory.locked():
         assert run(experiment, directory, loaded.configuration).step == 2
+    assert read_record(*evaluation_records(directory.path))["log_p_x_of_20_samples"] < 0.0
 
 
 def module_and_flags(command: list[str]) -> tuple[str, list[tuple[str, str]]]:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from popgen.datasets.images import ImageData
-from popgen.errors import check_integer
+from popgen.errors import ArgumentError, check_integer
 from popgen.evaluation.image_table import ImageTable
 from popgen.evaluation.importance import MIN_PARETO_SAMPLES, reliable_pareto_shape
 from popgen.evaluation.likelihood import (
     bounds_by_size,
+    check_has_samples,
     check_samples,
     count_active_units,
     estimate_log_likelihood,
@@ -86,6 +87,14 @@ class Evaluator(abc.ABC):
     progress_text: ClassVar[str]
     in_parts: ClassVar[bool] = False
     selection_samples: int = 1
+
+    def check_model(self, model: Any) -> None:
+        """Raises ArgumentError if it cannot evaluate a model: one of another type, unless a subclass says more."""
+        if not isinstance(model, self.model_type):
+            raise ArgumentError(
+                f"{type(self).__name__} evaluates a {self.model_type.__name__}, and the model is a "
+                f"{type(model).__name__}: bind Experiment.evaluator to one that evaluates it"
+            )
 
     @abc.abstractmethod
     def check_num_samples(self, name: str, num_samples: int) -> None:
@@ -206,8 +215,10 @@ class ImageEvaluator(Evaluator):
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEEvaluator(ImageEvaluator):
-    """Evaluates a VAE: the importance-weighted bound, active units, and pictures of what it has learned.
+class ImportanceWeightedEvaluator(ImageEvaluator):
+    """Evaluates any model of images with a posterior to draw from by the importance-weighted bound.
+
+    Subclasses add statistics, and `show` pictures.
 
     Args:
         selection_samples: of the bound whose negative is the loss by which the best checkpoint is chosen: 1 for the
@@ -217,19 +228,28 @@ class VAEEvaluator(ImageEvaluator):
         ArgumentError: if that is not a positive integer.
 
     Example:
-        >>> VAEEvaluator().default_num_samples
+        >>> ImportanceWeightedEvaluator().default_num_samples
         5000
     """
 
     selection_samples: int = 1
 
-    model_type: ClassVar[type] = VAE
+    model_type: ClassVar[type] = ImageModel
     bound_name: ClassVar[str] = "IWAE"
-    statistic_names: ClassVar[tuple[str, ...]] = ("active_units",)
+    statistic_names: ClassVar[tuple[str, ...]] = ()
     default_num_samples: ClassVar[int] = 5_000
 
     def __post_init__(self) -> None:
-        check_integer("VAEEvaluator.selection_samples", self.selection_samples, minimum=1)
+        check_integer(f"{type(self).__name__}.selection_samples", self.selection_samples, minimum=1)
+
+    def check_model(self, model: Any) -> None:
+        """Any model of images whose posterior is no point.
+
+        Raises:
+            ArgumentError: if it is another.
+        """
+        super().check_model(model)
+        check_has_samples(model)
 
     def check_num_samples(self, name: str, num_samples: int) -> None:
         """Any positive number will do for which there is noise; see `check_samples`."""
@@ -246,12 +266,8 @@ class VAEEvaluator(ImageEvaluator):
         iwae = estimate_log_likelihood(model, examples, self.selection_samples, seed).double().mean().item()
         return {**results, "iwae": iwae, "loss": -iwae}
 
-    def curves(self, model: VAE, examples: Tensor) -> Results:
-        """Returns the number of active units on the first images."""
-        return {"active_units": count_active_units(model, examples[:CURVE_IMAGES])}
-
     def bounds(
-        self, model: VAE, settings: EvaluationSettings
+        self, model: ImageModel, settings: EvaluationSettings
     ) -> Callable[[Tensor, Mapping[str, Tensor], int], dict[str, Tensor]]:
         """Returns what finds the importance-weighted bound of every image, and what its weights say of it.
 
@@ -320,6 +336,37 @@ class VAEEvaluator(ImageEvaluator):
                     "better posterior"
                 )
         return "\n".join(lines)
+
+    def statistics(self, model: Any, data: ImageData, images: Tensor, parts: Mapping[str, Tensor]) -> Results:
+        """Returns nothing more than the bounds say."""
+        return {}
+
+    def show(self, model: Any, data: ImageData, num_samples: int, generator: torch.Generator) -> dict[str, Shown]:
+        """Returns nothing: how a model draws is its own."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEEvaluator(ImportanceWeightedEvaluator):
+    """Evaluates a VAE: the importance-weighted bound, active units, and pictures of what it has learned.
+
+    Args:
+        selection_samples: as that of `ImportanceWeightedEvaluator`.
+
+    Raises:
+        ArgumentError: if that is not a positive integer.
+
+    Example:
+        >>> VAEEvaluator().statistic_names
+        ('active_units',)
+    """
+
+    model_type: ClassVar[type] = VAE
+    statistic_names: ClassVar[tuple[str, ...]] = ("active_units",)
+
+    def curves(self, model: VAE, examples: Tensor) -> Results:
+        """Returns the number of active units on the first images."""
+        return {"active_units": count_active_units(model, examples[:CURVE_IMAGES])}
 
     def statistics(self, model: VAE, data: ImageData, images: Tensor, parts: Mapping[str, Tensor]) -> Results:
         """Returns the number of active units, and the KL of each where posterior and prior both factorise, nats."""

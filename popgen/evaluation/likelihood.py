@@ -30,7 +30,7 @@ from popgen.evaluation.importance import (
 from popgen.evaluation.progress import Progress
 from popgen.losses import elbo
 from popgen.models.image_model import ImageModel
-from popgen.models.vae import VAE, Encoded
+from popgen.models.vae import VAE
 from popgen.precision import matrix_products
 from popgen.streams import make_generator, stream_seed
 
@@ -44,25 +44,25 @@ ROWS_IN_FLIGHT = {"cpu": 4_000, "cuda": 128_000}
 
 
 def image_noise(
-    indices: range, num_samples: int, latent_dim: int, block: int, seed: int, device: torch.device | str = "cpu"
+    indices: range, num_samples: int, noise_dim: int, block: int, seed: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Returns standard normal noise for some images, shape `(num_samples, images, latent_dim)`.
+    """Returns standard normal noise for some images, shape `(num_samples, images, noise_dim)`.
 
     Args:
         indices: of the images in their data set.
         num_samples: draws for each.
-        latent_dim: size of the latent space.
+        noise_dim: numbers that a draw takes.
         block: which block of samples this is.
         seed: of the evaluation.
         device: where it is drawn.
 
     Example:
-        >>> both = image_noise(range(5, 7), num_samples=3, latent_dim=2, block=0, seed=0)
-        >>> torch.equal(both[:, 1:], image_noise(range(6, 7), num_samples=3, latent_dim=2, block=0, seed=0))
+        >>> both = image_noise(range(5, 7), num_samples=3, noise_dim=2, block=0, seed=0)
+        >>> torch.equal(both[:, 1:], image_noise(range(6, 7), num_samples=3, noise_dim=2, block=0, seed=0))
         True
     """
     generator, first = torch.Generator(device), stream_seed(seed, "evaluation")
-    noise = torch.empty(len(indices), num_samples, latent_dim, device=device)
+    noise = torch.empty(len(indices), num_samples, noise_dim, device=device)
     for row, index in enumerate(indices):
         # No two blocks of a million images share a seed, as hashes of 32 bits would here and there.
         generator.manual_seed((first + BLOCKS_OF_IMAGE * index + block) % 2**32)
@@ -85,6 +85,21 @@ def check_samples(name: str, num_samples: int) -> int:
     if check_integer(name, num_samples, minimum=1) > MAX_SAMPLES:
         raise ArgumentError(f"{name} must be at most {MAX_SAMPLES:,}, got {num_samples}")
     return num_samples
+
+
+def check_has_samples(model: ImageModel) -> None:
+    """Checks that a model can be weighed by importance: that its posterior is no point.
+
+    Raises:
+        ArgumentError: if it is one.
+
+    Example: `importance_estimate` calls it.
+    """
+    if not model.noise_dim:
+        raise ArgumentError(
+            f"importance weights need a posterior to draw from, and that of {type(model).__name__} is a point "
+            "(noise_dim is 0): all samples of an image would be the same"
+        )
 
 
 @torch.no_grad()
@@ -214,7 +229,7 @@ def bounds_by_size(values: Mapping[str, Any]) -> dict[int, Any]:
 
 
 def estimate_log_likelihood(
-    model: VAE,
+    model: ImageModel,
     images: Tensor,
     num_samples: int = 5_000,
     seed: int = 0,
@@ -235,28 +250,29 @@ def estimate_log_likelihood(
     return importance_estimate(model, images, num_samples, seed, progress, precision, log_weights).log_p_x
 
 
-LogWeights = Callable[[Tensor, Encoded, Tensor], Tensor]
+LogWeights = Callable[[Tensor, Any, Tensor], Tensor]
 
 
-def log_weight_function(model: VAE, compiled: bool = False) -> LogWeights:
+def log_weight_function(model: ImageModel, compiled: bool = False) -> LogWeights:
     """Returns the function of images, what they are encoded to, and noise that gives the logarithms of their weights.
 
     Args:
-        model: the VAE.
+        model: whose samples they weigh.
         compiled: whether torch.compile fuses what is done to the samples.
 
     Example: `estimate_log_likelihood` calls it.
     """
 
-    def log_weights(x: Tensor, encoded: Encoded, noise: Tensor) -> Tensor:
-        return model.log_densities(x, encoded, noise).log_w
+    def log_weights(x: Tensor, encoded: Any, noise: Tensor) -> Tensor:
+        log_w: Tensor = model.log_densities(x, encoded, noise).log_w
+        return log_w
 
     return compile_or_fall_back(log_weights) if compiled else log_weights
 
 
 @torch.no_grad()
 def importance_estimate(
-    model: VAE,
+    model: ImageModel,
     images: Tensor,
     num_samples: int = 5_000,
     seed: int = 0,
@@ -267,11 +283,12 @@ def importance_estimate(
 ) -> LikelihoodEstimate:
     """Returns the importance-weighted bound on log p(x) of every image, nats (Burda et al. 2016, eq. 8), and its worth.
 
-    Encoder, flow parameters and pseudo-inputs are computed once for each image, and the decoder sees a bounded number
-    of samples at a time, so that memory grows with `num_samples` by one number for each sample of a few images.
+    What the model's `encode` does (of a VAE: encoder, flow parameters, pseudo-inputs) is done once for each image, and
+    the decoder sees a bounded number of samples at a time, so that memory grows with `num_samples` by one number for
+    each sample of a few images.
 
     Args:
-        model: the VAE, on the device of the images.
+        model: on the device of the images; its posterior is no point.
         images: uint8 levels of 0 and 255 or values in [0, 1], shape `(count, size)`.
         num_samples: importance samples K for each image.
         seed: of the noise.
@@ -281,7 +298,7 @@ def importance_estimate(
         first_image: index in the data set of the first of these images, to which their noise belongs.
 
     Raises:
-        ArgumentError: if `num_samples` is below 1, or there is no image.
+        ArgumentError: if `num_samples` is below 1, there is no image, or all samples of an image are the same.
 
     Example:
         >>> from popgen.models.vae import BernoulliDecoder, GaussianEncoder
@@ -292,6 +309,7 @@ def importance_estimate(
     """
     check_samples("num_samples", num_samples)
     check_integer("the number of images", len(images), minimum=1)
+    check_has_samples(model)
     log_weights = log_weight_function(model) if log_weights is None else log_weights
     samples_at_once = min(num_samples, NOISE_BLOCK)
     images_at_once = max(1, ROWS_IN_FLIGHT.get(images.device.type, ROWS_IN_FLIGHT["cpu"]) // samples_at_once)
@@ -304,7 +322,7 @@ def importance_estimate(
             encoded = model.encode(x)
             for block, first in enumerate(range(0, num_samples, samples_at_once)):
                 size = min(samples_at_once, num_samples - first)
-                noise = image_noise(indices, size, model.latent_dim, block, seed, x.device).to(x)
+                noise = image_noise(indices, size, model.noise_dim, block, seed, x.device).to(x)
                 blocks.append(log_weights(x, encoded, noise))
         estimates.append(LikelihoodEstimate.of(torch.cat(blocks)))
         if progress is not None:

@@ -29,6 +29,10 @@ class LogDensities(NamedTuple):
 class ImageModel(Model):
     """A latent-variable model of images, whose evidence lower bound is formed from the terms that `forward` returns.
 
+    Subclasses define `input_dim`, `noise_dim` and `forward`, which is enough to train and evaluate them. Where much of
+    the work depends on the images alone, `encode` and `log_densities` do it once for all samples of an image. What the
+    `decoder`, if there is one, names as its `likelihood` says which images have a density.
+
     Example: `popgen.models.vae.VAE` is one.
     """
 
@@ -58,6 +62,22 @@ class ImageModel(Model):
             noise: standard normal, shape `(samples, batch, noise_dim)`.
         """
 
+    def encode(self, x: Float[Tensor, "batch input"]) -> Any:
+        """Returns what `log_densities` needs that depends on the images alone; nothing, unless defined."""
+        return None
+
+    def log_densities(
+        self, x: Float[Tensor, "batch input"], encoded: Any, noise: Float[Tensor, "samples batch noise"]
+    ) -> Any:
+        """Returns the terms of `forward`, for images that are encoded already; those of a whole pass, unless defined.
+
+        Args:
+            x: images.
+            encoded: what `encode` returned for them.
+            noise: standard normal.
+        """
+        return self(x, noise)
+
     def check_examples(self, examples: Tensor) -> None:
         """Checks that images fit the encoder and the likelihood.
 
@@ -69,7 +89,7 @@ class ImageModel(Model):
                 f"the images have shape {tuple(examples.shape)}, but the encoder takes (count, {self.input_dim}): set "
                 "its input_dim to the flattened size of an image"
             )
-        likelihood = getattr(self.decoder, "likelihood", None)
+        likelihood = getattr(getattr(self, "decoder", None), "likelihood", None)
         if likelihood is not None:
             likelihood.check_support(examples)
 
@@ -77,7 +97,8 @@ class ImageModel(Model):
         """Checks on a few images that the terms of the bound can be formed, and that each image has its own.
 
         Raises:
-            ArgumentError: if they cannot, or those of an image depend on the images beside it.
+            ArgumentError: if they cannot, those of an image depend on the images beside it, or `forward` and
+                `log_densities` have different ones.
         """
         name, x = type(self).__name__, self._values(examples)
         num_samples = 2 if self.noise_dim else 1  # where the posterior is a point, there is one sample
@@ -85,6 +106,7 @@ class ImageModel(Model):
         noise = torch.linspace(-1.0, 1.0, math.prod(shape)).to(x).view(shape)
         with tried(self, f"{name} cannot form its bound of images of shape {tuple(x.shape)}"):
             terms, fewer = self(x, noise), self(x[:2], noise[:, :2])
+            evaluated = self.log_densities(x, self.encode(x), noise)
         for term in LogDensities._fields:
             found = getattr(terms, term, None)
             if not isinstance(found, Tensor) or found.shape != shape[:2]:
@@ -94,6 +116,11 @@ class ImageModel(Model):
                 raise ArgumentError(
                     f"{term} of an image depends on the images beside it, as under batch normalisation: the bound on "
                     "its log p(x) would too"
+                )
+            if not are_close(getattr(evaluated, term), found):
+                raise ArgumentError(
+                    f"{term} of {name}.forward, which is trained, and of {name}.log_densities, of which importance "
+                    "weights are made, are different: a subclass that changes it must override log_densities"
                 )
 
     def _values(self, examples: Tensor) -> Tensor:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from popgen.distributions import Bernoulli, DiagonalNormal
+from popgen.datasets.images import prepare_images
+from popgen.distributions import Bernoulli, DiagonalNormal, StandardNormal
 from popgen.errors import ArgumentError
 from popgen.evaluation import likelihood
-from popgen.evaluation.evaluator import VAEEvaluator
+from popgen.evaluation.evaluator import EvaluationSettings, ImportanceWeightedEvaluator, VAEEvaluator
 from popgen.evaluation.likelihood import (
     count_active_units,
     estimate_log_likelihood,
@@ -18,6 +19,7 @@ from popgen.evaluation.likelihood import (
     importance_estimate,
     kl_of_dimensions,
 )
+from popgen.models.image_model import ImageModel, LogDensities
 from popgen.models.vae import VAE, BernoulliDecoder, GaussianEncoder
 from popgen.nn.flows import Bijection, HouseholderSylvesterFlow, PlanarFlow, PosteriorFlow
 from popgen.nn.priors import GaussianMixturePrior, StandardNormalPrior
@@ -269,7 +271,7 @@ def test_no_two_blocks_share_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "Generator", lambda device: Listener())
     monkeypatch.setattr(torch.Tensor, "normal_", lambda tensor, generator: tensor)
     for block in range(100):
-        image_noise(range(10_000), num_samples=1, latent_dim=1, block=block, seed=2)
+        image_noise(range(10_000), num_samples=1, noise_dim=1, block=block, seed=2)
     assert len(set(seeds)) == len(seeds) == 1_000_000 and max(seeds) < 2**32
 
 
@@ -393,3 +395,70 @@ def test_the_bound_of_several_samples_chooses_if_it_is_to() -> None:
     assert found["iwae"] > found["elbo"]
     with pytest.raises(ArgumentError, match="VAEEvaluator.selection_samples must be an integer of at least 1, got 0"):
         VAEEvaluator(selection_samples=0)
+
+
+# --- models that are no VAE -------------------------------------------------------------------------------------------
+
+
+class TwoLevels(ImageModel):
+    """z2 ~ N(0, 1), z1 ~ N(0.8 z2, 0.36), x ~ N(a z1 + 0.5, 0.25 I): log p(x) has a closed form."""
+
+    input_dim, noise_dim = SIZE, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.linspace(-0.5, 0.7, SIZE))
+
+    def forward(self, x: Tensor, noise: Tensor) -> LogDensities:
+        noise2, noise1 = noise.split(1, dim=-1)
+        code = ((x - 0.5) @ self.a)[:, None]
+        q_z2 = DiagonalNormal(0.3 * code, torch.zeros_like(code))
+        z2, log_q_z2 = q_z2.sample_and_log_density(noise2)
+        z1, log_q_z1 = DiagonalNormal(0.5 * code + 0.2 * z2, torch.zeros_like(z2)).sample_and_log_density(noise1)
+        variances = torch.tensor([0.36, 0.25]).log()
+        log_p_z1 = DiagonalNormal(0.8 * z2, variances[0].expand_as(z2)).log_density(z1)
+        mean = self.a * z1 + 0.5
+        log_p_x = DiagonalNormal(mean, variances[1].expand_as(mean)).log_density(x)
+        log_p_z = StandardNormal().log_density(z2) + log_p_z1
+        return LogDensities(log_p_x, log_p_z, log_q_z2 + log_q_z1, torch.zeros_like(log_p_z))
+
+
+def test_a_model_that_defines_forward_alone_has_its_exact_likelihood():
+    model, images = TwoLevels(), make_images()
+    a = model.a.detach().double()
+    covariance = (0.64 + 0.36) * torch.outer(a, a) + 0.25 * torch.eye(SIZE, dtype=torch.float64)
+    exact = torch.distributions.MultivariateNormal(torch.full_like(a, 0.5), covariance).log_prob(images.double() / 255)
+    found = importance_estimate(model, images, 20_000)
+    torch.testing.assert_close(found.log_p_x.double(), exact, rtol=0, atol=0.03)
+    assert (found.log_p_x.double() - exact).abs().mean() < 3 * found.monte_carlo_error.mean()
+    evaluator = ImportanceWeightedEvaluator()
+    evaluator.check_model(model)
+    data = prepare_images(images, images, (3, 3), "fixed", binarisation_seed=0)
+    results = evaluator.evaluate(model, data, images, EvaluationSettings(num_samples=20_000, seed=0))
+    assert results["log_p_x"] == pytest.approx(found.log_p_x.double().mean().item(), abs=1e-5)
+    assert results["elbo"] < results["log_p_x"] - 0.01
+    lines = evaluator.describe({**results, "num_samples": 20_000, "num_examples": len(images)})
+    assert "active units" not in lines and "Pareto" in lines
+
+
+def test_what_cannot_be_weighed_by_importance_is_refused():
+    class Point(TwoLevels):
+        noise_dim = 0
+
+    message = "importance weights need a posterior to draw from, and that of Point is a point"
+    with pytest.raises(ArgumentError, match=message):
+        importance_estimate(Point(), make_images(), 10)
+    with pytest.raises(ArgumentError, match=message):
+        ImportanceWeightedEvaluator().check_model(Point())
+    with pytest.raises(ArgumentError, match="VAEEvaluator evaluates a VAE, and the model is a TwoLevels: bind Exper"):
+        VAEEvaluator().check_model(TwoLevels())
+
+
+def test_terms_of_training_are_those_of_evaluation():
+    class Other(TwoLevels):
+        def log_densities(self, x: Tensor, encoded: None, noise: Tensor) -> LogDensities:
+            return self(x, noise)._replace(log_p_z=torch.zeros(noise.shape[:2]))
+
+    TwoLevels().check_parts(make_images())
+    with pytest.raises(ArgumentError, match="log_p_z of Other.forward, which is trained, and of Other.log_densities"):
+        Other().check_parts(make_images())

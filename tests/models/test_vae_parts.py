@@ -213,7 +213,7 @@ class WeightedThroughout(VAE):
 
 
 def test_what_is_trained_is_what_is_evaluated() -> None:
-    with pytest.raises(ArgumentError, match="Weighted.forward, which is trained, and Weighted.log_densities, "):
+    with pytest.raises(ArgumentError, match="log_p_x_given_z of Weighted.forward, which is trained, and of"):
         own_vae(kind=Weighted).check_parts(IMAGES)
     own_vae(kind=WeightedThroughout).check_parts(IMAGES)
 
