@@ -17,6 +17,7 @@ from popgen.training import checkpoints
 REPLICA = "replica_"  # and its number: the run directory of a replica, see `popgen.replicas`
 MAX_DIGITS = 19  # of a step
 NAMES = ("best", "latest", "previous")  # of checkpoints, beside those of steps
+UNFINISHED = ("checkpoints/.writing-*", ".writing-*config.gin")  # what a killed run can leave
 # Everything that a run writes; starting anew removes these and nothing else. The configuration goes last: as long as
 # there is a checkpoint, it says of what.
 CONTENTS = (
@@ -230,7 +231,8 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Creates the directory and holds it for this process; the operating system frees it when the process dies.
 
-        Checkpoints that a killed process left unfinished are removed.
+        Checkpoints and configurations that a killed process left unfinished are removed: whoever holds the directory is
+        alone in writing those, where evaluations come and go beside it.
 
         Raises:
             RunDirectoryError: if it cannot be written, or another process holds it.
@@ -243,8 +245,9 @@ class RunDirectory:
             timeout=0.5,  # long enough for `is_in_use` of another process to let go
             subfolders=(self.checkpoints_path.name, self.samples_path.name),
         ):
-            for unfinished in self.checkpoints_path.glob(".writing-*"):
-                unfinished.unlink(missing_ok=True)
+            for pattern in UNFINISHED:
+                for unfinished in self.path.glob(pattern):
+                    unfinished.unlink(missing_ok=True)
             yield
 
     def is_in_use(self) -> bool:

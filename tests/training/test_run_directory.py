@@ -53,12 +53,16 @@ def test_clear_removes_what_a_run_wrote_and_nothing_of_the_users(tmp_path: pathl
 
 
 def test_what_a_killed_process_left_unfinished_is_removed(tmp_path: pathlib.Path) -> None:
-    directory = RunDirectory(tmp_path)
+    """But for the record of an evaluation, which may be one that another process is writing beside the run."""
+    directory, record = RunDirectory(tmp_path), ".writing-0f1e2d3c-evaluation_step00001000_raw_5000x10000.json"
     with directory.locked():
         (directory.checkpoints_path / ".writing-0f1e2d3c-latest.ckpt").write_bytes(b"half")
+        for name in (".writing-0f1e2d3c-config.gin", ".writing-0f1e2d3c-operative_config.gin", record):
+            (tmp_path / name).write_bytes(b"half")
         directory.save_checkpoint("best", {"step": 1})
     with directory.locked():
         assert [path.name for path in directory.checkpoints_path.iterdir()] == ["best.ckpt"]
+        assert [path.name for path in tmp_path.glob(".writing-*")] == [record]
 
 
 def test_clear_of_an_empty_directory(tmp_path: pathlib.Path) -> None:
