@@ -16,7 +16,10 @@ import sys
 import tempfile
 import warnings
 
-import atheris
+try:
+    import atheris
+except ImportError:
+    sys.exit("benchmarks.fuzz needs atheris: pip install -e '.[fuzz]'")
 import torch.utils.tensorboard  # noqa: F401  (before the others: instrumenting all of torch takes a minute)
 from torch._weights_only_unpickler import Unpickler
 

@@ -246,7 +246,9 @@ def torment(kind: str, kills: int, folder: pathlib.Path, choice: random.Random) 
 
 def main() -> None:
     """Prints how often which run was disturbed how, once every one has ended as it should."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kills", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50, help="of each kind of run, at least; default 50")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--seed", type=int, default=0)

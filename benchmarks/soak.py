@@ -109,7 +109,9 @@ def soak(command: list[str], run: pathlib.Path, minutes: float) -> tuple[list[Lo
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--gin_file", default="configs/quickstart.gin")
     parser.add_argument("--gin_bindings", action="append", default=[], help="may be repeated")

@@ -24,9 +24,9 @@ from popgen.training.weights import model_of_checkpoint
 FLAGS = flags.FLAGS
 command.define_run_flags(checkpoint="latest", remark="; best was chosen on test data")
 flags.DEFINE_string("target", None, "The label that is told from single frames, such as speaker or digit.")
-flags.DEFINE_integer("frames_per_recording", 20, "At most so many, chosen at random, in training and test.")
-flags.DEFINE_list("stacked", ["12", "24"], "Numbers of frames that are put together as plain features.")
-flags.DEFINE_integer("seed", 0, "Of the choice of frames.")
+flags.DEFINE_integer("frames_per_recording", 20, "Most frames of a recording, chosen at random, in training and test.")
+flags.DEFINE_list("stacked", ["12", "24"], "Log-mel baselines: numbers of consecutive frames to concatenate.")
+flags.DEFINE_integer("seed", 0, "Random seed of the choice of frames.")
 
 
 def main() -> None:

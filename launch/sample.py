@@ -13,8 +13,8 @@ from popgen.streams import make_generator
 FLAGS = flags.FLAGS
 command.define_run_flags()
 flags.DEFINE_string("out", None, "The PNG to write; sounds go beside it as WAV files.")
-flags.DEFINE_integer("num_samples", None, "Samples, and at most as many of others; default 64 images or 8 sounds.")
-flags.DEFINE_integer("seed", 0, "Of the draws.")
+flags.DEFINE_integer("num_samples", None, "Samples, and at most as many other pictures; default 64 images or 8 sounds.")
+flags.DEFINE_integer("seed", 0, "Random seed of the samples.")
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ flags.DEFINE_multi_string(
     "sweep", [], "What differs: 'Adam.lr = [1e-4, 2e-4]', range(5), uniform(0, 1), log_uniform(1e-5, 1)."
 )
 flags.DEFINE_string("sweep_dir", None, "Where the runs are kept; default $EXPERIMENT_DIR/<config name>_sweep.")
-flags.DEFINE_integer("num_random", None, "So many points at random; default the whole grid.")
-flags.DEFINE_integer("seed", 0, "Of the choice of random points; that of a run is Experiment.seed.")
+flags.DEFINE_integer("num_random", None, "Number of points drawn at random; by default the whole grid is run.")
+flags.DEFINE_integer("seed", 0, "Random seed of the random points; that of a run is Experiment.seed.")
 flags.DEFINE_integer("max_parallel", None, "Runs at a time; default one on each GPU, or one on the CPU.")
 flags.DEFINE_integer("max_points", 100, "More points than these are taken for a mistake.")
 flags.DEFINE_string("sort_by", "best_loss", "The result that the table is sorted by, such as log_p_x.")

@@ -27,7 +27,7 @@ flags.DEFINE_multi_string("gin_file", [], "A config file; may be repeated, later
 flags.DEFINE_multi_string("gin_bindings", [], "A binding such as 'Experiment.num_steps = 1000'; may be repeated.")
 flags.DEFINE_string("run_dir", None, "Where the run is kept; default $EXPERIMENT_DIR/<config name>.")
 flags.DEFINE_bool("dry_run", False, "Print configuration, parameter counts and shapes; train nothing.")
-flags.DEFINE_bool("overwrite", False, "Start anew, removing what an earlier run wrote.")
+flags.DEFINE_bool("overwrite", False, "Start from scratch, removing what an earlier run wrote.")
 flags.DEFINE_bool("reconfigure", False, "Continue an earlier run under a changed configuration.")
 command.define_process_timeout()
 flags.DEFINE_multi_string("hparam", [], "A setting that is a column of TensorBoard's HParams tab; default all.")

@@ -59,7 +59,7 @@ def test_every_config_builds_and_leaves_nothing_unused_but_what_it_replaces(name
 def test_every_config_says_what_a_reader_looks_for(name):
     text = (REPOSITORY / name).read_text()
     assert "# Command:   python -m launch.train --gin_file=" + name in text
-    assert all(f"\n# {entry}: " in text for entry in ("Expected", "Takes")) and "# Paper" in text
+    assert all(f"\n# {entry}: " in text for entry in ("Evaluate", "Expected", "Takes")) and "# Paper" in text
     macros = [line for line in text.splitlines() if line.split(" = ")[0].isupper()]
     assert len(macros) <= 5
     assert text.count("\ninclude ") <= 2

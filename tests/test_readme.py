@@ -1,17 +1,36 @@
 """What README and docs show runs as it stands: library examples, commands, and what is of one's own in a real run."""
 
+import configparser
 import dataclasses
+import importlib
+import inspect
 import pathlib
+import pkgutil
 import re
 import shlex
+from types import FunctionType
 
 import numpy as np
 import pytest
 import torch
 
+import popgen.datasets
+import popgen.evaluation
+import popgen.models
+import popgen.nn
+import popgen.optim
+import popgen.training
 from popgen import config
+from popgen.datasets.data import Dataset
 from popgen.datasets.images import ImageData, prepare_images
+from popgen.evaluation.evaluator import Evaluator
 from popgen.experiment import run
+from popgen.models.model import Model
+from popgen.nn.cpc import Context, FrameEncoder, Predictors
+from popgen.nn.flows import PosteriorFlow
+from popgen.nn.priors import Prior
+from popgen.nn.vqvae import Quantiser
+from popgen.training.objective import Objective
 from popgen.training.records import evaluation_records, read_record
 from popgen.training.run_directory import RunDirectory
 
@@ -46,13 +65,26 @@ class Noise:
         return prepare_images(images, images[:64], (28, 28), "dynamic", binarisation_seed=0)
 
 
-def test_library_examples():
+def trained_run(gin_files: list[str], folder: pathlib.Path, **changes) -> RunDirectory:
+    """Trains an experiment of some config files on noise for a few steps."""
+    loaded = config.load(gin_files)
+    directory = RunDirectory(folder)
+    with directory.locked():
+        run(dataclasses.replace(loaded.experiment, **changes), directory, loaded.configuration)
+    return directory
+
+
+def test_library_examples(tmp_path, monkeypatch):
+    """Where they open a run, there is one."""
+    trained_run(["configs/vamp_hsnf.gin"], tmp_path / "experiments" / "vamp_hsnf", num_steps=1, dataset=Noise())
+    monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     for name, blocks in BLOCKS.items():
         for body in [body for language, body in blocks if language == "python" and not body.startswith("# my_")]:
             exec(compile(body, name, "exec"), namespace)
     assert namespace["log_p_z"].shape == (5, 100)
     assert namespace["state"].step == 2
+    assert namespace["codes"].shape == (10, 40) and not namespace["codes"].requires_grad
     assert namespace["losses"].shape == (100,) and namespace["contrast"].shape == (6, 10)
     assert namespace["usage"].num_used > 1 and namespace["changes"]["codes"].shape == (128, 64)
     torch.testing.assert_close(namespace["one"], namespace["whole"][:, :, -1])
@@ -68,13 +100,9 @@ def test_ones_own(name, lines, tmp_path, monkeypatch):
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (1200, 28, 28), dtype=np.uint8))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    loaded = config.load([f"{name}.gin"])
-    experiment = dataclasses.replace(loaded.experiment, num_steps=2, final_num_samples=20)
-    if name != "my_data":
-        experiment = dataclasses.replace(experiment, dataset=Noise())
-    directory = RunDirectory(tmp_path / "run")
-    with directory.locked():
-        assert run(experiment, directory, loaded.configuration).step == 2
+    changes = {} if name == "my_data" else {"dataset": Noise()}
+    directory = trained_run([f"{name}.gin"], tmp_path / "run", num_steps=2, final_num_samples=20, **changes)
+    assert directory.load_checkpoint("latest")["step"] == 2
     assert read_record(*evaluation_records(directory.path))["log_p_x_of_20_samples"] < 0.0
 
 
@@ -124,3 +152,51 @@ def test_ci_runs_the_two_commands_of_the_readme():
     ci = (REPOSITORY / ".ci" / "run").read_text()
     for command in commands:
         assert command in ci
+
+
+BASES = (
+    *(Prior, PosteriorFlow, Quantiser, FrameEncoder, Context, Predictors),
+    *(Model, Objective, Evaluator),
+)
+
+
+def test_the_page_of_parts_has_all_and_no_others():
+    """Every class that can be bound, by its base, and every schedule and dataset; each name on the page exists."""
+    classes = [
+        found
+        for package in (popgen.models, popgen.nn, popgen.training, popgen.evaluation, popgen.optim, popgen.datasets)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        for found in vars(importlib.import_module(module.name)).values()
+        if inspect.isclass(found) and found.__module__ == module.name and not found.__name__.startswith("_")
+    ]
+    parts = {
+        f"{found.__module__}.{found.__name__}"
+        for found in classes
+        if not inspect.isabstract(found)
+        and (
+            issubclass(found, BASES)
+            or (dataclasses.is_dataclass(found) and found.__module__ == "popgen.optim.schedules")
+            or (found.__module__.startswith("popgen.datasets.") and isinstance(vars(found).get("load"), FunctionType))
+        )
+        and found is not Dataset
+    }
+    listed = set(re.findall(r"`(popgen(?:\.\w+)*\.[A-Z]\w+)`", PAGES["docs/parts.md"]))
+    assert len(parts) > 35 and parts <= listed, parts - listed
+    for path in listed:
+        module, _, name = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), path
+    for module in re.findall(r"^\| `(popgen[\w.]+)`", PAGES["docs/parts.md"], flags=re.M):
+        parent, _, name = module.rpartition(".")
+        assert hasattr(importlib.import_module(parent), name) or importlib.import_module(module), module
+    for config_name in re.findall(r"`(\w+\.gin)`", PAGES["docs/parts.md"]):
+        assert (REPOSITORY / "configs" / config_name).is_file(), config_name
+
+
+def test_the_picture_of_the_layers_has_every_module():
+    contract = configparser.ConfigParser()
+    contract.read(REPOSITORY / "setup.cfg")
+    modules = re.findall(
+        r"(?:popgen\.)?(\w+)", contract["importlinter:contract:layers"]["layers"].replace("popgen.", "")
+    )
+    picture = re.search(r"^```\n(launch .*?)^```", PAGES["docs/extending.md"], flags=re.M | re.S)[1]
+    assert set(modules) <= set(re.findall(r"\w+", picture)), set(modules) - set(re.findall(r"\w+", picture))

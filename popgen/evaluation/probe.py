@@ -307,7 +307,7 @@ def _fit(features: Tensor, targets: Tensor, num_classes: int, strength: float, s
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise PopgenError("probes need scikit-learn: pip install popgen[probe]") from error
+        raise PopgenError("probes need scikit-learn: pip install scikit-learn") from error
     seen = targets.unique()
     if len(seen) < 2:
         raise DataError(f"the frames that a probe is fitted to must be of at least 2 classes, got {seen.tolist()}")
