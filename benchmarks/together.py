@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.kills import ended, forked
-from popgen.distributed import Processes, joined
+from popgen.distributed import Processes
+from popgen.rendezvous import joined
 
 Work = Callable[[Processes], Any]
 

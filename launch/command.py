@@ -3,11 +3,13 @@
 import contextlib
 import errno
 import io
+import math
 import os
 import pathlib
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
@@ -17,14 +19,14 @@ from absl import app, flags
 
 from popgen import config
 from popgen.config.foreign import check_files
-from popgen.errors import PopgenError, RunDirectoryError, StoppedError, reason_of
+from popgen.errors import PopgenError, RunDirectoryError, StoppedError, Terminated, reason_of
 from popgen.experiment import Experiment
 from popgen.training.run_directory import RunDirectory
 from popgen.training.weights import WEIGHTS
 
 STOPPED = 75  # exit status of a run that was asked to stop: "try again later", EX_TEMPFAIL of sysexits.h
-STARTS_ANEW = "starts anew"
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+CLEANING_SECONDS = 2.0  # after SIGTERM, in which another one breaks nothing off
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 OF_THE_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 MAX_TIMEOUT = 1e7  # seconds, four months
 TRUST_CONFIG = "Build whatever the run's config.gin names, other code than popgen's and torch's too, which then runs."
@@ -58,7 +60,12 @@ def config_name(gin_files: Sequence[str]) -> str:
     return "+".join(pathlib.Path(gin_file).stem for gin_file in gin_files)
 
 
-def start(main: Callable[[], None], required: tuple[str, ...], again: str = STARTS_ANEW) -> None:
+def starts_anew() -> str:
+    """Returns what the same command does after it was interrupted, where it keeps nothing."""
+    return "starts anew"
+
+
+def start(main: Callable[[], None], required: tuple[str, ...], again: Callable[[], str] = starts_anew) -> None:
     """Parses the flags and calls `main` as `guarded` does."""
 
     def checked(arguments: list[str]) -> None:
@@ -86,7 +93,7 @@ def parsed(arguments: list[str]) -> list[str]:
         sys.exit(0)
 
 
-def guarded(main: Callable[[], None], again: str = STARTS_ANEW) -> None:
+def guarded(main: Callable[[], None], again: Callable[[], str] = starts_anew) -> None:
     """Calls `main`; a user's mistake or a bad disk becomes one line on standard error.
 
     Of several processes that end for the same reason one prints it. The exit status is then 1; it is 75 for what was
@@ -94,21 +101,27 @@ def guarded(main: Callable[[], None], again: str = STARTS_ANEW) -> None:
 
     Args:
         main: does the work of a command.
-        again: what the same command does after it was interrupted.
+        again: returns what the same command does after it was interrupted.
     """
     before = signal.getsignal(signal.SIGTERM)
     try:
-        _guarded(lambda: _broken_off_by_sigterm(main, again), again)
+        _guarded(lambda: _broken_off_by_sigterm(main), again)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _broken_off_by_sigterm(main: Callable[[], None], again: str) -> None:
-    """Calls `main`; where SIGTERM comes, StoppedError is raised at once, and what follows is not broken off again."""
+def _broken_off_by_sigterm(main: Callable[[], None]) -> None:
+    """Calls `main`; where SIGTERM comes, it is broken off at once, and what it then cleans up is not broken off again.
+
+    An exception can be lost, as in a finaliser: a SIGTERM that comes later is another attempt.
+    """
+    raised = -math.inf
 
     def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise StoppedError(f"stopped; the same command {again}")
+        nonlocal raised
+        if time.monotonic() - raised > CLEANING_SECONDS:
+            raised = time.monotonic()
+            raise Terminated
 
     signal.signal(signal.SIGTERM, stop)
     try:
@@ -117,7 +130,8 @@ def _broken_off_by_sigterm(main: Callable[[], None], again: str) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _guarded(main: Callable[[], None], again: str) -> None:
+def _guarded(main: Callable[[], None], again: Callable[[], str]) -> None:
+    _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may not know ± or k̂
@@ -130,6 +144,10 @@ def _guarded(main: Callable[[], None], again: str) -> None:
     except StoppedError as stopped:
         if not stopped.said:
             print(stopped, file=sys.stderr)
+        sys.exit(STOPPED)
+    except Terminated as stopped:
+        if not stopped.said:
+            print(f"stopped; the same command {again()}", file=sys.stderr)
         sys.exit(STOPPED)
     except PopgenError as error:
         if not error.said:
@@ -146,8 +164,19 @@ def _guarded(main: Callable[[], None], again: str) -> None:
         print(f"error: cannot read or write: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"interrupted; the same command {again}", file=sys.stderr)
+        print(f"interrupted; the same command {again()}", file=sys.stderr)
         sys.exit(130)
+
+
+def _open_what_is_closed() -> None:
+    """Gives a process that was started without standard output or error the null device, which no file then takes."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != descriptor:
+                os.dup2(null, descriptor)
+                os.close(null)
+            setattr(sys, name, open(descriptor, "r" if descriptor == 0 else "w"))  # noqa: SIM115 - to the end
 
 
 @contextlib.contextmanager

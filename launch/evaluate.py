@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 
 from launch import command
-from popgen import distributed
+from popgen import rendezvous
 from popgen.datasets.data import first_examples
 from popgen.distributed import Processes
 from popgen.errors import UnfinishedEvaluationError, check_integer
@@ -43,7 +43,7 @@ def main() -> None:
     """Evaluates a checkpoint and prints, logs and writes the record."""
     check_integer("annealed_images", FLAGS.annealed_images, minimum=0)
     shard = Shard.parse(FLAGS.shard)
-    with distributed.joined(FLAGS.process_timeout) as processes:
+    with rendezvous.joined(FLAGS.process_timeout) as processes:
         evaluate_together(shard, processes)
 
 
@@ -98,4 +98,4 @@ def evaluate_together(shard: Shard, processes: Processes) -> None:
 
 
 if __name__ == "__main__":
-    command.start(main, required=("run_dir",), again="goes on with an evaluation of images where it was")
+    command.start(main, required=("run_dir",), again=lambda: "goes on with an evaluation of images where it was")

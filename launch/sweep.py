@@ -13,7 +13,7 @@ from popgen.sweeps.points import grid, parse, random_points
 from popgen.sweeps.processes import Job, places, run_all, visible_devices
 from popgen.sweeps.sweep import Run, SweepDirectory, check_points
 from popgen.sweeps.table import check_result, rows_of, sorted_rows, table, write_csv
-from popgen.training.run_directory import default_root
+from popgen.training.run_directory import RunDirectory, default_root
 
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string(
@@ -70,9 +70,15 @@ def main() -> None:
 def train(sweep: SweepDirectory, runs: list[Run], jobs: list[Job]) -> None:
     """Runs the jobs of a sweep and shows the table, also of what an interruption leaves.
 
+    A run that another process trains, such as one that a sweep which was killed has left, is not touched.
+
     Raises:
-        TrainingError: naming the runs that failed.
+        TrainingError: naming the runs that failed, or are left to others.
     """
+    busy = {job.name for job in jobs if RunDirectory(sweep.path / job.name).is_in_use()}
+    jobs = [job for job in jobs if job.name not in busy]
+    for name in sorted(busy):
+        print(f"in use    {name}: another process trains it", flush=True)
     by_name = {run.name: run for run in runs}
     failures: dict[str, str] = {}
     sweep.record(*runs)
@@ -96,6 +102,10 @@ def train(sweep: SweepDirectory, runs: list[Run], jobs: list[Job]) -> None:
         for name, failure in failures.items():
             print(f"{name}: {failure}", file=sys.stderr)
         raise TrainingError(f"{len(failures)} of {len(runs)} runs failed; the same command tries them again")
+    if busy:
+        raise TrainingError(
+            f"{len(busy)} of {len(runs)} runs are trained by other processes; the same command goes on with them"
+        )
 
 
 def show(sweep: SweepDirectory) -> None:
@@ -106,4 +116,4 @@ def show(sweep: SweepDirectory) -> None:
 
 
 if __name__ == "__main__":
-    command.start(main, required=(), again="goes on with the runs that are not finished")
+    command.start(main, required=(), again=lambda: "goes on with the runs that are not finished")

@@ -4,17 +4,20 @@ SIGTERM or Ctrl-C stops it after the step in progress, saved, with exit status 7
 Several processes train together if torchrun starts them: torchrun --nproc_per_node=2 -m launch.train --gin_file=...
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import statistics
+from collections.abc import Iterator
+from shlex import quote
 
 import torch
 from absl import flags
 
 from launch import command
-from popgen import config, distributed
+from popgen import config, rendezvous
 from popgen.distributed import Processes
-from popgen.errors import ConfigError, RunDirectoryError
+from popgen.errors import ConfigError, ProcessesError, RunDirectoryError, StoppedError
 from popgen.experiment import Experiment, run
 from popgen.replicas import Replica, check_one_process, run_replicas
 from popgen.training.recorder import selected_by
@@ -37,11 +40,27 @@ def main() -> None:
     """Builds the experiment, then trains it or prints what would be trained."""
     if FLAGS.overwrite and FLAGS.reconfigure:
         raise ConfigError("--overwrite starts anew and --reconfigure continues: give one of them")
-    with distributed.joined(FLAGS.process_timeout) as processes:
-        train_together(processes)
+    with rendezvous.joined(FLAGS.process_timeout) as processes, without_overwrite():
+        train_together(processes, anew=FLAGS.overwrite and not rendezvous.started_again())
 
 
-def train_together(processes: Processes) -> None:
+@contextlib.contextmanager
+def without_overwrite() -> Iterator[None]:
+    """Adds to the advice that the same command goes on that it does so without --overwrite, if that was given."""
+    try:
+        yield
+    except (StoppedError, ProcessesError) as error:
+        if FLAGS.overwrite:
+            error.args = (f"{error}, without --overwrite",)
+        raise
+
+
+def again() -> str:
+    """Returns what the same command does after it was interrupted."""
+    return f"continues the run from its latest checkpoint{', without --overwrite' if FLAGS.overwrite else ''}"
+
+
+def train_together(processes: Processes, anew: bool) -> None:
     """Does the work of `main`, as one of several processes; the first one holds the directory and prints."""
     loaded = config.load(FLAGS.gin_file, FLAGS.gin_bindings)
     configuration = dataclasses.replace(loaded.configuration, compared=tuple(FLAGS.hparam))
@@ -51,7 +70,7 @@ def train_together(processes: Processes) -> None:
     if not processes.first:
         if not FLAGS.dry_run:
             with command.stop_requests(quiet=True) as stop:
-                run(loaded.experiment, directory, configuration, stop, processes, FLAGS.overwrite)
+                run(loaded.experiment, directory, configuration, stop, processes, anew)
         return
     if loaded.orphans:
         print(f"not used by this configuration: {', '.join(loaded.orphans)}")
@@ -60,22 +79,22 @@ def train_together(processes: Processes) -> None:
         print(describe(loaded.experiment))
         return
     with directory.locked():
-        if not FLAGS.overwrite:
+        if not anew:
             directory.check_num_replicas(loaded.experiment.num_replicas)
             check_as_it_was(directory, configuration.given)
         print(
-            f"run directory: {directory.path}\nfollow it with: tensorboard --logdir {directory.path}",
+            f"run directory: {directory.path}\nfollow it with: tensorboard --logdir {quote(str(directory.path))}",
             flush=True,
         )
         with command.stop_requests() as stop:
             if loaded.experiment.num_replicas == 1:
-                state = run(loaded.experiment, directory, configuration, stop, processes, FLAGS.overwrite)
+                state = run(loaded.experiment, directory, configuration, stop, processes, anew)
                 results = [(directory, state)]
             else:
                 replicas = configured_replicas(loaded.experiment)
-                for index, replica in enumerate(replicas if not FLAGS.overwrite else ()):
+                for index, replica in enumerate(replicas if not anew else ()):
                     check_as_it_was(directory.replica(index), replica.configuration.given)
-                states = run_replicas(replicas, directory, configuration, stop, FLAGS.overwrite)
+                states = run_replicas(replicas, directory, configuration, stop, anew)
                 results = list(zip(directory.replicas(), states, strict=True))
     for own, state in results:
         report(own, loaded.experiment, state)
@@ -105,7 +124,7 @@ def report(directory: RunDirectory, experiment: Experiment, state: TrainState) -
     for path in sorted(directory.samples_path.glob("best*")):
         print(f"samples: {path}")
     trust = " --trust_config" if own_modules(experiment) else ""
-    print(f"evaluate: python -m launch.evaluate --run_dir={directory.path}{trust}")
+    print(f"evaluate: python -m launch.evaluate --run_dir={quote(str(directory.path))}{trust}")
 
 
 def own_modules(experiment: Experiment) -> set[str]:
@@ -175,4 +194,4 @@ def shape_lines(name: str, inputs: tuple, output: object) -> list[str]:
 
 
 if __name__ == "__main__":
-    command.start(main, required=("gin_file",), again="continues the run from its latest checkpoint")
+    command.start(main, required=("gin_file",), again=again)

@@ -60,6 +60,18 @@ class StoppedError(PopgenError):
     """A run that was asked to stop, and has saved where it is."""
 
 
+class Terminated(BaseException):  # no Exception: code that goes on after any of those would go on
+    """SIGTERM came to what has nothing to save.
+
+    Example: `guarded` of launch.command has it raised.
+
+    Attributes:
+        said: whether another process of the same run has printed it.
+    """
+
+    said: bool = False
+
+
 class ProcessesError(PopgenError):
     """Processes of one run that do not find each other, do not fit together, or of which one has ended."""
 

@@ -163,7 +163,8 @@ def train_to_the_end(
     except DivergedError as error:
         raise with_replay(error, directories[error.replica].path) from error
     if stop():
-        raise StoppedError(f"stopped at step {state.step}, which is saved; the same command goes on from there")
+        saved = ", which is saved" if state.step else ""
+        raise StoppedError(f"stopped at step {state.step}{saved}; the same command goes on from there")
     return state
 
 

@@ -1,10 +1,12 @@
 """Files that are whole or not there, and folders that one process holds."""
 
 import contextlib
+import glob
 import json
 import math
 import os
 import pathlib
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,12 +16,15 @@ from filelock import FileLock, Timeout
 from popgen.errors import RunDirectoryError
 
 LOCK_NAME = ".lock"
+ABANDONED_SECONDS = 3_600.0
 
 
 def write_whole(
     path: pathlib.Path, *parts: bytes | memoryview, keep: pathlib.Path | None = None, what: str = ""
 ) -> None:
     """Writes a file; a reader finds the old one or the whole new one, never a part, however many write.
+
+    What a process that was killed an hour ago or more left of the same file goes.
 
     Args:
         path: where to; its folder must exist.
@@ -40,6 +45,7 @@ def write_whole(
         ('new', 'old')
     """
     temporary = _unfinished(path)
+    _remove_abandoned(path)
     try:
         with temporary.open("wb") as file:
             for part in parts:
@@ -185,6 +191,14 @@ def locked_folder(
 def _unfinished(path: pathlib.Path) -> pathlib.Path:
     """Returns the name of a file until it is whole: one for each writer, and `.writing-*` matches them all."""
     return path.with_name(f".writing-{uuid.uuid4().hex[:8]}-{path.name}")
+
+
+def _remove_abandoned(path: pathlib.Path) -> None:
+    """Removes what nobody has written to for long of a file that was to be whole."""
+    for left in path.parent.glob(f".writing-*-{glob.escape(path.name)}"):
+        with contextlib.suppress(OSError):  # another may do the same
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                left.unlink()
 
 
 def _keep(path: pathlib.Path, keep: pathlib.Path) -> None:

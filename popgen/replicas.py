@@ -151,7 +151,8 @@ def newest_common(path: pathlib.Path, directories: Sequence[RunDirectory]) -> li
     """Returns the newest checkpoints of replicas that are of one step; None for each if none has begun.
 
     A process may be killed when some replicas have saved a step and others have not: those go back to the step before,
-    whose checkpoint is kept. If it was the first of all, every replica starts anew.
+    whose checkpoint is kept. If it was the first of all, every replica starts anew; where one has come farther, its
+    steps are not thrown away because those of another are missing.
 
     Args:
         path: of the whole, for errors.
@@ -170,7 +171,7 @@ def newest_common(path: pathlib.Path, directories: Sequence[RunDirectory]) -> li
         found = [directory.newest_checkpoint(min(steps)) for directory in directories]
     if all(found):
         return found
-    if any(directory.checkpoint_path("previous").is_file() for directory in directories):
+    if any(has_come_farther(directory) for directory in directories):
         listed = ", ".join(
             f"{directory.path.name}: {one.tensors['step'] if one else 'none'}"
             for directory, one in zip(directories, newest, strict=True)
@@ -181,6 +182,17 @@ def newest_common(path: pathlib.Path, directories: Sequence[RunDirectory]) -> li
             f"--run_dir={begun.path}"
         )
     return [None] * len(directories)
+
+
+def has_come_farther(directory: RunDirectory) -> bool:
+    """Whether a run has saved its state more than once.
+
+    Example:
+        >>> has_come_farther(RunDirectory(pathlib.Path("nowhere")))
+        False
+    """
+    names = directory.checkpoint_names()
+    return "previous" in names or sum(name.isdecimal() for name in names) > 1
 
 
 def prepare_replicas(experiments: Sequence[Experiment], device: torch.device) -> list[PreparedExperiment]:

@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from popgen.errors import RunDirectoryError
+from popgen.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,6 +52,9 @@ def image_grid(
 def write_png(path: pathlib.Path, levels: UInt8[Tensor, "height width"]) -> None:
     """Writes grey levels as a PNG, each pixel enlarged to `SCALE` × `SCALE`.
 
+    Raises:
+        RunDirectoryError: if it cannot be written; an earlier file is as it was.
+
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -61,12 +65,16 @@ def write_png(path: pathlib.Path, levels: UInt8[Tensor, "height width"]) -> None
     """
     from PIL import Image
 
-    enlarged = levels.repeat_interleave(SCALE, 0).repeat_interleave(SCALE, 1)
-    Image.fromarray(enlarged.numpy()).save(path, format="PNG")
+    enlarged, content = levels.repeat_interleave(SCALE, 0).repeat_interleave(SCALE, 1), io.BytesIO()
+    Image.fromarray(enlarged.numpy()).save(content, format="PNG")
+    write_whole(path, content.getbuffer())
 
 
 def write_wav(path: pathlib.Path, waveform: Float[Tensor, " time"], sample_rate: int) -> None:
     """Writes a waveform in [-1, 1] as 16-bit PCM; what is beyond is clipped.
+
+    Raises:
+        RunDirectoryError: if it cannot be written; an earlier file is as it was.
 
     Example:
         >>> import tempfile
@@ -80,7 +88,7 @@ def write_wav(path: pathlib.Path, waveform: Float[Tensor, " time"], sample_rate:
 
     samples, content = waveform.detach().cpu().float().clamp(-1.0, 1.0).numpy(), io.BytesIO()
     soundfile.write(content, samples, sample_rate, subtype="PCM_16", format="WAV")
-    path.write_bytes(content.getbuffer())  # whose error says why, such as a full disk
+    write_whole(path, content.getbuffer())
 
 
 class Writer:
@@ -207,7 +215,10 @@ class Writer:
         self._append(self._event_type(wall_time=time.time(), file_version="brain.Event:2"))
 
     def _names(self) -> list[str]:
-        return [name for name in os.listdir(self._directory) if name.startswith(EVENT_FILES)]
+        try:
+            return [name for name in os.listdir(self._directory) if name.startswith(EVENT_FILES)]
+        except OSError as error:  # the directory was moved or removed, or its disk is gone
+            raise RunDirectoryError(f"cannot write the curves in {self._directory}: {error}") from error
 
     def _failure(self, error: OSError) -> RunDirectoryError:
         return RunDirectoryError(f"cannot write the curves {self._path}: {error}")

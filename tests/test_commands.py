@@ -315,6 +315,19 @@ def test_a_run_continues_and_a_changed_configuration_is_refused(workspace):
     assert "give one of them" in workspace.fail(*command, "--overwrite", "--reconfigure")
 
 
+def test_overwriting_is_not_done_again_by_a_restart(workspace):
+    """Torchrun starts the same command again when a process has died, and that one then goes on."""
+    command = ("train", "--gin_file=vae_squares.gin", "--run_dir=own run", "--overwrite")
+    printed = workspace.succeed(*command)
+    assert "tensorboard --logdir 'own run'\n" in printed and "launch.evaluate --run_dir='own run' " in printed
+    latest = workspace.path / "own run/checkpoints/latest.ckpt"
+    before = latest.stat().st_mtime_ns
+    workspace.succeed(*command, TORCHELASTIC_RESTART_COUNT="1")
+    assert latest.stat().st_mtime_ns == before, "nothing was left to train"
+    workspace.succeed(*command)
+    assert latest.stat().st_mtime_ns > before
+
+
 def test_an_orphaned_binding_is_listed_in_one_line(workspace):
     printed = workspace.succeed(
         "train", "--gin_file=vae_squares.gin", "--gin_bindings=Experiment.optimizer = @torch.optim.SGD"

@@ -327,6 +327,13 @@ def test_a_missing_file_and_files_that_include_one_another(gin_file, tmp_path):
         config.load([first])
 
 
+@pytest.mark.parametrize("text", ["A = %B\nB = %A\n", "A = [%A]\n"])
+def test_macros_of_one_another_are_named(gin_file, text):
+    path = gin_file(f'include "configs/vae.gin"\n{text}\nLATENT_DIM = %A\n', "cyclic.gin")
+    with pytest.raises(ConfigError, match="the configuration makes A of itself"):
+        config.load([path])
+
+
 def test_configs_are_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config.load(["configs/vamp.gin"]).experiment.batch_size == 100

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.kills import difference, ended, forked, train_in
 from popgen.training import checkpoints
+from popgen.training.run_directory import RunDirectory
 
 EVENTS = "events.out.tfevents"
 
@@ -112,3 +113,18 @@ def test_a_disk_that_is_read_only(disk: pathlib.Path) -> None:
         assert f"the run directory {disk / name} is not writable" in line and "--run_dir" in line
     assert before == {file: file.read_bytes() for file in disk.rglob("*") if file.is_file()}
     remount(disk, "rw")
+
+
+@pytest.mark.parametrize(("removed", "said"), [("", "cannot write the curves in"), ("samples", "cannot write")])
+def test_a_directory_that_vanishes_during_the_run(
+    removed: str, said: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, save_checkpoint = tmp_path / "run", RunDirectory.save_checkpoint
+
+    def save_and_remove(directory: RunDirectory, name: str, contents: dict) -> None:
+        save_checkpoint(directory, name, contents)
+        if name == "best":  # the last that an evaluation saves: the next to be written is a point of the curves
+            shutil.rmtree(path / removed)
+
+    monkeypatch.setattr(RunDirectory, "save_checkpoint", save_and_remove)
+    assert said in line_of(lambda: train(path))

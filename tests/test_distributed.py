@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.together import results_of, together
-from popgen import distributed
-from popgen.distributed import ALONE, Processes, check_divided, joined, launched_together
+from popgen import distributed, rendezvous
+from popgen.distributed import ALONE, Processes, check_divided
 from popgen.errors import ArgumentError, CheckpointError, ProcessesError, StoppedError
 from popgen.messages import packed, unpacked
+from popgen.rendezvous import joined, launched_together
 from popgen.training.loop import StopTogether
 
 
@@ -149,8 +150,8 @@ def test_a_process_that_is_killed_takes_the_others_down() -> None:
     assert time.perf_counter() - started < 20.0
     assert [outcome.status for outcome in outcomes] == [1, -signal.SIGKILL, 1]
     said = "".join(outcome.said for outcome in outcomes)
-    assert said.startswith("error: another process of this run has ended, or does not answer (")
-    assert said.count("\n") == 1 and "the same command goes on from the latest checkpoint" in said
+    assert said.startswith("error: another process of this run has ended, or does not answer in time (")
+    assert said.count("\n") == 1 and "the same command goes on from what is saved" in said
 
 
 def test_a_process_that_hangs_is_not_waited_for_longer_than_the_timeout() -> None:
@@ -164,7 +165,7 @@ def test_a_process_that_hangs_is_not_waited_for_longer_than_the_timeout() -> Non
     outcomes = together(work, size=2, timeout=1.0)
     assert time.perf_counter() - started < 20.0
     assert [outcome.status for outcome in outcomes] == [1, 9]
-    assert outcomes[0].said.startswith("error: another process of this run has ended, or does not answer (")
+    assert outcomes[0].said.startswith("error: another process of this run has ended, or does not answer in time (")
 
 
 def test_the_first_alone_may_take_longer_than_the_timeout() -> None:
@@ -295,7 +296,7 @@ def test_processes_that_are_started_by_hand_find_each_other() -> None:
 def meet(store: Any, rank: int, size: int, timeout: float) -> str:
     """Returns the name that a process agrees on with others, or what it says where it cannot."""
     try:
-        return distributed._name_of_start(store, rank, size, timeout, time.monotonic() + timeout)
+        return rendezvous._name_of_start(store, rank, size, timeout, time.monotonic() + timeout)
     except ProcessesError as error:
         return str(error)
 

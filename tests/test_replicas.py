@@ -4,6 +4,7 @@ import itertools
 import json
 import pathlib
 import re
+import shutil
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -180,6 +181,15 @@ def test_a_replica_goes_on_alone_and_the_others_without_it_no_more(whole, tmp_pa
     RunDirectory(tmp_path / "replica_0").save_checkpoint("previous", alone.load_checkpoint("latest"))
     with pytest.raises(CheckpointError, match=message):
         train_in(tmp_path)
+
+
+def test_steps_of_one_replica_are_not_thrown_away_because_another_is_missing(tmp_path: pathlib.Path) -> None:
+    train_in(tmp_path)
+    (tmp_path / "replica_1/checkpoints/previous.ckpt").unlink()
+    shutil.rmtree(tmp_path / "replica_0")
+    with pytest.raises(CheckpointError, match=r"no step in common to go on from \(replica_0: none, replica_1: 12\)"):
+        train_in(tmp_path)
+    assert RunDirectory(tmp_path / "replica_1").load_checkpoint("latest")["step"] == 12
 
 
 # --- numbers that go wrong -------------------------------------------------------------------------------------------

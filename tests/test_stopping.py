@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from benchmarks.kills import ended, forked
+from launch import command
 from launch.command import OF_THE_DISK, guarded, stop_requests
-from popgen.errors import StoppedError
+from popgen.errors import StoppedError, Terminated
 from tests.test_commands import REPOSITORY, Workspace
 
 LONG = ("train", "--gin_file=vae_squares.gin", "--run_dir=run", "--gin_bindings=Experiment.num_steps = 1_000_000")
@@ -97,9 +99,14 @@ def test_an_interrupted_command_says_what_it_does_the_next_time(
         (("train", "--gin_file=vae_squares.gin", "--run_dir=run"), training),
         (("evaluate", "--run_dir=run"), "goes on with an evaluation of images where it was"),
         (("sample", "--run_dir=run", "--out=grid.png"), "starts anew"),
+        (
+            ("train", "--gin_file=vae_squares.gin", "--run_dir=run", "--overwrite"),
+            training and f"{training}, without --overwrite",
+        ),
     ):
         done = workspace.run(*arguments)
         assert done.returncode == status, done.stderr
+        assert done.stderr.endswith(", without --overwrite\n") == ("--overwrite" in arguments)
         if again is not None:
             assert (done.returncode, done.stderr) == (status, f"{said}; the same command {again}\n")
 
@@ -114,6 +121,7 @@ def raising(error: BaseException) -> Callable[[], None]:
 def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     for error, status in (
         (StoppedError("stopped at step 3"), 75),
+        (Terminated(), 75),
         (KeyboardInterrupt(), 130),
         *((OSError(number, os.strerror(number), "file"), 1) for number in OF_THE_DISK),
     ):
@@ -122,3 +130,37 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
         assert leaving.value.code == status and capsys.readouterr().err.count("\n") == 1
     with pytest.raises(FileNotFoundError):
         guarded(raising(FileNotFoundError(2, "No such file", "file")))
+
+
+def test_sigterm_is_no_error_that_other_code_takes_for_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A reader of files that passes over what it cannot read does not pass over SIGTERM; where one is lost, as in a
+    finaliser, the next one is another attempt."""
+    monkeypatch.setattr(command, "CLEANING_SECONDS", 0.0)
+
+    def work() -> None:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception as error:
+            raise AssertionError("it was taken for an error") from error
+
+    with pytest.raises(SystemExit) as leaving:
+        guarded(work)
+    assert leaving.value.code == 75 and capsys.readouterr().err == "stopped; the same command starts anew\n"
+
+
+def test_a_command_whose_standard_error_is_closed_writes_into_no_other_file(tmp_path: pathlib.Path) -> None:
+    torch.set_num_threads(1)  # a process that has several is not to be forked
+
+    def work() -> None:
+        os.close(2)
+        sys.stderr = None
+        guarded(lambda: print("said", file=sys.stderr))
+        assert os.path.samestat(os.fstat(2), os.stat(os.devnull))
+        with (tmp_path / "file").open("w") as file:
+            assert file.fileno() > 2
+
+    assert ended(forked(work)) == 0

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from filelock import FileLock
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.context import RequestContext
@@ -186,3 +187,17 @@ def test_an_interrupted_sweep_goes_on_as_if_it_had_not_been(workspace, number):
     assert interrupted["step"] == 3_000 and interrupted["best_loss"] == uninterrupted["best_loss"]
     for name, value in uninterrupted["parameters"].items():
         assert torch.equal(interrupted["parameters"][name], value), name
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(workspace):
+    """Such as one that a sweep which was killed has left behind."""
+    name = "LATENT_DIM=2"
+    (workspace.path / "swept" / name).mkdir(parents=True)
+    with FileLock(workspace.path / "swept" / name / ".lock"):
+        done = workspace.run("sweep", *SMALL, "--sweep=LATENT_DIM = [2, 3]")
+    assert done.returncode == 1, (done.stdout, done.stderr)
+    assert f"in use    {name}: another process trains it\n" in done.stdout
+    assert done.stderr == "error: 1 of 2 runs are trained by other processes; the same command goes on with them\n"
+    rows = table_of(workspace)
+    assert rows["LATENT_DIM=3"]["state"] == "finished" and not rows[name]["failure"]
+    assert not (workspace.path / "swept" / name / "train.log").exists()

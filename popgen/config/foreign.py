@@ -180,13 +180,16 @@ def _is_allowed(part: object) -> bool:
     )
 
 
-def check_number_of_values() -> None:
+def check_number_of_values(most: float = MAX_VALUES) -> None:
     """Checks that a configuration does not come to many more values than it has lines, by macros of macros.
 
-    Raises:
-        ConfigError: if it does, or something is made of itself.
+    Args:
+        most: values that there may be.
 
-    Example: `load_foreign` calls it, once gin has parsed the text.
+    Raises:
+        ConfigError: if there are more, or something is made of itself.
+
+    Example: `load` and `load_foreign` call it, once gin has parsed the text.
     """
     known: dict[tuple[str, tuple[str, ...]], int | None] = {}
 
@@ -207,8 +210,8 @@ def check_number_of_values() -> None:
         total = known[selector, scope]
         if total is None:
             raise ConfigError(f"the configuration makes {display('/'.join(scope), selector, 'value')} of itself")
-        if total > MAX_VALUES:
-            raise ConfigError(f"the configuration comes to more than {MAX_VALUES:,} values; {TRUST}")
+        if total > most:
+            raise ConfigError(f"the configuration comes to more than {most:,} values; {TRUST}")
         return total
 
     for scope, selector in list(gin.config._CONFIG):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +56,9 @@ def load(gin_files: Sequence[str | os.PathLike], bindings: Sequence[str] = ()) -
     """
     gin.clear_config()
     parse_files(gin_files)
-    return _load(apply_bindings(bindings))
+    overridden = apply_bindings(bindings)
+    foreign.check_number_of_values(most=math.inf)
+    return _load(overridden)
 
 
 def load_foreign(gin_file: pathlib.Path, checkpoint: Mapping[str, Any]) -> LoadedConfig:

@@ -1,10 +1,13 @@
 """Binarised MNIST, under the binarisation protocols that the literature uses."""
 
 import dataclasses
+import hashlib
 import http.client
 import math
 import pathlib
 import socket
+import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,6 +19,12 @@ from popgen.errors import DataError, check_choice, check_integer, check_path, re
 from popgen.files import new_folder
 
 IMAGE_SHAPE = (28, 28)
+PUBLISHED_SHA256 = {  # of the decompressed files
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
 MNIST_SPLITS = ("train", "t10k")
 LAROCHELLE_FILES = {"train": (50_000, "train"), "validation": (10_000, "valid"), "test": (10_000, "test")}
 
@@ -89,10 +98,9 @@ def read_mnist_images(data_dir: pathlib.Path, download: bool, dataset: str) -> t
     Example: `BinaryMNIST` and `popgen.datasets.mnist_rows.MNISTRows` call it.
     """
     _provide_mnist(data_dir, download, dataset)
-    train, test = (
-        torch.from_numpy(np.fromfile(_raw(data_dir) / f"{split}-images-idx3-ubyte", dtype=np.uint8, offset=16))
-        for split in MNIST_SPLITS
-    )
+    paths = [_raw(data_dir) / f"{split}-images-idx3-ubyte" for split in MNIST_SPLITS]
+    _warn_of_others(paths)
+    train, test = (torch.from_numpy(np.fromfile(path, dtype=np.uint8, offset=16)) for path in paths)
     return train.view(-1, math.prod(IMAGE_SHAPE)), test.view(-1, math.prod(IMAGE_SHAPE))
 
 
@@ -102,10 +110,9 @@ def read_mnist_labels(data_dir: pathlib.Path, download: bool, dataset: str) -> t
     Example: `MNISTRows` calls it.
     """
     _provide_mnist(data_dir, download, dataset)
-    train, test = (
-        torch.from_numpy(np.fromfile(_raw(data_dir) / f"{split}-labels-idx1-ubyte", dtype=np.uint8, offset=8))
-        for split in MNIST_SPLITS
-    )
+    paths = [_raw(data_dir) / f"{split}-labels-idx1-ubyte" for split in MNIST_SPLITS]
+    _warn_of_others(paths)
+    train, test = (torch.from_numpy(np.fromfile(path, dtype=np.uint8, offset=8)) for path in paths)
     return train, test
 
 
@@ -123,6 +130,13 @@ def _provide_mnist(data_dir: pathlib.Path, download: bool, dataset: str) -> None
         _download(data_dir, names, dataset)
     for name in names:
         _check_idx(raw / name)
+
+
+def _warn_of_others(paths: Sequence[pathlib.Path]) -> None:
+    """Says which files are not those of MNIST: likelihoods of them do not compare with published ones."""
+    digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    if others := [path.name for path, digest in digests.items() if digest != PUBLISHED_SHA256[path.name]]:
+        print(f"not the published MNIST: {', '.join(others)} in {paths[0].parent}", file=sys.stderr, flush=True)
 
 
 def _download(data_dir: pathlib.Path, names: list[str], dataset: str) -> None:

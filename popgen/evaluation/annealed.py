@@ -411,6 +411,7 @@ def check_by_annealing(
     importance_gap = columns["simulated_upper"] - columns["simulated_importance"]
     return {
         "annealed_num_images": len(images),
+        "annealed_estimator_version": ESTIMATOR_VERSION,
         **{f"annealed_{name}": value for name, value in settings.items()},
         "annealed_acceptance": means["acceptance"],
         "annealed_log_p_x": means["annealed"],

@@ -164,7 +164,7 @@ class ImageTable:
         rows: dict[int, list[float]] = {}
         names: list[str] = []
         for path in [] if self.path is None else [self.path, *_parts(self.path)]:
-            if not path.is_file():
+            if not path.is_file() or not path.stat().st_size:  # one that another shard has just begun
                 continue
             found = read_table(path)
             if found.identity != dict(identity) or (names and names != found.names):

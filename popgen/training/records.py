@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from popgen.errors import ArgumentError, check_choice
+from popgen.evaluation.annealed import ESTIMATOR_VERSION
 from popgen.evaluation.evaluator import Evaluator
 from popgen.evaluation.figures import evaluation_figure
 from popgen.evaluation.image_table import read_table
@@ -128,9 +129,11 @@ class EvaluationFiles:
             )
 
     def annealing_on_file(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the check by annealing that the record on file holds, if it is of the same model and images."""
+        """Returns the check by annealing that the record on file holds, if today's would find the same numbers."""
         found = self._on_file()
         if any(found.get(name) != record.get(name) for name in ("model_sha256", "images_sha256", "seed")):
+            return {}
+        if found.get("annealed_estimator_version", ESTIMATOR_VERSION) != ESTIMATOR_VERSION:  # older records do not say
             return {}
         check = {name: value for name, value in found.items() if name.startswith(("annealed_", "simulated_"))}
         return {name: math.nan if value is None else value for name, value in check.items()}

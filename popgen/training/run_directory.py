@@ -17,7 +17,7 @@ from popgen.training import checkpoints
 REPLICA = "replica_"  # and its number: the run directory of a replica, see `popgen.replicas`
 MAX_DIGITS = 19  # of a step
 NAMES = ("best", "latest", "previous")  # of checkpoints, beside those of steps
-UNFINISHED = ("checkpoints/.writing-*", ".writing-*config.gin")  # what a killed run can leave
+UNFINISHED = ("checkpoints/.writing-*", "samples/.writing-*", ".writing-*config.gin")  # what a killed run can leave
 # Everything that a run writes; starting anew removes these and nothing else. The configuration goes last: as long as
 # there is a checkpoint, it says of what.
 CONTENTS = (
@@ -31,6 +31,7 @@ CONTENTS = (
     "samples/best_*.wav",
     "samples/step_*.png",
     "samples/step_*.wav",
+    "samples/.writing-*",
     "evaluation_step*.json",
     "evaluation_step*.csv",
     "evaluation_step*.png",
@@ -231,8 +232,8 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Creates the directory and holds it for this process; the operating system frees it when the process dies.
 
-        Checkpoints and configurations that a killed process left unfinished are removed: whoever holds the directory is
-        alone in writing those, where evaluations come and go beside it.
+        Checkpoints, pictures and configurations that a killed process left unfinished are removed: whoever holds the
+        directory is alone in writing those, where evaluations come and go beside it.
 
         Raises:
             RunDirectoryError: if it cannot be written, or another process holds it.
@@ -240,7 +241,7 @@ class RunDirectory:
         where, advice = f"the run directory {self.path}", "name another with --run_dir"
         with locked_folder(
             self.path,
-            in_use=f"{where} is in use by another process; wait for it, or {advice}",
+            in_use=f"{where} is in use by another process, which holds {LOCK_NAME} there; wait for it, or {advice}",
             not_writable=lambda reason: f"{where} is not writable ({reason}); {advice}",
             timeout=0.5,  # long enough for `is_in_use` of another process to let go
             subfolders=(self.checkpoints_path.name, self.samples_path.name),

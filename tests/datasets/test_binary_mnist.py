@@ -423,3 +423,16 @@ def test_larochelle_counts_are_the_published_ones() -> None:
         "validation": (10_000, "valid"),
         "test": (10_000, "test"),
     }
+
+
+@pytest.mark.mnist
+def test_published_files_are_known_and_others_named(
+    mnist_dir: pathlib.Path, raw: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another data set may come in files of the same names, and its likelihoods are not MNIST's."""
+    BinaryMNIST(str(mnist_dir), protocol="threshold", download=False).load()
+    binary_mnist.read_mnist_labels(mnist_dir, False, "MNISTRows")
+    assert capsys.readouterr().err == ""
+    BinaryMNIST(str(raw.parents[1]), protocol="threshold", download=False).load()
+    said = f"not the published MNIST: train-images-idx3-ubyte, t10k-images-idx3-ubyte in {raw}\n"
+    assert capsys.readouterr().err == said

@@ -317,3 +317,11 @@ def test_binary_uint8_images_are_not_taken_for_black_ones() -> None:
     with pytest.raises(DataError, match="the given images have no level above 1, and grey levels go from 0 to 255"):
         as_values(torch.tensor([[0, 1]], dtype=torch.uint8))
     assert as_values(torch.zeros(2, 3, dtype=torch.uint8)).sum() == 0.0
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0 - 2.0**-24])
+def test_one_draw_leaves_black_and_white_as_they_are(noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also at the ends of the noise: white is always drawn, black never."""
+    monkeypatch.setattr(torch, "rand", lambda shape, generator: torch.full(shape, noise))
+    levels = torch.tensor([[0, 1, 254, 255]], dtype=torch.uint8)
+    assert binarise_once(levels, seed=0).tolist() == [[0, 255, 255, 255] if noise == 0.0 else [0, 0, 0, 255]]

@@ -165,3 +165,11 @@ def test_protocols(tmp_path: pathlib.Path) -> None:
 def test_arguments_outside_their_domain(arguments: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         StrokeDigits(**arguments)
+
+
+def test_training_and_test_digits_are_drawn_apart(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many of the one as of the other would be the same ones, were they of one stream."""
+    for size in ("NUM_TRAIN", "NUM_TEST"):
+        monkeypatch.setattr(stroke_digits, size, 12)
+    data = StrokeDigits(data_dir=str(tmp_path), protocol="threshold").load()
+    assert len(torch.cat([data.train, data.test]).unique(dim=0)) == 24

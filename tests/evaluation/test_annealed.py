@@ -345,3 +345,32 @@ def test_images_take_the_type_of_the_model() -> None:
     found, _ = annealed_estimate(vae, images, num_temperatures=3, num_chains=2)
     expected, _ = annealed_estimate(vae, images.double() / 255, num_temperatures=3, num_chains=2)
     assert found.dtype == torch.float64 and torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("five_at_once")
+def test_no_two_purposes_share_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is simulated, tuned, weighted and sent back is drawn from a stream of its own for every image."""
+    starts: list[tuple] = []
+    make = annealed.make_generator
+    monkeypatch.setattr(annealed, "make_generator", lambda device, *key: (starts.append(key), make(device, *key))[1])
+    simulated_sandwich(make_vae("standard"), count=7, num_temperatures=2, num_chains=3, num_leapfrog_steps=1)
+    assert len(starts) == len(set(starts)) == 4 * 10
+
+
+def test_a_proposal_that_overflows_is_refused_and_the_step_shortened() -> None:
+    """Its energy is not a number; the chain stays, and the steps after it are smaller ones."""
+    target = Target(lambda z: -0.5 * (z / 1e-40).square().sum(-1), lambda z: torch.zeros(z.shape[:-1], dtype=z.dtype))
+    start = 1e-40 * torch.randn(3, 2, 4, dtype=torch.float64)
+    chains = anneal(target, start, temperatures(6), generators(0, 2))
+    assert torch.equal(chains.z, start) and bool((chains.acceptance == 0.0).all())
+    assert bool((chains.step_sizes.diff(dim=0) < 0.0).all())
+
+
+@pytest.mark.parametrize("name", ["torch.__version__", "popgen.evaluation.annealed.ESTIMATOR_VERSION"])
+def test_rows_of_another_version_are_not_used(
+    name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for version in ("98", "99"):
+        monkeypatch.setattr(name, version)
+        checked(ImageTable(tmp_path / "annealed.csv"), count=2)
+    assert "is of another evaluation and is not used" in capsys.readouterr().err

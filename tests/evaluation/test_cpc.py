@@ -210,3 +210,14 @@ def test_what_does_not_fit_is_one_line() -> None:
     with pytest.raises(DataError, match="no label 'speaker'"):
         model = make_model("speaker")
         model.check_examples(Sequences(torch.zeros(50), torch.tensor([50])))
+
+
+def test_the_standard_error_is_over_recordings_and_not_over_draws() -> None:
+    """Several draws for a recording are one recording: what they come to together is what varies."""
+    model, data = make_model(), make_data()
+    terms = contrastive_terms(model, data.test, num_draws=9, batch_size=3, seed=1)
+    record = CPCEvaluator(batch_size=3).evaluate(model, data, data.test, EvaluationSettings(9, seed=1))
+    losses, pairs = (value.view(9, -1).double().sum(0) for value in (terms.loss * terms.weight, terms.weight))
+    residuals, count = losses - losses.sum() / pairs.sum() * pairs, len(losses)
+    expected = (count / (count - 1) * residuals.square().sum()).sqrt() / pairs.sum()
+    assert record["loss_standard_error"] == pytest.approx(expected.item(), rel=1e-5)

@@ -114,6 +114,13 @@ def test_shards_make_one_table(path: pathlib.Path, order: tuple[int, ...]) -> No
     assert names(path) == ["evaluation_images.csv"]
 
 
+def test_a_part_that_another_shard_has_just_begun_is_passed_over(path: pathlib.Path, capsys) -> None:
+    path.with_name(f"{path.stem}.part-2-of-2.csv").touch()
+    with pytest.raises(UnfinishedEvaluationError):
+        ImageTable(path, Shard(1, 2)).fill({"seed": 3}, COUNT, Counted())
+    assert capsys.readouterr().err == ""
+
+
 def test_the_whole_takes_over_from_shards(path: pathlib.Path) -> None:
     with pytest.raises(UnfinishedEvaluationError):
         ImageTable(path, Shard(2, 3)).fill({}, COUNT, Counted())

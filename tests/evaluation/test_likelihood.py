@@ -12,6 +12,7 @@ from popgen.errors import ArgumentError
 from popgen.evaluation import likelihood
 from popgen.evaluation.evaluator import EvaluationSettings, ImportanceWeightedEvaluator, VAEEvaluator
 from popgen.evaluation.likelihood import (
+    LikelihoodEstimate,
     count_active_units,
     estimate_log_likelihood,
     evaluate_elbo,
@@ -462,3 +463,16 @@ def test_terms_of_training_are_those_of_evaluation():
     TwoLevels().check_parts(make_images())
     with pytest.raises(ArgumentError, match="log_p_z of Other.forward, which is trained, and of Other.log_densities"):
         Other().check_parts(make_images())
+
+
+def test_kl_of_dimensions_is_not_known_behind_a_flow() -> None:
+    """The flow moves the posterior, and the closed form of its Gaussian is not its KL any more."""
+    parts = GaussianEncoder(16, 3, 6), BernoulliDecoder(3, 16, 6), StandardNormalPrior()
+    assert kl_of_dimensions(VAE(*parts), torch.rand(4, 16)) is not None
+    assert kl_of_dimensions(VAE(*parts, PlanarFlow(3, 6, num_flows=1)), torch.rand(4, 16)) is None
+
+
+def test_as_many_weights_as_a_fit_needs_have_a_shape() -> None:
+    log_w = torch.randn(25, 4)
+    assert LikelihoodEstimate.of(log_w).pareto_shape.isfinite().all()
+    assert LikelihoodEstimate.of(log_w[:24]).pareto_shape.isnan().all()

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import popgen
 from popgen.datasets.images import ImageData
 from popgen.errors import ArgumentError
+from popgen.evaluation.annealed import ESTIMATOR_VERSION
 from popgen.evaluation.evaluator import VAEEvaluator
 from popgen.evaluation.likelihood import estimate_log_likelihood, evaluate_elbo, importance_estimate
 from popgen.experiment import Experiment, evaluate
@@ -223,3 +224,16 @@ def test_a_headline_that_is_not_returned_loses_no_record(experiment: Experiment,
 def test_arguments(experiment: Experiment, num_samples: int, num_examples: int | None, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         evaluate(prepared(experiment), num_samples, num_examples, step=0)
+
+
+@pytest.mark.parametrize("other", [None, "model_sha256", "images_sha256", "seed", "annealed_estimator_version"])
+def test_a_check_by_annealing_is_kept_for_what_it_was_made_of_alone(other: str | None, tmp_path: pathlib.Path) -> None:
+    """Another model, other images, another seed or another estimator: what annealing has found is not said of these."""
+    files, about = EvaluationFiles(tmp_path, 40, "raw", 7, 4), {"model_sha256": "a", "images_sha256": "b", "seed": 3}
+    found = {"annealed_log_p_x": -9.0, "simulated_gap": None, "annealed_estimator_version": ESTIMATOR_VERSION}
+    on_file = {**about, **found, "log_p_x": -9.5}
+    if other is not None:
+        on_file[other] = -1
+    files.record_path.write_text(json.dumps(on_file))
+    kept = files.annealing_on_file(about)
+    assert kept == ({} if other else pytest.approx({**found, "simulated_gap": math.nan}, nan_ok=True))

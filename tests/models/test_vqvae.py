@@ -563,3 +563,16 @@ def test_images_that_do_not_fit(prior: bool) -> None:
         model.check_examples(torch.rand(5, 60))
     with pytest.raises(DataError, match=r"values from 0 to 2.*\[0, 1\]"):
         model.check_examples(torch.tensor([0.0, 2.0]).repeat(5, 32))
+
+
+def test_encoder_and_decoder_by_hand() -> None:
+    """Convolutions with a ReLU between any two of them, and a last one with none after it."""
+    encoder = ConvolutionalEncoder(3, (8, 12), hidden_dim=4, num_blocks=0).double()
+    decoder = ConvolutionalDecoder(3, (8, 12), hidden_dim=4, num_blocks=0).double()
+    x = torch.randn(2, 96, dtype=torch.float64)
+    a, b, c = (layer for layer in encoder.layers if isinstance(layer, nn.Conv2d))
+    vectors = c(F.relu(b(F.relu(a(x.view(2, 1, 8, 12))))))
+    torch.testing.assert_close(encoder(x), vectors.permute(0, 2, 3, 1))
+    a, b, c = (layer for layer in decoder.layers if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d))
+    logits = c(F.relu(b(F.relu(a(vectors)))))
+    torch.testing.assert_close(decoder(encoder(x)).logits, logits.view(2, 96))

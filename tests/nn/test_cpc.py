@@ -256,3 +256,27 @@ def test_parts_are_of_their_kinds() -> None:
     assert all(isinstance(build(), FrameEncoder) for build in ENCODERS.values())
     assert all(isinstance(build(), Context) for build in CONTEXTS.values())
     assert all(isinstance(build(), Predictors) for build in PREDICTORS.values())
+
+
+def test_convolutional_contexts_are_what_the_documentation_says() -> None:
+    """One frame by loops: the causal convolution, a normalisation over channels, ReLU, and a linear map added."""
+    context = CausalConvContext(6, 8, num_layers=2, kernel_size=3, dilation_growth=2).double()
+    frames = torch.randn(1, 9, 6, dtype=torch.float64)
+    x, layers = context.first(frames[0]), zip(context.convolutions, context.norms, context.outputs, strict=True)
+    for n, (convolution, norm, output) in enumerate(layers):
+        padded = torch.cat([x.new_zeros(2 * 2**n, 8), x])
+        taps = [padded[j * 2**n :][:9] @ convolution.weight[:, :, j].T for j in range(3)]
+        x = x + output(norm(sum(taps) + convolution.bias).clamp_min(0.0))
+    torch.testing.assert_close(context(frames)[0], x)
+
+
+def test_rows_are_encoded_as_the_documentation_says() -> None:
+    """Two dense layers, each followed by a normalisation of the frame and a ReLU."""
+    encoder, x = RowEncoder(in_features=5, hidden_dim=6).double(), torch.randn(2, 7, 5, dtype=torch.float64)
+    dense = [module for module in encoder.modules() if isinstance(module, nn.Linear)]
+    norms = [module for module in encoder.modules() if isinstance(module, nn.LayerNorm)]
+    expected = x
+    for linear, norm in zip(dense, norms, strict=True):
+        expected = norm(linear(expected)).clamp_min(0.0)
+    assert len(dense) == 2
+    torch.testing.assert_close(encoder(x), expected)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from popgen.errors import ArgumentError
@@ -327,3 +328,11 @@ def test_maps_of_another_shape_are_refused(as_a_user, shape: tuple[int, ...]) ->
         with pytest.raises(ArgumentError, match=rf"^{name} must have shape \(batch, 4, 5\), got ") as error:
             call(torch.zeros(shape, dtype=torch.int64 if name == "indices" else torch.float32))
         assert str(error.value).endswith(str(shape))
+
+
+def test_the_head_is_two_dense_layers_behind_gates_of_their_own() -> None:
+    model = GatedPixelCNN(4, (3, 4), hidden_dim=6, num_layers=1).double()
+    indices = torch.randint(4, (2, 3, 4))
+    first, second = (layer for layer in model.head if isinstance(layer, nn.Linear))
+    hidden = first(F.silu(model._features(indices)))
+    torch.testing.assert_close(model(indices), second(F.silu(hidden)))

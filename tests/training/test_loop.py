@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from popgen.errors import DivergedError
+from popgen.training import loop
 from popgen.training.loop import Hooks, train
 from popgen.training.state import TrainState, initial_state
 
@@ -184,3 +185,24 @@ def test_the_first_of_too_many_in_a_row_is_the_one_to_replay(limit: int) -> None
         recorder.run(12)
     assert caught.value.step == (2 if limit == 0 else 6)
     assert f"at step {2 if limit == 0 else 6 + limit}" in str(caught.value)
+
+
+def test_the_speed_is_that_of_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps a second, of a run that goes on from step 5; the minute of an evaluation does not count."""
+    now, speeds = [100.0], []
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    names = ("loss", "gradient_norm", "skipped_steps", "skipped_in_a_row")
+
+    def step(state: TrainState, batch: None) -> tuple[TrainState, dict[str, Tensor]]:
+        now[0] += 0.5
+        return dataclasses.replace(state, step=state.step + 1), {name: torch.zeros(()) for name in names}
+
+    def evaluate(state: TrainState) -> TrainState:
+        now[0] += 60.0
+        return state
+
+    state = dataclasses.replace(initial_state(nn.Linear(1, 1), torch.optim.SGD, 0), step=5)
+    log = lambda step, means: speeds.append(means["steps_per_second"])  # noqa: E731
+    hooks = Hooks(2, log, 4, evaluate, 100, lambda state: None, quiet=True)
+    train(state, step, lambda number, generator: None, 13, hooks)
+    assert speeds == [2.0] * 5

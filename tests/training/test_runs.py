@@ -356,7 +356,8 @@ def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(
 ) -> None:
     """Wherever that is: also between two points of the curves, whose means are of steps before and after it."""
     left = itertools.count(-steps)
-    with pytest.raises(StoppedError, match=f"stopped at step {steps}, which is saved; the same command goes on"):
+    saved = ", which is saved" if steps else ""
+    with pytest.raises(StoppedError, match=f"stopped at step {steps}{saved}; the same command goes on"):
         stopped_in(tmp_path, lambda: next(left) >= 0)
     if steps:
         assert RunDirectory(tmp_path).load_checkpoint("latest")["step"] == steps
