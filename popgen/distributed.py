@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -171,16 +171,33 @@ class Processes:
             with _answered():
                 _wait(store, done, self.size)
             return
-        ended = threading.Event()
-        signs = threading.Thread(target=_give_signs, args=(store, ended), daemon=True)
-        signs.start()
         try:
-            yield
+            with _signs_of(self.rank, store):
+                yield
         finally:
-            ended.set()
-            signs.join()
             with contextlib.suppress(RuntimeError):  # whoever kept the store is gone: the next exchange says so
                 store.set(done, "")
+
+    @contextlib.contextmanager
+    def side_by_side(self) -> Iterator[Callable[[], None]]:
+        """Lets each process do work of its own, and yields a check that the others are still there, for between pieces.
+
+        Raises:
+            ProcessesError: by that check, if one of them has given no sign of itself for `SILENCE_SECONDS`.
+        """
+        if self.size == 1:
+            yield lambda: None
+            return
+        store = torch.distributed.distributed_c10d._get_default_store()
+        watched = [_Watched(rank, self.size, store) for rank in range(self.size) if rank != self.rank]
+
+        def check() -> None:
+            with _answered():
+                for other in watched:
+                    other.check()
+
+        with _signs_of(self.rank, store):
+            yield check
 
     def device(self, name: str, device: torch.device) -> torch.device:
         """Returns the device of this process where the experiment says `device`: of GPUs, each has its own.
@@ -208,10 +225,40 @@ class Processes:
         return own
 
 
-def _give_signs(store: Any, ended: threading.Event) -> None:
-    with contextlib.suppress(RuntimeError):  # as where it ends
-        while not ended.wait(SIGN_SECONDS):
-            store.add("popgen/signs", 1)
+@contextlib.contextmanager
+def _signs_of(rank: int, store: Any) -> Iterator[None]:
+    """Gives a sign of a process every second, from a thread of its own."""
+    ended = threading.Event()
+
+    def give() -> None:
+        with contextlib.suppress(RuntimeError):  # whoever kept the store is gone: the next exchange says so
+            while not ended.wait(SIGN_SECONDS):
+                store.add(f"popgen/signs/{rank}", 1)
+
+    signs = threading.Thread(target=give, daemon=True)
+    signs.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signs.join()
+
+
+class _Watched:
+    """A process whose signs another one watches for."""
+
+    def __init__(self, rank: int, size: int, store: Any) -> None:
+        self.rank, self.size, self.store = rank, size, store
+        self.signs, self.deadline = -1, 0.0
+
+    def check(self) -> None:
+        """Raises ProcessesError if it has given none for `SILENCE_SECONDS` since there were last more."""
+        given = self.store.add(f"popgen/signs/{self.rank}", 0)
+        if given != self.signs:
+            self.signs, self.deadline = given, time.monotonic() + SILENCE_SECONDS
+        if time.monotonic() > self.deadline:
+            said = f"process {self.rank} of {self.size} has given no sign of itself for {SILENCE_SECONDS:g} seconds"
+            raise ProcessesError(f"{said}; {GOES_ON}")
 
 
 def _wait(store: Any, done: str, size: int) -> None:
@@ -220,15 +267,9 @@ def _wait(store: Any, done: str, size: int) -> None:
     Raises:
         ProcessesError: if it does not.
     """
-    signs, deadline = -1, 0.0
+    first = _Watched(0, size, store)
     while not store.check([done]):
-        given = store.add("popgen/signs", 0)
-        if given != signs:
-            signs, deadline = given, time.monotonic() + SILENCE_SECONDS
-        if time.monotonic() > deadline:
-            raise ProcessesError(
-                f"process 0 of {size} has given no sign of itself for {SILENCE_SECONDS:g} seconds; {GOES_ON}"
-            )
+        first.check()
         time.sleep(POLLING_SECONDS)
 
 

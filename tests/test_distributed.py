@@ -202,6 +202,24 @@ def test_the_others_learn_that_the_first_has_gone_while_it_was_alone(
         assert second.said.startswith("error: process 0 of 2 has given no sign of itself for 3 seconds")
 
 
+def test_a_process_that_dies_while_each_works_alone_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two pieces of work, and not only when all of one's own are done; those that are at work are not."""
+    monkeypatch.setattr(distributed, "SILENCE_SECONDS", 3.0)
+
+    def work(processes: Processes) -> None:
+        with processes.side_by_side() as check_others:
+            for _ in range(60):
+                check_others()
+                time.sleep(0.5)
+                if processes.rank == 1 and time.perf_counter() - started > 5.0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    started = time.perf_counter()
+    first, second = together(work, size=2, timeout=60.0)
+    assert 7.0 < time.perf_counter() - started < 25.0 and (first.status, second.status) == (1, -signal.SIGKILL)
+    assert first.said.startswith("error: process 1 of 2 has given no sign of itself for 3 seconds; the same command")
+
+
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_an_error_is_said_once(everywhere: bool) -> None:
     """By whoever has it; those that only see the other one go say nothing."""

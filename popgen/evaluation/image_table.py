@@ -119,27 +119,21 @@ class ImageTable:
         rows, names = self._read(identity)
         self.processes.check_same(identity)  # and all have read before any writes
         self._begin_part(identity)
-        for chunk in range(math.ceil(count / images_in_chunk)):
-            images = range(chunk * images_in_chunk, min(count, (chunk + 1) * images_in_chunk))
-            if not self.shard.owns(chunk):
-                continue
-            if all(image in rows for image in images):
-                if progress is not None:
-                    progress(torch.tensor([rows[image][0] for image in images]))
-                continue
-            started = time.perf_counter()
-            columns = {name: column.double().cpu() for name, column in compute(images).items()}
-            columns["seconds"] = torch.full((len(images),), (time.perf_counter() - started) / len(images)).double()
-            if names and names != list(columns):
-                raise DataError(
-                    f"{self.path} has the columns {', '.join(names)}, and an evaluation forms {', '.join(columns)}: "
-                    "delete it and its parts"
-                )
-            names = list(columns)
-            found = dict(zip(images, torch.stack(list(columns.values()), dim=1).tolist(), strict=True))
-            self._append(identity, names, found)
-            rows |= found
-        for rank, (other_rows, other_names) in enumerate(self.processes.all_gather_object((rows, names))):
+        with self.processes.side_by_side() as check_others:
+            for chunk in range(math.ceil(count / images_in_chunk)):
+                check_others()
+                images = range(chunk * images_in_chunk, min(count, (chunk + 1) * images_in_chunk))
+                if not self.shard.owns(chunk):
+                    continue
+                if all(image in rows for image in images):
+                    if progress is not None:
+                        progress(torch.tensor([rows[image][0] for image in images]))
+                    continue
+                found, names = self._found_in(images, names, compute)
+                self._append(identity, names, found)
+                rows |= found
+            gathered = self.processes.all_gather_object((rows, names))
+        for rank, (other_rows, other_names) in enumerate(gathered):
             if names and other_names and names != other_names:
                 raise DataError(f"process {rank} forms the columns {', '.join(other_names)}, not {', '.join(names)}")
             rows, names = rows | other_rows, names or other_names
@@ -158,6 +152,20 @@ class ImageTable:
             self._finish(identity, names, rows)
         table = torch.tensor(list(rows.values()), dtype=torch.float64)
         return dict(zip(names, table.unbind(1), strict=True))
+
+    def _found_in(
+        self, images: range, names: list[str], compute: Callable[[range], Mapping[str, Tensor]]
+    ) -> tuple[dict[int, list[float]], list[str]]:
+        """Returns the rows of some images, computed, and the names of their columns."""
+        started = time.perf_counter()
+        columns = {name: column.double().cpu() for name, column in compute(images).items()}
+        columns["seconds"] = torch.full((len(images),), (time.perf_counter() - started) / len(images)).double()
+        if names and names != list(columns):
+            raise DataError(
+                f"{self.path} has the columns {', '.join(names)}, and an evaluation forms {', '.join(columns)}: "
+                "delete it and its parts"
+            )
+        return dict(zip(images, torch.stack(list(columns.values()), dim=1).tolist(), strict=True)), list(columns)
 
     def _read(self, identity: Mapping[str, Any]) -> tuple[dict[int, list[float]], list[str]]:
         """Returns the rows on file by image, and the names of their columns."""
