@@ -169,7 +169,7 @@ def _guarded(main: Callable[[], None], again: Callable[[], str]) -> None:
 
 
 def _open_what_is_closed() -> None:
-    """Gives a process that was started without standard output or error the null device, which no file then takes."""
+    """Gives a process that was started without one of its streams the null device: no file then takes its place."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)

@@ -50,14 +50,18 @@ def without_overwrite() -> Iterator[None]:
     try:
         yield
     except (StoppedError, ProcessesError) as error:
-        if FLAGS.overwrite:
-            error.args = (f"{error}, without --overwrite",)
+        error.args = (f"{error}{_not_again()}",)
         raise
 
 
 def again() -> str:
     """Returns what the same command does after it was interrupted."""
-    return f"continues the run from its latest checkpoint{', without --overwrite' if FLAGS.overwrite else ''}"
+    return f"continues the run from its latest checkpoint{_not_again()}"
+
+
+def _not_again() -> str:
+    """Returns how the same command is not the same, so that it goes on and does not remove what there is."""
+    return ", without --overwrite" if FLAGS.overwrite else ""
 
 
 def train_together(processes: Processes, anew: bool) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -76,3 +77,14 @@ def test_a_folder_in_which_nothing_was_written_goes_again(
     with locked_folder(folder, "in use", str):
         pass
     assert folder.is_dir()
+
+
+def test_what_a_killed_writer_left_long_ago_goes_with_the_next_write(tmp_path: pathlib.Path) -> None:
+    """Of the same file; what somebody may still be writing stays."""
+    left = {name: tmp_path / f".writing-{name}" for name in ("00000000-notes", "11111111-notes", "00000000-other")}
+    for path in left.values():
+        path.write_bytes(b"half")
+    for name in ("00000000-notes", "00000000-other"):
+        os.utime(left[name], (time.time() - 7_200.0,) * 2)
+    write_whole(tmp_path / "notes", b"whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"notes", ".writing-11111111-notes", ".writing-00000000-other"}

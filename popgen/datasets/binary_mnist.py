@@ -7,7 +7,6 @@ import math
 import pathlib
 import socket
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -98,9 +97,7 @@ def read_mnist_images(data_dir: pathlib.Path, download: bool, dataset: str) -> t
     Example: `BinaryMNIST` and `popgen.datasets.mnist_rows.MNISTRows` call it.
     """
     _provide_mnist(data_dir, download, dataset)
-    paths = [_raw(data_dir) / f"{split}-images-idx3-ubyte" for split in MNIST_SPLITS]
-    _warn_of_others(paths)
-    train, test = (torch.from_numpy(np.fromfile(path, dtype=np.uint8, offset=16)) for path in paths)
+    train, test = _read_splits(data_dir, "images-idx3", header_size=16)
     return train.view(-1, math.prod(IMAGE_SHAPE)), test.view(-1, math.prod(IMAGE_SHAPE))
 
 
@@ -110,10 +107,7 @@ def read_mnist_labels(data_dir: pathlib.Path, download: bool, dataset: str) -> t
     Example: `MNISTRows` calls it.
     """
     _provide_mnist(data_dir, download, dataset)
-    paths = [_raw(data_dir) / f"{split}-labels-idx1-ubyte" for split in MNIST_SPLITS]
-    _warn_of_others(paths)
-    train, test = (torch.from_numpy(np.fromfile(path, dtype=np.uint8, offset=8)) for path in paths)
-    return train, test
+    return _read_splits(data_dir, "labels-idx1", header_size=8)
 
 
 def _raw(data_dir: pathlib.Path) -> pathlib.Path:
@@ -132,11 +126,18 @@ def _provide_mnist(data_dir: pathlib.Path, download: bool, dataset: str) -> None
         _check_idx(raw / name)
 
 
-def _warn_of_others(paths: Sequence[pathlib.Path]) -> None:
-    """Says which files are not those of MNIST: likelihoods of them do not compare with published ones."""
-    digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-    if others := [path.name for path, digest in digests.items() if digest != PUBLISHED_SHA256[path.name]]:
-        print(f"not the published MNIST: {', '.join(others)} in {paths[0].parent}", file=sys.stderr, flush=True)
+def _read_splits(data_dir: pathlib.Path, kind: str, header_size: int) -> tuple[Tensor, Tensor]:
+    """Returns the values of both splits' files, and names those files that are not MNIST's: likelihoods of such images
+    do not compare with published ones."""
+    names = [f"{split}-{kind}-ubyte" for split in MNIST_SPLITS]
+    read = {name: np.fromfile(_raw(data_dir) / name, dtype=np.uint8) for name in names}
+    others = [
+        name for name, content in read.items() if hashlib.sha256(content.data).hexdigest() != PUBLISHED_SHA256[name]
+    ]
+    if others:
+        print(f"not the published MNIST: {', '.join(others)} in {_raw(data_dir)}", file=sys.stderr, flush=True)
+    train, test = (torch.from_numpy(content[header_size:]) for content in read.values())
+    return train, test
 
 
 def _download(data_dir: pathlib.Path, names: list[str], dataset: str) -> None:
